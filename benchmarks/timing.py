@@ -1,0 +1,51 @@
+"""Timing on a CUDA device: medians of events, peak memory, machine and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+from collections.abc import Callable
+
+import torch
+
+
+def measure(fn: Callable[[], object], *, warmup: int = 3, repeats: int = 12) -> tuple[float, float]:
+    """(median milliseconds, peak MiB above what was allocated before) of `fn()`."""
+    for _ in range(warmup):
+        fn()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        stop.record()
+        times.append((start, stop))
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return statistics.median(a.elapsed_time(b) for a, b in times), peak
+
+
+def environment() -> str:
+    """One line that says on what a table was measured."""
+    versions = []
+    for name in ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy"):
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{device}; " + ", ".join(versions)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[object]]) -> None:
+    """A GitHub-flavoured table on standard output."""
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        cells = [f"{c:.3g}" if isinstance(c, float) and c < 1000 else
+                 f"{c:.0f}" if isinstance(c, float) else str(c) for c in row]  # fmt: skip
+        print("| " + " | ".join(cells) + " |", flush=True)

@@ -1,0 +1,108 @@
+"""What every kernel shares: when Triton runs, how an op is registered, how a tensor is seen as rows.
+
+Nothing here is particular to an operation. Each kernel file imports `triton`, `tl` from here, so
+that it can be imported where Triton is absent (the torch reference then runs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # Windows, macOS: every function runs on its torch reference
+
+    class _Absent:
+        """Stands in for `triton` and `tl` in decorators and annotations."""
+
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, fn=None, *args, **kwargs):
+            return self if fn is None else fn
+
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+_interpret_on_cpu = False
+_warned_no_triton = False
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it, CPU tensors go through the Triton kernels (needs `TRITON_INTERPRET=1` at import)."""
+    global _interpret_on_cpu
+    before, _interpret_on_cpu = _interpret_on_cpu, True
+    try:
+        yield
+    finally:
+        _interpret_on_cpu = before
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether `x` is handled by a Triton kernel; otherwise by the operation's torch reference."""
+    if not x.is_cuda:
+        return _interpret_on_cpu
+    if not HAS_TRITON:
+        _warn_no_triton()
+    return HAS_TRITON
+
+
+def _warn_no_triton() -> None:
+    global _warned_no_triton
+    if not _warned_no_triton:
+        _warned_no_triton = True
+        logger.warning(
+            "Triton is not installed: liger_trainer runs on its torch path, which is correct but not "
+            "faster than plain transformers. Install it with `pip install triton`."
+        )
+
+
+_LIBRARY = torch.library.Library("liger_trainer", "DEF")
+
+
+def register_op(schema: str, launch: Callable, fake: Callable) -> Callable:
+    """Registers `launch` as `torch.ops.liger_trainer.<name>` and returns the op, bound once.
+
+    Args:
+        schema: torch schema, such as `"swiglu_fwd(Tensor gate, Tensor up) -> Tensor"`.
+        launch: runs the kernel; called under the device of its first tensor.
+        fake: returns empty outputs of the right shapes, dtypes and strides (for torch.compile).
+
+    An op is opaque to autograd: the `torch.autograd.Function` beside it calls it.
+    """
+    name = schema.split("(", 1)[0]
+
+    def launch_on_device(first, *args):
+        tensor = first[0] if isinstance(first, (list, tuple)) else first
+        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+            with torch.cuda.device(tensor.device):
+                return launch(first, *args)
+        return launch(first, *args)
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, launch_on_device, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"liger_trainer::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.liger_trainer, name).default
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` of shape [..., H] as [rows, H] with unit stride in H; a view where one exists, else a copy."""
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of `device`; a small number for the interpreter on a CPU."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,27 @@
+"""One flag makes HuggingFace training faster and leaner, and proves that it computes the same."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "inject": "inject",
+    "restore": "inject",
+    "InjectionReport": "report",
+    "KernelConfig": "config",
+    "LigerTrainer": "trainer",
+    "enable": "stock",
+    "disable": "stock",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str):
+    """Loads on first use: importing the package must not import transformers' trainer."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'liger_trainer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"liger_trainer.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,43 @@
+"""Which kernels a run may use: `TrainingArguments.liger_kernel_config`, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """One switch per kernel, all on. `fused_linear_cross_entropy` has precedence over
+    `cross_entropy`, which serves logits that exist anyway."""
+
+    rms_norm: bool = True
+    layer_norm: bool = True
+    rope: bool = True
+    swiglu: bool = True
+    geglu: bool = True
+    cross_entropy: bool = True
+    fused_linear_cross_entropy: bool = True
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, bool] | KernelConfig | None) -> KernelConfig:
+        """Raises ValueError for an unknown key (naming the nearest) and for a value that is no bool."""
+        if isinstance(config, cls):
+            return config
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key, value in (config or {}).items():
+            if key not in names:
+                near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"liger_kernel_config has no key {key!r}; did you mean {near!r}? "
+                    f"Known keys: {', '.join(names)}."
+                )
+            if not isinstance(value, bool):
+                raise ValueError(f"liger_kernel_config[{key!r}] must be true or false, got {value!r}")
+        return cls(**(config or {}))
+
+    def __str__(self) -> str:
+        on = [name for name, value in dataclasses.asdict(self).items() if value]
+        off = [name for name, value in dataclasses.asdict(self).items() if not value]
+        return f"on: {', '.join(on) or 'none'}; off: {', '.join(off) or 'none'}"

@@ -1,0 +1,115 @@
+"""Tensors that are not computed yet.
+
+A `Deferred` stands for the result of an operation, with the right shape, dtype and device. A
+subclass intercepts the few functions that it can answer without its value (`__torch_function__`);
+every other use computes the value once, keeps it, and goes on with it. So code that knows nothing
+of deferral sees an ordinary tensor.
+
+Autograd. A deferred tensor has a `grad_fn` of its own, which sends a gradient that arrives at it to
+its operands; an intercepted function bypasses it. Nothing is lost on any route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+_Tensor = torch.Tensor
+
+# Answered from the wrapper's own shape, dtype and device.
+_METADATA = {
+    *(getattr(_Tensor, name).__get__ for name in (
+        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn",
+        "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn",
+        "is_mps", "is_xpu", "itemsize", "nbytes", "_version", "output_nr", "retains_grad",
+    )),
+    _Tensor.size, _Tensor.dim, _Tensor.numel, _Tensor.nelement, _Tensor.element_size,
+    _Tensor.is_floating_point, torch.is_floating_point, _Tensor.is_complex, torch.is_complex,
+    _Tensor.get_device, _Tensor.__len__, _Tensor.__hash__, _Tensor.is_contiguous, _Tensor.stride,
+    _Tensor.ndimension, torch.numel, _Tensor.register_hook, _Tensor.is_inference,
+    _Tensor.is_signed, torch.is_signed,
+}  # fmt: skip
+
+
+class Deferred(torch.Tensor):
+    """Base class; a subclass defines `compute` and fills `handlers`."""
+
+    handlers: dict[Callable, Callable] = {}
+    _value: torch.Tensor | None = None
+
+    @staticmethod
+    def __new__(cls, shape, dtype, device):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    def compute(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def materialise(self) -> torch.Tensor:
+        """The value, as an ordinary tensor connected to the operands' autograd graph."""
+        if self._value is None:
+            # A first look under no_grad must not cost a later user the gradient.
+            with torch.set_grad_enabled(torch.is_grad_enabled() or self.grad_fn is not None):
+                self._value = self.compute()
+        return self._value
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        handler = cls.handlers.get(func)
+        if handler is not None:
+            answer = handler(*args, **kwargs)
+            if answer is not NotImplemented:
+                return answer
+        args, kwargs = tree_map_only(Deferred, Deferred.materialise, (tuple(args), dict(kwargs)))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Reached by C++ code that skips `__torch_function__`; autograd is above this."""
+        with torch.no_grad():
+            args, kwargs = tree_map_only(
+                Deferred, lambda d: d.materialise().detach(), (tuple(args), dict(kwargs or {}))
+            )
+            return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo):
+        return self.materialise().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol):
+        return self.materialise().__reduce_ex__(protocol)
+
+
+class Attach(torch.autograd.Function):
+    """Gives a deferred tensor its place in the autograd graph.
+
+    `Attach.apply(make, recompute, *operands)`: `make()` returns the deferred tensor and
+    `recompute(*operands)` its value; a gradient that reaches the deferred tensor itself is sent to
+    the operands through it.
+    """
+
+    @staticmethod
+    def forward(ctx, make, recompute, *operands):
+        ctx.recompute = recompute
+        ctx.save_for_backward(*operands)
+        return make()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if isinstance(grad, Deferred):
+            grad = grad.materialise()
+        wanted = [
+            t if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        ]
+        with torch.enable_grad():
+            value = ctx.recompute(*wanted)
+        inputs = [t for t in wanted if t is not None and t.requires_grad]
+        grads = iter(torch.autograd.grad(value, inputs, grad))
+        return None, None, *(
+            next(grads) if t is not None and t.requires_grad else None for t in wanted
+        )

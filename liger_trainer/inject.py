@@ -1,0 +1,84 @@
+"""Put the kernels into a model, and take them out again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from liger_trainer.config import KernelConfig
+from liger_trainer.report import InjectionReport
+from liger_trainer.rules import gated, head, norm, rotary
+from liger_trainer.rules.finding import Finding, Search
+from liger_trainer.swap import is_swapped, swap, unswap
+
+logger = logging.getLogger(__name__)
+
+_RULES = (norm.examine, rotary.examine, gated.examine)
+
+
+def inject(
+    model: nn.Module,
+    config: Mapping[str, bool] | KernelConfig | None = None,
+    strict: bool = False,
+) -> InjectionReport:
+    """Swaps every part of `model` that a kernel provably computes, in place and reversibly.
+
+    Only this instance changes: other models, also of the same class, are not touched. Parameters,
+    their names and the model's forward stay. A model that was injected before starts from its plain
+    state again.
+
+    Args:
+        model: a model of transformers or any module built like one; may be wrapped by PEFT, and may
+            lie on the meta device (then the report says what would be swapped).
+        config: switches as in `TrainingArguments.liger_kernel_config`; see `KernelConfig`.
+        strict: raise instead of leaving an eligible site as it is.
+
+    Returns the report of every site that was looked at.
+
+    Raises ValueError for an unknown key in `config`, and with `strict` for a refused site (the
+    model is then left plain).
+    """
+    config = KernelConfig.from_dict(config)
+    restore(model)
+    search = Search(_unwrapped(model), config)
+    findings = list(_find(search))
+    report = InjectionReport(tuple(f.row for f in findings if f.row.rule != "model"))
+    if strict and report.refused:
+        refused = "; ".join(f"{row.site} ({row.rule}): {row.reason}" for row in report.refused[:5])
+        raise ValueError(
+            f"strict: {len(report.refused)} eligible sites cannot be swapped: {refused}. "
+            "Pass strict=False to leave them as they are."
+        )
+    for finding in findings:
+        if finding.row.swapped:
+            swap(finding.module, finding.mixin, *finding.key)
+    logger.info("kernels %s\n%s", config, report)
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes `inject`: the model computes bit for bit what it did before."""
+    for module in model.modules():
+        unswap(module)
+
+
+def is_injected(model: nn.Module) -> bool:
+    return any(map(is_swapped, model.modules()))
+
+
+def _find(search: Search) -> Iterator[Finding]:
+    names = {id(m): name for name, m in search.model.named_modules()}
+    for module in search.model.modules():
+        for examine in _RULES:
+            finding = examine(search, names[id(module)], module)
+            if finding is not None:
+                yield finding
+    yield from head.examine_model(search)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a PEFT wrapper, whose adapters are part of it."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model

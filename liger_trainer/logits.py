@@ -1,0 +1,434 @@
+"""Deferred logits: a head's output that exists only if somebody looks at it.
+
+The head returns `DeferredLogits`, which holds hidden states and weights, follows what the model's
+own forward does to logits (cast, multiply, divide, tanh, slice, view) and lets
+`torch.nn.functional.cross_entropy` reach the fused kernel, whoever calls it. So every model keeps
+its own forward and its own loss function. Anything else that touches the logits gets their value,
+bit for bit what the plain head computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from liger_trainer.deferred import Attach, Deferred
+from liger_trainer.kernels.cross_entropy import LossOptions, cross_entropy
+from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
+
+_Tensor = torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """hidden [..., H] @ weight [V, H]^T, one summand of the logits."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadState:
+    """Everything that the logits are made of.
+
+    `ops` is what happened to them since, in order: ("cast", dtype), ("mul", c), ("div", c),
+    ("tanh", None), ("log_softmax", None).
+    """
+
+    terms: tuple[Term, ...]
+    bias: torch.Tensor | None
+    dtype: torch.dtype  # in which the head's products run and return
+    fused: bool
+    ops: tuple[tuple[str, object], ...] = ()
+    versions: tuple[int, ...] = ()
+
+    @property
+    def operands(self) -> tuple[torch.Tensor | None, ...]:
+        terms = [tensor for term in self.terms for tensor in (term.hidden, term.weight)]
+        return (*terms, self.bias)
+
+    @property
+    def shape(self) -> torch.Size:
+        first = self.terms[0]
+        return first.hidden.shape[:-1] + first.weight.shape[:1]
+
+    @property
+    def current_dtype(self) -> torch.dtype:
+        casts = [value for name, value in self.ops if name == "cast"]
+        return casts[-1] if casts else self.dtype
+
+    def map_hidden(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> HeadState:
+        terms = tuple(Term(fn(term.hidden), term.weight) for term in self.terms)
+        return dataclasses.replace(self, terms=terms)
+
+    def then(self, name: str, value: object = None) -> HeadState:
+        return dataclasses.replace(self, ops=(*self.ops, (name, value)))
+
+    def compute(self, *operands: torch.Tensor | None) -> torch.Tensor:
+        """The logits, by the very operations of the plain model."""
+        *flat, bias = operands or self.operands
+        with torch.autocast(flat[0].device.type, enabled=False):
+            value = None
+            for hidden, weight in zip(flat[::2], flat[1::2], strict=True):
+                own_bias = bias.to(self.dtype) if bias is not None and value is None else None
+                part = F.linear(hidden.to(self.dtype), weight.to(self.dtype), own_bias)
+                value = part if value is None else value + part
+            for name, argument in self.ops:
+                value = _REPLAY[name](value, argument)
+        return value
+
+    def check_versions(self) -> None:
+        """Logits stand for the time of the forward: later changes of the operands void them."""
+        now = tuple(t._version for t in self.operands if t is not None)
+        if self.versions and now != self.versions:
+            raise RuntimeError(
+                "These logits were not computed during the forward, and the weights or hidden "
+                "states that they are made of have changed since (an optimizer step?). Read "
+                "outputs.logits before the change, or call restore(model) for plain logits."
+            )
+
+
+_REPLAY: dict[str, Callable[[torch.Tensor, object], torch.Tensor]] = {
+    "cast": lambda value, dtype: value.to(dtype),
+    "mul": lambda value, factor: value * factor,
+    "div": lambda value, divisor: value / divisor,
+    "tanh": lambda value, _: torch.tanh(value),
+    "log_softmax": lambda value, _: F.log_softmax(value, dim=-1),
+}
+
+
+def summarise(ops: tuple[tuple[str, object], ...]) -> tuple[float, float | None] | None:
+    """(scale, softcap) such that the ops are softcap * tanh(scale * z / softcap); else None."""
+    inner, outer = 1.0, None
+    for name, argument in ops:
+        if name in ("mul", "div"):
+            factor = argument if name == "mul" else 1.0 / argument if argument else math.inf
+            if outer is None:
+                inner *= factor
+            else:
+                outer *= factor
+        elif name == "tanh":
+            if outer is not None:
+                return None
+            outer = 1.0
+    if outer is None:
+        return (inner, None) if math.isfinite(inner) else None
+    return (inner * outer, outer) if outer > 0 and math.isfinite(inner * outer) else None
+
+
+class DeferredLogits(Deferred):
+    """Logits [..., V] that are computed when touched; see the module's docstring."""
+
+    handlers: dict[Callable, Callable] = {}
+    _state: HeadState
+    _replaced_by: torch.Tensor | None = None  # after an in-place operation
+    _has_views = False
+
+    @property
+    def state(self) -> HeadState | None:
+        """How to compute the logits; None once their value exists."""
+        if self._replaced_by is not None:
+            other = self._replaced_by
+            return other.state if isinstance(other, DeferredLogits) else None
+        return self._state if self._value is None else None
+
+    def compute(self) -> torch.Tensor:
+        if self._replaced_by is not None:
+            other = self._replaced_by
+            return other.materialise() if isinstance(other, Deferred) else other
+        self._state.check_versions()
+        return self._state.compute()
+
+
+def defer(state: HeadState) -> DeferredLogits:
+    """The logits that `state` describes."""
+    if not state.versions:
+        versions = tuple(t._version for t in state.operands if t is not None)
+        state = dataclasses.replace(state, versions=versions)
+
+    def make():
+        deferred = DeferredLogits(state.shape, state.current_dtype, state.terms[0].hidden.device)
+        deferred._state = state
+        return deferred
+
+    return Attach.apply(make, state.compute, *state.operands)
+
+
+# --- what deferred logits answer themselves ---------------------------------------------------
+
+
+def _answers(*functions):
+    def register(handler):
+        for function in functions:
+            DeferredLogits.handlers[function] = handler
+        return handler
+
+    return register
+
+
+def _record(logits, name, argument=None):
+    state = logits.state
+    if state is None or any(op == "log_softmax" for op, _ in state.ops):
+        return NotImplemented
+    return defer(state.then(name, argument))
+
+
+def _cast(logits, dtype):
+    state = logits.state
+    if state is None or not dtype.is_floating_point:
+        return NotImplemented
+    return logits if dtype == state.current_dtype else defer(state.then("cast", dtype))
+
+
+_answers(_Tensor.float)(lambda x: _cast(x, torch.float32))
+_answers(_Tensor.half)(lambda x: _cast(x, torch.float16))
+_answers(_Tensor.bfloat16)(lambda x: _cast(x, torch.bfloat16))
+_answers(_Tensor.double)(lambda x: _cast(x, torch.float64))
+
+
+@_answers(_Tensor.to)
+def _to(logits, *args, **kwargs):
+    """`.to` with a dtype, and a device if it is the logits' own; anything else needs the value."""
+    wanted = [*args, *(v for k, v in kwargs.items() if k in ("dtype", "device"))]
+    if set(kwargs) - {"dtype", "device", "non_blocking"} or not isinstance(logits, DeferredLogits):
+        return NotImplemented
+    dtype = logits.dtype
+    for argument in wanted:
+        if isinstance(argument, torch.dtype):
+            dtype = argument
+        elif isinstance(argument, (str, int, torch.device)) and not isinstance(argument, bool):
+            device = torch.device(argument)
+            if device.type != logits.device.type or device.index not in (None, logits.device.index):
+                return NotImplemented
+        elif argument is not None and not isinstance(argument, bool):
+            return NotImplemented
+    return _cast(logits, dtype)
+
+
+def _is_number(x) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+@_answers(torch.mul, torch.multiply, _Tensor.mul, _Tensor.multiply, _Tensor.__mul__,
+          _Tensor.__rmul__)  # fmt: skip
+def _mul(a, b, **kwargs):
+    logits, factor = (a, b) if isinstance(a, DeferredLogits) else (b, a)
+    return NotImplemented if kwargs or not _is_number(factor) else _record(logits, "mul", factor)
+
+
+@_answers(torch.div, torch.divide, torch.true_divide, _Tensor.div, _Tensor.divide,
+          _Tensor.true_divide, _Tensor.__truediv__)  # fmt: skip
+def _div(a, b, **kwargs):
+    if kwargs or not isinstance(a, DeferredLogits) or not _is_number(b) or b == 0:
+        return NotImplemented
+    return _record(a, "div", b)
+
+
+@_answers(torch.tanh, _Tensor.tanh, F.tanh)
+def _tanh(logits, **kwargs):
+    return NotImplemented if kwargs else _record(logits, "tanh")
+
+
+@_answers(F.log_softmax, torch.log_softmax, _Tensor.log_softmax)
+def _log_softmax(logits, dim=None, _stacklevel=3, dtype=None):
+    if dim not in (-1, logits.ndim - 1):
+        return NotImplemented
+    if dtype is not None:
+        logits = _cast(logits, dtype)
+        if logits is NotImplemented:
+            return NotImplemented
+    return _record(logits, "log_softmax")
+
+
+@_answers(torch.add, _Tensor.add, _Tensor.__add__, _Tensor.__radd__)
+def _add(a, b, **kwargs):
+    """The sum of two linear maps: a head and the low-rank adapter on it."""
+    if kwargs or not (isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits)):
+        return NotImplemented
+    base, other = a.state, b.state
+    if base is None or other is None or base.shape != other.shape or base.dtype != other.dtype:
+        return NotImplemented
+    if other.bias is not None or base.ops or any(name not in ("mul", "div") for name, _ in other.ops):
+        return NotImplemented
+    scale, _ = summarise(other.ops)
+    scaled = tuple(Term(term.hidden * scale, term.weight) for term in other.terms)
+    return defer(dataclasses.replace(base, terms=base.terms + scaled, versions=()))
+
+
+def _in_place(functional):
+    """x op= c: the result takes the place of x, whose own views would then be stale."""
+
+    def handler(logits, *args, **kwargs):
+        if not isinstance(logits, DeferredLogits) or logits.state is None:
+            return NotImplemented
+        result = functional(logits, *args, **kwargs)
+        if result is NotImplemented:
+            return NotImplemented
+        if logits._has_views or result.dtype != logits.dtype:
+            raise RuntimeError(
+                "Logits were changed in place while a view of them is in use. "
+                "Write `logits = logits * c`, or set fused_linear_cross_entropy to false."
+            )
+        logits._replaced_by = result
+        return result
+
+    return handler
+
+
+_answers(_Tensor.mul_, _Tensor.multiply_, _Tensor.__imul__)(_in_place(_mul))
+_answers(_Tensor.div_, _Tensor.divide_, _Tensor.__itruediv__, _Tensor.__idiv__)(_in_place(_div))
+_answers(torch.tanh_, _Tensor.tanh_)(_in_place(_tanh))
+
+
+def _view(logits, fn):
+    """The same logits for other tokens; `fn` acts on the hidden states."""
+    view = defer(logits.state.map_hidden(fn))
+    view._has_views = logits._has_views = True
+    return view
+
+
+@_answers(_Tensor.contiguous)
+def _contiguous(logits, memory_format=torch.contiguous_format):
+    return logits if logits.state is not None else NotImplemented
+
+
+@_answers(_Tensor.clone, torch.clone)
+def _clone(logits, memory_format=None):
+    return defer(logits.state) if logits.state is not None else NotImplemented
+
+
+@_answers(_Tensor.detach, torch.detach)
+def _detach(logits):
+    state = logits.state
+    if state is None:
+        return NotImplemented
+    terms = tuple(Term(term.hidden.detach(), term.weight.detach()) for term in state.terms)
+    bias = None if state.bias is None else state.bias.detach()
+    return defer(dataclasses.replace(state, terms=terms, bias=bias))
+
+
+@_answers(_Tensor.view, _Tensor.reshape, torch.reshape)
+def _reshape(logits, *shape):
+    if logits.state is None or not shape or isinstance(shape[0], torch.dtype):
+        return NotImplemented
+    shape = list(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else list(shape)
+    vocab = logits.shape[-1]
+    if shape.count(-1) == 1:
+        known = math.prod(n for n in shape if n != -1)
+        shape[shape.index(-1)] = logits.numel() // known if known else 0
+    if not shape or shape[-1] != vocab or math.prod(shape) != logits.numel():
+        return NotImplemented
+    return _view(logits, lambda hidden: hidden.reshape(*shape[:-1], hidden.shape[-1]))
+
+
+@_answers(_Tensor.flatten, torch.flatten)
+def _flatten(logits, start_dim=0, end_dim=-1):
+    end = end_dim % logits.ndim
+    if logits.state is None or end == logits.ndim - 1:
+        return NotImplemented
+    return _view(logits, lambda hidden: hidden.flatten(start_dim % logits.ndim, end))
+
+
+@_answers(_Tensor.unsqueeze, torch.unsqueeze)
+def _unsqueeze(logits, dim):
+    if logits.state is None or dim == -1 or dim >= logits.ndim:
+        return NotImplemented
+    return _view(logits, lambda hidden: hidden.unsqueeze(dim))
+
+
+@_answers(_Tensor.squeeze, torch.squeeze)
+def _squeeze(logits, dim=None):
+    if logits.state is None or not isinstance(dim, int) or dim % logits.ndim == logits.ndim - 1:
+        return NotImplemented
+    return _view(logits, lambda hidden: hidden.squeeze(dim))
+
+
+@_answers(_Tensor.__getitem__)
+def _getitem(logits, index):
+    if logits.state is None or not _leaves_vocabulary(index, logits.ndim):
+        return NotImplemented
+    return _view(logits, lambda hidden: hidden[index])
+
+
+def _leaves_vocabulary(index, ndim: int) -> bool:
+    """Whether `index` selects tokens only, each with its whole vocabulary."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    consumed = 0
+    for part in parts:
+        if torch.is_tensor(part):
+            consumed += part.dim() if part.dtype == torch.bool else 1
+        elif isinstance(part, (int, slice)) and not isinstance(part, bool):
+            consumed += 1
+        elif part is not None and part is not Ellipsis:
+            return False
+    reaches_last = consumed >= ndim or any(
+        part is Ellipsis and i < len(parts) - 1 for i, part in enumerate(parts)
+    )
+    if not reaches_last:
+        return True
+    last = parts[-1]
+    return isinstance(last, slice) and last == slice(None)
+
+
+@_answers(torch.argmax, _Tensor.argmax)
+def _argmax(logits, dim=None, keepdim=False):
+    """Token by token, a few at a time, so that metrics need no full logits."""
+    state = logits.state
+    if state is None or dim is None or dim % logits.ndim != logits.ndim - 1:
+        return NotImplemented
+    state.check_versions()
+    flat = state.map_hidden(lambda hidden: hidden.reshape(-1, hidden.shape[-1]))
+    rows = max(1, (64 << 20) // (4 * logits.shape[-1]))
+    with torch.no_grad():
+        found = [
+            flat.map_hidden(lambda h, start=start: h[start : start + rows]).compute().argmax(-1)
+            for start in range(0, flat.shape[0], rows)
+        ]
+    ids = torch.cat(found) if found else torch.empty(0, dtype=torch.long, device=logits.device)
+    ids = ids.reshape(logits.shape[:-1])
+    return ids.unsqueeze(-1) if keepdim else ids
+
+
+@_answers(F.cross_entropy)
+def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
+                   reduction="mean", label_smoothing=0.0):  # fmt: skip
+    if not isinstance(input, DeferredLogits) or size_average is not None or reduce is not None:
+        return NotImplemented
+    state = input.state
+    if state is None or isinstance(target, Deferred) or isinstance(weight, Deferred):
+        return NotImplemented
+    if input.ndim != 2 or target.dtype != torch.int64 or target.shape != input.shape[:1]:
+        return NotImplemented
+    kwargs = {"class_weight": weight, "reduction": reduction}
+    if not state.fused:
+        options = LossOptions(ignore_index, label_smoothing)
+        loss = cross_entropy(input.materialise(), target, options=options, **kwargs)
+        return loss.to(input.dtype)
+    transform = summarise(state.ops)
+    if transform is None:
+        return NotImplemented
+    state.check_versions()
+    options = LossOptions(ignore_index, label_smoothing, 0.0, *transform)
+    with torch.autocast(input.device.type, enabled=False):
+        loss = linear_cross_entropy(
+            [term.hidden.to(state.dtype) for term in state.terms],
+            [term.weight for term in state.terms],
+            target,
+            state.bias,
+            options=options,
+            **kwargs,
+        )
+    return loss.to(input.dtype)
+
+
+@_answers(F.nll_loss)
+def _nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
+              reduction="mean"):  # fmt: skip
+    state = input.state if isinstance(input, DeferredLogits) else None
+    if state is None or not any(name == "log_softmax" for name, _ in state.ops):
+        return NotImplemented
+    return _cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction)

@@ -1,0 +1,114 @@
+"""The output head, whose logits are deferred, and the model around it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from liger_trainer import probe
+from liger_trainer.logits import HeadState, Term, defer
+from liger_trainer.report import Row
+from liger_trainer.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.swap import Swapped
+
+FUSED = "fused_linear_cross_entropy"
+
+
+class DeferredLinear(Swapped):
+    """A linear layer onto the vocabulary whose result is deferred; key: whether the loss fuses."""
+
+    def forward(self, hidden_states):
+        # One position per sequence is a decoding step; a weight without elements is a shard.
+        plain = hidden_states.dim() < 2 or hidden_states.shape[-2] == 1 or not self.weight.numel()
+        if plain or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return super().forward(hidden_states)
+        dtype = hidden_states.dtype
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            dtype = torch.get_autocast_dtype(hidden_states.device.type)
+        term = Term(hidden_states, self.weight)
+        return defer(HeadState((term,), self.bias, dtype, fused=self._liger_key[0]))
+
+
+class DeferringModel(Swapped):
+    """The model that owns the head.
+
+    Its forward drops `skip_logits`, which Trainer passes for another kernel package in evaluation
+    (logits are never built there unless used). torch.compile compiles what the forward calls (the
+    backbone), while the forward itself, where logits are deferred, runs as it is.
+    """
+
+    @classmethod
+    def namespace(cls, base: type) -> dict[str, object]:
+        original = base.forward
+
+        @functools.wraps(original)
+        def forward(self, *args, skip_logits=None, **kwargs):
+            return original(self, *args, **kwargs)
+
+        return {"forward": forward}
+
+
+def examine_model(search: Search) -> Iterator[Finding]:
+    """The head's linear layers, then the model."""
+    model, config = search.model, search.config
+    fused = config.fused_linear_cross_entropy
+    rule = FUSED if fused or not config.cross_entropy else "cross_entropy"
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    if embeddings is None:
+        reason = "the model has no output embeddings, so no logits of a vocabulary"
+        yield Finding(Row("", rule, False, reason, eligible=False))
+        return
+    site = next((name for name, m in model.named_modules() if m is embeddings), "")
+    if not (fused or config.cross_entropy):
+        yield Finding(Row(site, rule, False, SWITCHED_OFF, eligible=False))
+        return
+    layers = [(n, m) for n, m in model.named_modules() if _is_head_layer(n, site, m, embeddings)]
+    refusal = None if layers else f"{type(embeddings).__name__} is not a plain linear layer"
+    for name, layer in layers:
+        max_error = search.once(("head", name), lambda m=layer: _probe(m, search.device_of(m)))
+        if max_error is None:
+            refusal = "the loss through the kernel differs from the plain one"
+        reason = "logits deferred, loss in chunks" if fused else "loss of given logits"
+        row = Row(name, rule, max_error is not None, refusal or reason, max_error)
+        yield Finding(row, layer, DeferredLinear, (fused,))
+    if refusal and not layers:
+        yield Finding(Row(site, rule, False, refusal))
+    if not refusal:
+        yield Finding(Row("", "model", True, "own forward and loss kept", eligible=False), model,
+                      DeferringModel)  # fmt: skip
+
+
+def _is_head_layer(name: str, site: str, module: nn.Module, embeddings: nn.Module) -> bool:
+    """The head itself, or inside a wrapper (adapter) the linear layers that reach the vocabulary."""
+    inside = name == site or name.startswith(f"{site}.")
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return inside and plain and module.out_features == _vocabulary(embeddings)
+
+
+def _vocabulary(embeddings: nn.Module) -> int | None:
+    weight = getattr(embeddings, "weight", None)
+    return weight.shape[0] if weight is not None and weight.dim() == 2 else None
+
+
+def _probe(layer: nn.Linear, device: torch.device) -> float | None:
+    """The fp32 error of loss and gradients through a small head of the layer's kind."""
+    vocab, width, tokens = 50, 16, 24
+    labels = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(0))
+    labels[::3] = -100
+    labels = labels.to(device)
+    shapes = [(tokens, width), (vocab, width)] + [(vocab,)] * (layer.bias is not None)
+    inputs = tuple(probe.draw(s, 1.0, device, i).requires_grad_() for i, s in enumerate(shapes))
+
+    def plain(hidden, weight, bias=None):
+        return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)
+
+    def deferred(hidden, weight, bias=None):
+        state = HeadState((Term(hidden, weight),), bias, hidden.dtype, fused=True)
+        return F.cross_entropy(defer(state).float(), labels)
+
+    verdict = probe.compare(plain, deferred, iter([probe.Case(inputs, "a small head")]))
+    return verdict.max_error if verdict.equal else None

@@ -1,0 +1,136 @@
+"""Changing what one module instance computes, and changing it back.
+
+A swap replaces the instance's class with a subclass made for it. Parameters, hooks, names and
+`isinstance` stay as they are, copies and pickles work, and no other instance notices.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import CellType, FunctionType
+
+from torch import nn
+
+
+class Swapped:
+    """First base of every swapped class. `key` parameterises the swap and is hashable."""
+
+    _liger_base: type
+    _liger_key: tuple = ()
+
+    @classmethod
+    def namespace(cls, base: type, *key) -> dict[str, object]:
+        """Further attributes of the class made for `base`."""
+        return {}
+
+    def __reduce_ex__(self, protocol):
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _new_instance, (self._liger_base, self._liger_mixin, *self._liger_key), *rest
+
+
+def _new_instance(base: type, mixin: type, *key):
+    cls = swapped_class(base, mixin, *key)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def swapped_class(base: type, mixin: type[Swapped], *key) -> type:
+    """The subclass of `base` with `mixin` in front; it keeps the name, which HF reads."""
+    return type(
+        base.__name__,
+        (mixin, base),
+        {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "_liger_base": base,
+            "_liger_mixin": mixin,
+            "_liger_key": key,
+            **mixin.namespace(base, *key),
+        },
+    )
+
+
+def swap(module: nn.Module, mixin: type[Swapped], *key) -> None:
+    module.__class__ = swapped_class(type(module), mixin, *key)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return isinstance(module, Swapped)
+
+
+def unswap(module: nn.Module) -> None:
+    """Gives a swapped module its own class back; leaves others alone."""
+    while isinstance(module, Swapped):
+        module.__class__ = type(module)._liger_base
+
+
+def rebind(function: FunctionType, old: object, new: object) -> FunctionType | None:
+    """A copy of `function` whose global names for `old` mean `new`; None if it has none.
+
+    The code object is shared: nothing is copied from the source, and the original is not touched.
+    Decorated functions are followed into their closures.
+    """
+    return _rebind(function, old, new, visited=set())
+
+
+def _rebind(function, old, new, visited: set[int]) -> FunctionType | None:
+    if id(function) in visited:  # a closure that refers to itself
+        return None
+    visited.add(id(function))
+    names = [n for n in _names(function.__code__) if function.__globals__.get(n) is old]
+    cells = [_rebind_cell(cell, old, new, visited) for cell in function.__closure__ or ()]
+    if not names and not any(changed for _, changed in cells):
+        return None
+    scope = function.__globals__
+    if names:
+        scope = {**scope, **dict.fromkeys(names, new)}
+        # torch.compile looks the globals of a named module up in that module: this is none.
+        scope.pop("__name__", None)
+    copy = FunctionType(
+        function.__code__,
+        scope,
+        function.__name__,
+        function.__defaults__,
+        tuple(cell for cell, _ in cells) or None,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copy, function)
+    return copy
+
+
+def _names(code) -> set[str]:
+    """Global names of the code and of the functions defined in it."""
+    nested = (c for c in code.co_consts if hasattr(c, "co_names"))
+    return set(code.co_names).union(*map(_names, nested))
+
+
+def _rebind_cell(cell: CellType, old, new, visited) -> tuple[CellType, bool]:
+    content = _content(cell)
+    if isinstance(content, FunctionType):
+        copy = _rebind(content, old, new, visited)
+        if copy is not None:
+            return CellType(copy), True
+    return cell, False
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # still empty
+        return None
+
+
+def referenced_globals(function: FunctionType) -> list[object]:
+    """The objects that the function's global names stand for, its closures' included."""
+    found, queue, visited = [], [function], set()
+    while queue:
+        current = queue.pop()
+        if id(current) in visited:
+            continue
+        visited.add(id(current))
+        scope = current.__globals__
+        found += [scope[n] for n in sorted(_names(current.__code__)) if n in scope]
+        contents = map(_content, current.__closure__ or ())
+        queue += [content for content in contents if isinstance(content, FunctionType)]
+    return found

@@ -1,0 +1,137 @@
+"""`transformers.Trainer` whose `use_liger_kernel=True` means this package."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    Trainer,
+)
+from transformers.trainer_pt_utils import LabelSmoother
+
+from liger_trainer.inject import inject
+from liger_trainer.report import InjectionReport
+from liger_trainer.stock import handled_for
+
+
+class LigerTrainer(Trainer):
+    """A drop-in for `transformers.Trainer`.
+
+    Args:
+        model: as in Trainer, or the name or path of a causal language model. A model that is loaded
+            here brings its tokenizer as `processing_class`, and a collator that pads labels.
+        model_init_kwargs: for `from_pretrained`, when `model` is a name or path.
+
+    Everything else is Trainer's. `args.use_liger_kernel` injects the kernels at construction;
+    `args.liger_kernel_config` says which (see `KernelConfig`). `injection_report` tells what was
+    swapped; it is None with the flag off, and this class is then exactly Trainer.
+
+    Raises ValueError for an unknown key in `liger_kernel_config`, and for `model_init_kwargs` with a
+    model that exists already.
+    """
+
+    injection_report: InjectionReport | None = None
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *positional,
+        model_init_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        if isinstance(model, (str, os.PathLike)):
+            name, init = str(model), model_init_kwargs or {}
+            model = AutoModelForCausalLM.from_pretrained(name, **init)
+            if processing_class is None:
+                processing_class = _load_tokenizer(name, init)
+            if data_collator is None:
+                data_collator = _collator(processing_class, train_dataset)
+        elif model_init_kwargs:
+            raise ValueError(
+                "model_init_kwargs are for a model given by name or path; this one is loaded already"
+            )
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            *positional,
+            **kwargs,
+        )
+        if self.args.use_liger_kernel:
+            self._inject()
+            if self.label_smoother is not None:
+                self.label_smoother = FusedLabelSmoother(self.label_smoother.epsilon)
+
+    def _inject(self) -> None:
+        self.injection_report = inject(self.model, self.args.liger_kernel_config)
+
+    def train(self, *args, **kwargs):
+        # Trainer.train calls its hook for another package, after a possible model_init.
+        with handled_for(self, self._inject):
+            return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        # A request to another package's models; a PEFT wrapper would pass it on to ours.
+        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, *args, **kwargs):
+        number = super()._get_num_items_in_batch(*args, **kwargs)
+        if self.args.use_liger_kernel and torch.is_tensor(number):
+            return number.clamp(min=1)  # no label in the whole batch: loss 0 / 1, not 0 / 0
+        return number
+
+
+class FusedLabelSmoother(LabelSmoother):
+    """The same loss as transformers' smoother, through `cross_entropy`, so without full logits."""
+
+    def __call__(self, model_output, labels, shift_labels=False, num_items_in_batch=None):
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        total = F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]).float(),
+            labels.reshape(-1).to(logits.device),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.epsilon,
+            reduction="sum",
+        )
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != self.ignore_index).sum().clamp_min(1)
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
+
+
+def _load_tokenizer(name: str, model_init_kwargs: dict[str, Any]):
+    shared = ("revision", "token", "trust_remote_code", "cache_dir", "subfolder", "gguf_file")
+    chosen = {k: v for k, v in model_init_kwargs.items() if k in shared}
+    try:
+        return AutoTokenizer.from_pretrained(name, **chosen)
+    except (OSError, ValueError):  # a folder with weights only: the data is tokenised already
+        return None
+
+
+def _collator(tokenizer, dataset):
+    if tokenizer is None:
+        return None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if "labels" in (getattr(dataset, "column_names", None) or ()):
+        return DataCollatorForSeq2Seq(tokenizer)
+    return DataCollatorForLanguageModeling(tokenizer, mlm=False)

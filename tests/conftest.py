@@ -1,0 +1,55 @@
+"""Fixtures: the device of a test, the Triton interpreter on CPU, poisoned allocations."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # before any kernel is decorated
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+from liger_trainer.kernels import runtime  # noqa: E402
+
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """CPU everywhere, and CUDA under `pytest -m gpu`."""
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh allocations are full of NaN, so an element that a kernel forgot to write shows."""
+
+    def poison(make):
+        def poisoned_make(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return poisoned_make
+
+    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def kernel_device(device, poisoned):
+    """Like `device`, but on CPU the Triton kernels run, through the interpreter."""
+    if device == "cuda":
+        yield device
+    else:
+        with runtime.interpreted():
+            yield device

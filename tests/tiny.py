@@ -1,0 +1,113 @@
+"""A model and tokenizer small enough to train in a test, and a recipe around them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As some reasoning models have it: earlier turns lose their reasoning, the last one gets a block.
+REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% set text = m['content'].split('</think>')[-1].strip() %}"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n</think>\n{% endif %}"
+    "{{ text }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_TEXTS = ["the cat sat on the mat", "what is two plus two ? four .", "user assistant system think"]
+
+
+def tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a few hundred tokens with ChatML's special ones."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(_TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=chat_template,
+    )
+
+
+def config(**changes) -> LlamaConfig:
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    return LlamaConfig(**sizes | {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2} | changes)
+
+
+def model(seed: int = 0, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config(**changes))
+
+
+def saved_model(folder: Path) -> Path:
+    """A folder that `from_pretrained` loads model and tokenizer from."""
+    model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def chat_file(path: Path, count: int = 24) -> Path:
+    """A JSON Lines file of short conversations."""
+    numbers = ["one", "two", "three", "four", "five"]
+    with path.open("w") as file:
+        for i in range(count):
+            question = f"what is {numbers[i % 5]} plus {numbers[i % 3]} ?"
+            turns = [("user", question), ("assistant", f"the cat sat on {numbers[i % 4]} .")]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def recipe_values(folder: Path, **training) -> dict:
+    """The sections of a recipe that trains a tiny model for six steps, on a CPU."""
+    return {
+        "model": {"name_or_path": str(saved_model(folder / "model"))},
+        "data": {
+            "path": str(chat_file(folder / "chat.jsonl")),
+            "eval_fraction": 0.25,
+            "max_length": 64,
+        },
+        "training": {
+            "output_dir": str(folder / "out"),
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **training,
+        },
+    }
+
+
+def write_recipe(folder: Path, values: dict) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
