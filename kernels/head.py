@@ -223,14 +223,13 @@ def forward(
     kept = plan.want_head and may_keep and begin == 0
     if plan.want_grad:
         finish(begin, stop, keep=kept)
-    nothing = logits.new_empty(0)
     return Saved(
         loss=loss,
         filled=stop if kept else 0,
         dlogits=logits if kept else logits.new_empty((0, head.vocab)),
-        dbias=gradient.bias if gradient else nothing,
+        dbias=gradient.bias if gradient else logits.new_empty(0),
         dhidden=dhidden,
-        dweight=gradient.weight if gradient else [nothing] * len(head.weight),
+        dweight=gradient.weight if gradient else [logits.new_empty(0) for _ in head.weight],
     )
 
 
@@ -246,11 +245,11 @@ def backward(
     n = head.labels.shape[0]
     head.host.check(head.vocab)
     scale = g.expand(n) if row_weight_N is None else g * row_weight_N
-    dhidden = [scale_rows(d, scale) if d.numel() else d for d in saved.dhidden]
+    dhidden = [scale_rows(d, scale) if d.numel() else torch.empty_like(d) for d in saved.dhidden]
     accumulated = saved.dbias.numel() or any(d.numel() for d in saved.dweight)
     if not plan.want_head or accumulated:
         dweight = [
-            torch.mul(d, g, out=d.new_empty(d.shape, dtype=dtype)) if d.numel() else d
+            torch.mul(d, g, out=d.new_empty(d.shape, dtype=dtype))
             for d, dtype in zip(saved.dweight, dtypes, strict=True)
         ]
         return dhidden, dweight, saved.dbias * g

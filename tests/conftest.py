@@ -7,10 +7,13 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter  # noqa: E402
 import pytest  # noqa: E402
 
 from liger_trainer.kernels import runtime  # noqa: E402
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.repair()
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 

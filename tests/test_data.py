@@ -40,7 +40,10 @@ def trained_text(encoded, tokenizer=None):
 
 
 def test_only_assistant_turns_and_what_closes_them_are_trained():
-    assert trained_text(encode({"messages": CHAT})) == ["four .<|im_end|>", "sat on the mat<|im_end|>"]
+    assert trained_text(encode({"messages": CHAT})) == [
+        "four .<|im_end|>",
+        "sat on the mat<|im_end|>",
+    ]
 
 
 def test_turns_are_found_when_the_template_edits_earlier_ones():
@@ -50,7 +53,9 @@ def test_turns_are_found_when_the_template_edits_earlier_ones():
     encoded = encode({"messages": chat}, tokenizer)
     spans = trained_text(encoded, tokenizer)
     assert spans == ["four .<|im_end|>", "<think>\n</think>\nsat on the mat<|im_end|>"]
-    assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(
+        chat, tokenize=False
+    )
 
 
 def test_labels_are_the_input_ids_they_stand_for():
@@ -140,7 +145,9 @@ def test_a_missing_file_lists_near_names(tmp_path):
         load_splits(DataArguments(path=str(tmp_path / "trian.jsonl")), 0)
 
 
-@pytest.mark.parametrize(("content", "message"), [("", "is empty"), ("{not json", "cannot be read")])
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "is empty"), ("{not json", "cannot be read")]
+)
 def test_an_unreadable_file_is_named(tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(content)
@@ -185,7 +192,9 @@ def test_best_fit_places_each_once_and_never_overflows():
 
 
 def test_padding_is_ignored_and_masked():
-    batch = Collator(7)([{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}])
+    batch = Collator(7)(
+        [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4], "labels": [4]}]
+    )
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 7, 7]]
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -206,13 +215,15 @@ def test_packed_examples_do_not_see_each_other(device, attention, flatten):
     assert "attention_mask" not in batch
     model = tiny.model(attn_implementation=attention).to(device).eval()
     with torch.no_grad():
-        got = model(**{k: v.to(device) for k, v in batch.items()}).logits
+        got = model(**{k: v.to(device) for k, v in batch.items()}, use_cache=False).logits
         if flatten:
             got = got.squeeze(0)
         else:
             lengths = [sum(len(ids[i]) for i in row) for row in packed.rows]
             got = torch.cat([row[:n] for row, n in zip(got, lengths, strict=True)])
-        alone = [model(torch.tensor([ids[i]], device=device)).logits[0] for r in packed.rows for i in r]
+        alone = [
+            model(torch.tensor([ids[i]], device=device)).logits[0] for r in packed.rows for i in r
+        ]
     torch.testing.assert_close(got, torch.cat(alone), atol=2e-5, rtol=1e-4)
 
 

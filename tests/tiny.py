@@ -57,7 +57,9 @@ def config(**changes) -> LlamaConfig:
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
     }
-    return LlamaConfig(**sizes | {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2} | changes)
+    return LlamaConfig(
+        **sizes | {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2} | changes
+    )
 
 
 def model(seed: int = 0, **changes) -> LlamaForCausalLM:

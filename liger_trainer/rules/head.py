@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,27 @@ from liger_trainer.swap import Swapped
 FUSED = "fused_linear_cross_entropy"
 
 
+@functools.cache
+def _uncompiled(function: Callable, recursive: bool = True) -> Callable:
+    reason = (
+        "liger_trainer defers logits here; for one full graph set fused_linear_cross_entropy "
+        "to false in liger_kernel_config"
+    )
+    return torch.compiler.disable(function, recursive=recursive, reason=reason)
+
+
 class DeferredLinear(Swapped):
     """A linear layer onto the vocabulary whose result is deferred; key: whether the loss fuses."""
 
-    def forward(self, hidden_states):
+    @classmethod
+    def namespace(cls, base: type, fused: bool) -> dict[str, object]:
+        return {"forward": _uncompiled(cls.deferred_forward) if fused else cls.deferred_forward}
+
+    def deferred_forward(self, hidden_states):
         # One position per sequence is a decoding step; a weight without elements is a shard.
         plain = hidden_states.dim() < 2 or hidden_states.shape[-2] == 1 or not self.weight.numel()
-        if plain or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return super().forward(hidden_states)
+        if plain or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return self._liger_base.forward(self, hidden_states)
         dtype = hidden_states.dtype
         if torch.is_autocast_enabled(hidden_states.device.type):
             dtype = torch.get_autocast_dtype(hidden_states.device.type)
@@ -34,22 +47,31 @@ class DeferredLinear(Swapped):
 
 
 class DeferringModel(Swapped):
-    """The model that owns the head.
+    """The model that owns the head; key: whether the loss fuses.
 
     Its forward drops `skip_logits`, which Trainer passes for another kernel package in evaluation
-    (logits are never built there unless used). torch.compile compiles what the forward calls (the
-    backbone), while the forward itself, where logits are deferred, runs as it is.
+    (logits are never built there unless used).
+
+    Under torch.compile, what the forward calls is compiled (the backbone, as one graph), while the
+    forward's own lines and the loss function, through which deferred logits pass, run as they are.
     """
 
     @classmethod
-    def namespace(cls, base: type) -> dict[str, object]:
+    def namespace(cls, base: type, fused: bool) -> dict[str, object]:
         original = base.forward
 
         @functools.wraps(original)
         def forward(self, *args, skip_logits=None, **kwargs):
             return original(self, *args, **kwargs)
 
-        return {"forward": forward}
+        if not fused:
+            return {"forward": forward}
+        names = {"forward": functools.wraps(original)(_uncompiled(forward, recursive=False))}
+        loss_function = getattr(base, "loss_function", None)
+        if isinstance(loss_function, property):
+            getter = _uncompiled(lambda self: _uncompiled(loss_function.fget(self)))
+            names["loss_function"] = loss_function.getter(getter)
+        return names
 
 
 def examine_model(search: Search) -> Iterator[Finding]:
@@ -78,8 +100,8 @@ def examine_model(search: Search) -> Iterator[Finding]:
     if refusal and not layers:
         yield Finding(Row(site, rule, False, refusal))
     if not refusal:
-        yield Finding(Row("", "model", True, "own forward and loss kept", eligible=False), model,
-                      DeferringModel)  # fmt: skip
+        row = Row("", "model", True, "own forward and loss kept", eligible=False)
+        yield Finding(row, model, DeferringModel, (fused,))
 
 
 def _is_head_layer(name: str, site: str, module: nn.Module, embeddings: nn.Module) -> bool:

@@ -33,6 +33,7 @@ class NormForm:
     bias: str | None = None
     offset: float = 0.0
     cast_first: bool = True
+    autocast_to_fp32: bool = False  # as autocast does with torch.nn.LayerNorm
 
     @property
     def rule(self) -> str:
@@ -53,6 +54,8 @@ class FusedNorm(Swapped):
         form = self._liger_key[0]
         weight = None if form.weight is None else getattr(self, form.weight)
         bias = None if form.bias is None else getattr(self, form.bias)
+        if form.autocast_to_fp32 and torch.is_autocast_enabled(hidden_states.device.type):
+            hidden_states = hidden_states.float()
         return form.apply(hidden_states, weight, bias)
 
 
@@ -89,7 +92,7 @@ def _looks_like_norm(module: nn.Module) -> bool:
     return (
         bool(_epsilons(module))
         and len(parameters) <= 2
-        and all(p.dim() == 1 and p.shape == parameters[0].shape for p in parameters)
+        and all(p.dim() in (1, 2) and p.shape == parameters[0].shape for p in parameters)
     )
 
 
@@ -139,9 +142,18 @@ def identify(
         elif nearest is None or (verdict.max_error or 9e9) < (nearest.max_error or 9e9):
             nearest = verdict
     if found:
-        return min(found, key=lambda pair: pair[1].rounding)
+        form, verdict = min(found, key=lambda pair: pair[1].rounding)
+        upcast = _output_under_autocast(original, parameters, device) == torch.float32
+        return dataclasses.replace(form, autocast_to_fp32=upcast), verdict
     reason = nearest.reason if nearest.max_error is None else "neither RMSNorm nor LayerNorm"
     return None, dataclasses.replace(nearest, reason=reason)
+
+
+def _output_under_autocast(original, parameters, device: torch.device) -> torch.dtype:
+    """The dtype that the original returns for a bf16 input and bf16 parameters."""
+    case = next(c for c in _cases(parameters, device) if c.inputs[0].dtype == torch.bfloat16)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        return original(*case.inputs).dtype
 
 
 def _candidate(form: NormForm, names: list[str]):
@@ -154,7 +166,7 @@ def _candidate(form: NormForm, names: list[str]):
 
 def _cases(parameters: list[nn.Parameter], device: torch.device) -> Iterator[probe.Case]:
     """fp32, bf16, and bf16 input with fp32 parameters (what autocast makes of a model)."""
-    width = parameters[0].shape[0] if parameters else _WIDTH_IF_UNKNOWN
+    width = parameters[0].shape[-1] if parameters else _WIDTH_IF_UNKNOWN
     dtypes = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
     dtypes += [(torch.bfloat16, torch.float32)] if parameters else []
     for x_dtype, p_dtype in dtypes:

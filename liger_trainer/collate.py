@@ -1,0 +1,84 @@
+"""Examples to batches: padding on the right, or several examples packed into one row."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import torch
+
+from liger_trainer.tokenize import IGNORE_INDEX
+
+
+class PackedDataset(torch.utils.data.Dataset):
+    """Rows of whole examples, at most `max_length` tokens each, by best fit in decreasing length.
+
+    `position_ids` restart with every example. With neither an attention mask nor a cache,
+    transformers takes that for the border between sequences, so that no example sees another.
+    """
+
+    def __init__(self, dataset, max_length: int):
+        self.dataset = dataset
+        self.rows = best_fit([len(ids) for ids in dataset["input_ids"]], max_length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        row = {"input_ids": [], "labels": [], "position_ids": []}
+        for example in (self.dataset[i] for i in self.rows[index]):
+            row["input_ids"] += example["input_ids"]
+            row["labels"] += example["labels"]
+            row["position_ids"] += range(len(example["input_ids"]))
+        return row
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in bins that hold at most `capacity`; the longest are placed first."""
+    bins: list[list[int]] = []
+    space: list[tuple[int, int]] = []  # (what is left, bin), ascending
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(space, (lengths[i], -1))
+        if at == len(space):
+            bins.append([])
+            left, target = capacity, len(bins) - 1
+        else:
+            left, target = space.pop(at)
+        bins[target].append(i)
+        insort(space, (left - lengths[i], target))
+    return bins
+
+
+@dataclass(frozen=True)
+class Collator:
+    """A list of examples to tensors `[batch, longest]`.
+
+    Plain examples get an attention mask. Packed rows get `position_ids` and no mask; their padding
+    is one more sequence. `flatten` joins packed rows to one of `[1, total]` without padding, which
+    is the only packed form that FlashAttention separates.
+    """
+
+    pad_token_id: int
+    flatten: bool = False
+
+    def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        packed = "position_ids" in examples[0]
+        names = ["input_ids", "labels", *(["position_ids"] if packed else [])]
+        if packed and self.flatten:
+            return {n: torch.tensor([[i for e in examples for i in e[n]]]) for n in names}
+        longest = max(len(e["input_ids"]) for e in examples)
+        missing = [longest - len(e["input_ids"]) for e in examples]
+        fill = {
+            "input_ids": lambda n: [self.pad_token_id] * n,
+            "labels": lambda n: [IGNORE_INDEX] * n,
+            "position_ids": lambda n: list(range(n)),
+        }
+        batch = {
+            name: torch.tensor(
+                [e[name] + fill[name](n) for e, n in zip(examples, missing, strict=True)]
+            )
+            for name in names
+        }
+        if not packed:
+            batch["attention_mask"] = torch.tensor([[1] * (longest - n) + [0] * n for n in missing])
+        return batch

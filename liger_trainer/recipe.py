@@ -1,0 +1,234 @@
+"""A recipe: YAML plus command-line overrides, checked key by key before anything is loaded.
+
+Precedence: command line, then YAML, then defaults. The keys of `training` are the fields of the
+*installed* `transformers.TrainingArguments`, those of `peft` the fields of `peft.LoraConfig`, so a
+key that a release has dropped is an error and not a silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import re
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from liger_trainer.config import KernelConfig
+from liger_trainer.data import DataArguments, near
+from liger_trainer.load import ModelArguments
+
+TRAINING_DEFAULTS = {
+    "report_to": "none",
+    "include_num_input_tokens_seen": "non_padding",
+    "logging_steps": 10,
+}
+
+
+def _sft_arguments() -> type:
+    from transformers import TrainingArguments
+
+    return TrainingArguments
+
+
+METHODS = {"sft": _sft_arguments}  # method -> the dataclass that `training` fills
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (`2e-5` is a float) and no key twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} appears twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run needs, and where each value came from."""
+
+    path: Path
+    method: str
+    model: ModelArguments
+    data: DataArguments
+    values: dict[str, Any]  # nested, as given: YAML and command line
+    sources: dict[str, str]  # "training.learning_rate" -> "recipe", or "command line"
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.values["training"]["output_dir"])
+
+    def training_arguments(self):
+        """The filled `TrainingArguments`. `bf16: auto` is decided here, by the machine.
+
+        Raises ValueError with the section's name when the installed transformers refuses a value.
+        """
+        fields = {**TRAINING_DEFAULTS, **self.values["training"]}
+        if fields.get("bf16") == "auto":
+            fields["bf16"] = native_bf16()
+        try:
+            return METHODS[self.method]()(**fields)
+        except (ValueError, TypeError, ImportError) as error:
+            raise ValueError(f"training: {error}") from error
+
+    def peft_config(self):
+        """The filled `LoraConfig`, or None without a `peft` section."""
+        if self.values.get("peft") is None:
+            return None
+        return _lora_class()(**{"task_type": "CAUSAL_LM", **self.values["peft"]})
+
+
+def native_bf16() -> bool:
+    """Whether there is an accelerator that computes bf16 at full speed."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads and checks a recipe; nothing is downloaded or created.
+
+    Raises FileNotFoundError for a missing recipe, and ValueError for bad YAML, an unknown section
+    or key (with the nearest name), and a value of the wrong type.
+    """
+    path = Path(path)
+    values = _read(path)
+    given = {section: keys for section, keys in values.items() if isinstance(keys, dict)}
+    sources = {f"{section}.{key}": "recipe" for section, keys in given.items() for key in keys}
+    for override in overrides:
+        _apply(override, values, sources)
+    method = values.setdefault("method", "sft")
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
+    training = values.setdefault("training", {}) or {}
+    training.setdefault("output_dir", f"runs/{path.stem}")
+    values = _check(values, method)
+    KernelConfig.from_dict(values["training"].get("liger_kernel_config") or {})
+    model, data = ModelArguments(**values["model"]), DataArguments(**values["data"])
+    return Recipe(path, method, model, data, values, sources)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {str(path)!r}{near(path)}")
+    try:
+        values = yaml.load(path.read_text(), _Loader) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path}: a recipe is a mapping of the sections model, data, training, peft"
+        )
+    return values
+
+
+def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Puts one `section.key=value` into `values`; the value is a YAML scalar or flow."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ValueError(f"{override!r} is not of the form section.key=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from error
+    *parents, leaf = key.split(".")
+    target = values
+    for parent in parents:
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
+        if not isinstance(target, dict):
+            raise ValueError(f"{override!r}: {parent!r} holds a value, not keys")
+    before = target.get(leaf)
+    source = "command line" if before is None else f"command line; the recipe has {before}"
+    target[leaf] = value
+    sources[".".join(key.split(".")[:2])] = source
+
+
+def _check(values: dict[str, Any], method: str) -> dict[str, Any]:
+    """`values` with every section checked against its dataclass and numbers in their type."""
+    sections = {"model": ModelArguments, "data": DataArguments, "training": METHODS[method]()}
+    if values.get("peft") is not None:
+        sections["peft"] = _lora_class()
+    _known("recipe", values, ["method", *sections, "peft"])
+    checked = {"method": method}
+    for section, cls in sections.items():
+        given = values.get(section) or {}
+        if not isinstance(given, dict):
+            raise ValueError(f"{section}: expected keys and values, found {given!r}")
+        fields = [f.name for f in dataclasses.fields(cls) if f.init]
+        _known(section, given, fields)
+        hints = typing.get_type_hints(cls)
+        checked[section] = {
+            k: _convert(f"{section}.{k}", v, hints[k])
+            for k, v in given.items()
+            if v is not None or _admits(hints[k], None)  # null elsewhere means the default
+        }
+    return checked
+
+
+def _known(where: str, given: Iterable[str], known: list[str]) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _lora_class() -> type:
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("peft: the section needs `pip install peft`") from error
+    return LoraConfig
+
+
+def _convert(where: str, value: Any, hint: Any) -> Any:
+    """`value` if the annotation admits it, an integer as a float where a float is meant."""
+    if (where == "training.bf16" and value == "auto") or _admits(hint, value):
+        return value
+    if _is_int(value) and _admits(hint, float(value)):
+        return float(value)
+    name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+    raise ValueError(f"{where}: {value!r} is a {type(value).__name__}, expected {name}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _admits(hint: Any, value: Any) -> bool:
+    """Whether a value from YAML fits an annotation; what YAML cannot express is admitted."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_admits(a, value) for a in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is int:
+        return _is_int(value)
+    if hint in (bool, float, str, list, dict):
+        return isinstance(value, hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return value in [member.value for member in hint]
+    if hint is types.NoneType:
+        return value is None
+    return hint is Any or (dataclasses.is_dataclass(hint) and value is not None)

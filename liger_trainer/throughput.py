@@ -1,0 +1,120 @@
+"""Callbacks of a recipe run: tokens per second, peak memory, and stopping on a signal."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+from transformers import ProgressCallback, TrainerCallback
+
+GIB = 1024**3
+
+
+def peak_memory_gib() -> float:
+    """The most that this process has held: GPU memory allocated, or, without a GPU, resident."""
+    if torch.cuda.is_available():
+        return (
+            sum(torch.cuda.max_memory_allocated(d) for d in range(torch.cuda.device_count())) / GIB
+        )
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, else in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+class Throughput(TrainerCallback):
+    """Adds `tokens_per_second` and `peak_memory_gib` to every training log.
+
+    Tokens are the real ones (no padding) of all devices; time excludes evaluation and saving. Both
+    numbers land in `state.log_history`, which checkpoints keep.
+    """
+
+    def __init__(self):
+        self._seconds = 0.0
+        self._tokens = 0
+        self._mark = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._seconds, self._tokens = 0.0, state.num_input_tokens_seen
+        self._mark = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._lap(counts=True)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._lap(counts=False)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._lap(counts=False)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs:
+            return
+        self._lap(counts=True)  # reading the loss has waited for the device
+        tokens = state.num_input_tokens_seen - self._tokens
+        measured = {
+            "tokens_per_second": round(tokens / max(self._seconds, 1e-9), 1),
+            "peak_memory_gib": round(peak_memory_gib(), 3),
+        }
+        logs.update(measured)
+        state.log_history[-1].update(measured)
+        self._seconds, self._tokens = 0.0, state.num_input_tokens_seen
+
+    def _lap(self, *, counts: bool) -> None:
+        now = time.perf_counter()
+        if counts:
+            self._seconds += now - self._mark
+        self._mark = now
+
+
+class Progress(ProgressCallback):
+    """The trainer's progress bar, with one short line per log above it."""
+
+    COLUMNS = (
+        ("loss", "loss {:.4f}"),
+        ("eval_loss", "held-out loss {:.4f}"),
+        ("grad_norm", "gradient norm {:.2f}"),
+        ("learning_rate", "learning rate {:.2e}"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("peak_memory_gib", "{:.2f} GiB"),
+    )
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        known = [text.format(float(logs[key])) for key, text in self.COLUMNS if key in (logs or {})]
+        if state.is_world_process_zero and self.training_bar is not None and known:
+            self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(known))
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM ends training after the current step, with a checkpoint.
+
+    A second signal interrupts at once.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    @contextmanager
+    def watching(self):
+        """Handles both signals within the block."""
+        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.received is not None and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+        return control

@@ -1,0 +1,130 @@
+"""The report is one page that needs nothing else, and shows what the run logged."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from liger_trainer.report import InjectionReport, Row
+from liger_trainer.run import summarize
+from liger_trainer.run_report import plots, write_report
+
+LOG = [
+    {"step": 0, "eval_loss": 2.0},
+    {
+        "step": 1,
+        "loss": 2.1,
+        "learning_rate": 1e-4,
+        "tokens_per_second": 100.0,
+        "peak_memory_gib": 1.5,
+        "num_input_tokens_seen": 200,
+    },
+    {
+        "step": 2,
+        "loss": 1.1,
+        "learning_rate": 5e-5,
+        "tokens_per_second": 300.0,
+        "peak_memory_gib": 1.25,
+        "num_input_tokens_seen": 800,
+    },
+    {"step": 2, "eval_loss": 1.25},
+]
+INJECTION = InjectionReport(
+    (
+        Row("model.norm", "rms_norm", True, "same function", 1e-7),
+        Row("model.layers.0.mlp", "swiglu", False, "outputs differ <by> 3e-2", 3e-2),
+    )
+)
+
+
+class Parsed(HTMLParser):
+    """Open tags, addresses and text of a page."""
+
+    VOID = ("meta", "br", "use", "path", "rect")
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.links, self.text = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.tags.append(tag)
+        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+
+    def handle_startendtag(self, tag, attributes):
+        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.tags.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    import json
+
+    injection = {"table": INJECTION.table(), **json.loads(INJECTION.to_json())}
+    path = write_report(
+        tmp_path / "report.html",
+        title="tiny <run>",
+        summary=summarize(LOG) | {"steps": 2, "minutes": 0.5},
+        log_history=LOG,
+        injection=injection,
+        recipe={"training": {"learning_rate": 1e-4}},
+        machine={"torch": "2.13.0"},
+        notes=["10 rows"],
+    )
+    return path.read_text()
+
+
+def test_it_is_well_formed_and_loads_nothing_from_elsewhere(page):
+    parsed = Parsed(page)
+    assert parsed.tags == []
+    assert all(link.startswith("#") for link in parsed.links)
+    assert not re.search(r"url\((?!#)|@import", page)
+
+
+def test_it_shows_the_numbers_the_table_and_the_recipe(page):
+    text = " ".join(Parsed(page).text)
+    for expected in ("tiny <run>", "2.000 → 1.250", "200", "1.50 GiB", "10 rows", "torch"):
+        assert expected in text
+    for expected in ("model.norm", "swiglu 0 of 1", "outputs differ <by> 3e-2", "learning_rate"):
+        assert expected in text
+
+
+def test_four_plots_with_ids_of_their_own(page):
+    figures = plots(LOG)
+    assert len(figures) == 4
+    ids = [set(re.findall(r'clip-path="url\(#(\w+)\)"', figure)) for figure in figures]
+    assert all(ids)
+    assert len(set.union(*ids)) == sum(len(found) for found in ids)
+
+
+def test_a_plot_without_data_is_left_out():
+    assert len(plots([{"step": 1, "loss": 1.0}])) == 1
+
+
+def test_speed_is_tokens_over_time_and_not_a_mean_of_speeds():
+    summary = summarize(LOG)
+    assert summary["tokens"] == 800
+    assert summary["tokens_per_second"] == pytest.approx(800 / (200 / 100 + 600 / 300))
+    assert summary["eval_loss_before"], summary["eval_loss_after"] == (2.0, 1.25)
+    assert summary["peak_memory_gib"] >= 1.5
+
+
+def test_a_run_without_kernels_says_so(tmp_path):
+    path = write_report(
+        tmp_path / "report.html",
+        title="t",
+        summary=summarize([]) | {"steps": 0, "minutes": 0.0},
+        log_history=[],
+        injection=None,
+        recipe={},
+        machine={},
+        notes=[],
+    )
+    assert "use_liger_kernel is off" in path.read_text()
