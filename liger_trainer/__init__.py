@@ -7,8 +7,8 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "inject": "inject",
-    "restore": "inject",
+    "inject": "injection",
+    "restore": "injection",
     "InjectionReport": "report",
     "KernelConfig": "config",
     "LigerTrainer": "trainer",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from liger_trainer.inject import inject
+from liger_trainer.injection import inject
 from liger_trainer.load import ModelArguments, load_config, meta_model
 from liger_trainer.recipe import TRAINING_DEFAULTS, Recipe
 from liger_trainer.report import InjectionReport

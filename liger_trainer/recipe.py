@@ -81,6 +81,7 @@ class Recipe:
         Raises ValueError with the section's name when the installed transformers refuses a value.
         """
         fields = {**TRAINING_DEFAULTS, **self.values["training"]}
+        fields.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
         if fields.get("bf16") == "auto":
             fields["bf16"] = native_bf16()
         try:

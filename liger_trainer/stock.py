@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import transformers.trainer
 from torch import nn
 
-from liger_trainer.inject import inject
+from liger_trainer.injection import inject
 
 _HOOK = "apply_liger_kernel"
 _original: Callable | None = None

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
-from liger_trainer.inject import inject
+from liger_trainer.injection import inject
 from liger_trainer.report import InjectionReport
 from liger_trainer.stock import handled_for
 

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from liger_trainer import cli, run_folder
+from liger_trainer.data import prepare
+from liger_trainer.load import load_tokenizer
 from liger_trainer.recipe import load_recipe
 from liger_trainer.run import run as run_recipe
 from liger_trainer.throughput import Throughput
@@ -62,6 +64,16 @@ def test_fused_and_plain_runs_agree(tmp_path, recipe, packing):
     assert fused["tokens"] == plain["tokens"]
     for name in ("train_loss_first", "train_loss_last", "eval_loss_before", "eval_loss_after"):
         assert fused[name] == pytest.approx(plain[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_padding_is_not_counted_as_tokens(tmp_path, recipe, packing):
+    options = ["training.max_steps=-1", "training.num_train_epochs=1", f"data.packing={packing}"]
+    assert train(recipe, *options) == 0
+    parsed = load_recipe(recipe)
+    prepared = prepare(parsed.data, load_tokenizer(parsed.model), seed=42)
+    summary = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
+    assert summary["tokens"] == sum(len(ids) for ids in prepared.train["input_ids"])
 
 
 def test_lora_leaves_an_adapter(tmp_path, recipe):

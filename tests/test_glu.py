@@ -198,8 +198,8 @@ def test_ops_are_what_their_fakes_say(device, activation):
     up = up.to(torch.bfloat16)
     checks = ("test_schema", "test_faketensor")
     with runtime.interpreted():
-        torch.library.opcheck(glu._glu_fwd, (gate, up, activation), test_utils=checks)
-        torch.library.opcheck(glu._glu_bwd, (gate.t().t(), gate, up, activation), test_utils=checks)
+        torch.library.opcheck(glu._glu_fwd.op, (gate, up, activation), test_utils=checks)
+        torch.library.opcheck(glu._glu_bwd.op, (gate.t().t(), gate, up, activation), test_utils=checks)
 
 
 @pytest.mark.gpu

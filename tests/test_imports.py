@@ -13,7 +13,7 @@ LAYERS = [
     ["kernels", "report", "config", "run_report", "throughput"],
     ["probe", "logits", "deferred", "swap"],
     ["rules"],
-    ["inject"],
+    ["injection"],
     ["stock"],
     ["trainer", "trl"],
     ["tokenize", "collate", "load", "data", "recipe"],

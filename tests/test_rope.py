@@ -289,7 +289,7 @@ def test_op_is_what_its_fake_says(device, heads_inner, backward):
     flags = (heads_inner, False, False, False, backward)
     with runtime.interpreted():
         torch.library.opcheck(
-            rope_module._rope_op,
+            rope_module._rope_op.op,
             (q, k, *tables, torch.float32, torch.bfloat16, *flags),
             test_utils=("test_schema", "test_faketensor"),
         )

@@ -174,4 +174,5 @@ def _cases(parameters: list[nn.Parameter], device: torch.device) -> Iterator[pro
             x = probe.draw((2, 3, width), scale, device, i)
             tensors = [x.to(x_dtype), *(p.detach().to(p_dtype) for p in parameters)]
             label = f"{x_dtype} input of size {scale:g}"
-            yield probe.Case(tuple(t.requires_grad_() for t in tensors), label)
+            mixed = x_dtype != p_dtype
+            yield probe.Case(tuple(t.requires_grad_() for t in tensors), label, optional=mixed)
