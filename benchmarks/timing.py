@@ -28,6 +28,22 @@ def measure(fn: Callable[[], object], *, warmup: int = 3, repeats: int = 12) -> 
     return statistics.median(a.elapsed_time(b) for a, b in times), peak
 
 
+def measure_graph(fn: Callable[[], object], *, warmup: int = 3, repeats: int = 30) -> float:
+    """Median milliseconds of replays of a CUDA graph of `fn()`: device time alone.
+
+    Raises RuntimeError if `fn` cannot be captured (it synchronises, say).
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            fn()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            fn()
+    return measure(graph.replay, warmup=warmup, repeats=repeats)[0]
+
+
 def environment() -> str:
     """One line that says on what a table was measured."""
     versions = []

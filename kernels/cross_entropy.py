@@ -42,7 +42,7 @@ class LossOptions:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
         if self.softcap is not None and not self.softcap > 0.0:
             raise ValueError(f"softcap must be positive or None, got {self.softcap}")
-        if not math.isfinite(self.scale):
+        if not abs(self.scale) < float("inf"):  # math.isfinite does not compile in torch 2.11
             raise ValueError(f"scale must be finite, got {self.scale}")
 
 

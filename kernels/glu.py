@@ -21,9 +21,10 @@ from __future__ import annotations
 
 import torch
 
-from liger_trainer.kernels.runtime import as_rows, register_op, tl, triton, use_triton
+from liger_trainer.kernels.runtime import as_rows, pays, register_op, tl, triton, use_triton
 
 # One 16-byte load of bf16 per thread and tensor: enough programs are resident to fill the bus.
+MIN_ELEMENTS = 1 << 24  # below, two torch kernels take less time (H200, host included)
 _BLOCK = 1024
 _NUM_WARPS = 4
 
@@ -166,7 +167,8 @@ def _check(name: str, gate: torch.Tensor, up: torch.Tensor) -> None:
 
 def _has_kernel(gate: torch.Tensor, up: torch.Tensor) -> bool:
     # The kernels compute in fp32, so fp64 stays with torch.
-    return torch.float64 not in (gate.dtype, up.dtype) and use_triton(gate)
+    fits = torch.float64 not in (gate.dtype, up.dtype)
+    return fits and use_triton(gate) and pays(gate, MIN_ELEMENTS)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -134,9 +134,7 @@ def _add_product_(buffer: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor, 
     if buffer.dtype == dlogits.dtype:
         torch.addmm(buffer, dlogits.t(), x, beta=beta, out=buffer)
     elif buffer.is_cuda and buffer.dtype == torch.float32:
-        torch.ops.aten.addmm.dtype_out(
-            buffer, dlogits.t(), x, torch.float32, beta=beta, out=buffer
-        )
+        torch.ops.aten.addmm.dtype_out(buffer, dlogits.t(), x, torch.float32, beta=beta, out=buffer)
     elif first:
         buffer.copy_(torch.mm(dlogits.t(), x))
     else:

@@ -21,8 +21,17 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 
-from liger_trainer.kernels.runtime import as_rows, num_sms, register_op, tl, triton, use_triton
+from liger_trainer.kernels.runtime import (
+    as_rows,
+    num_sms,
+    pays,
+    register_op,
+    tl,
+    triton,
+    use_triton,
+)
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_H = 65536
@@ -32,6 +41,7 @@ _FWD_TILES = ((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (_MAX_H, 163
 # The same, then programs per SM, pipeline stages, and whether weight stays in registers: beside x,
 # dy and the two partials the widest tiles have no room for it. Registers per thread allow that many
 # programs (sm_90). Wider than 8192 spills some: correct, slower.
+MIN_ELEMENTS = 1 << 22  # below, torch's own kernel takes less time (H200, host included)
 _BWD_TILES = (
     (2048, 2048, 4, 4, 2, True),
     (4096, 4096, 8, 2, 2, True),
@@ -285,6 +295,10 @@ def layer_norm(
     _check(x, weight=weight, bias=bias)
     dtypes_fit = all(t is None or t.dtype in _KERNEL_DTYPES for t in (x, weight, bias))
     if use_triton(x) and dtypes_fit and 0 < x.shape[-1] <= _MAX_H:
+        if not pays(x, MIN_ELEMENTS) and all(
+            t is None or t.dtype == x.dtype for t in (weight, bias)
+        ):
+            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
         return _LayerNorm.apply(x, weight, bias, float(eps))
     return layer_norm_reference(x, weight, bias, eps=eps)
 

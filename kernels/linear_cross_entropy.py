@@ -27,6 +27,7 @@ Formula of the loss, options and sources: `cross_entropy.py`. The chunk loop: `h
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,19 +67,22 @@ def linear_cross_entropy_reference(
 # --- planning --------------------------------------------------------------------------------
 
 
-def workspace_rows(vocab: int, trainable_width: int, hidden: torch.Tensor) -> int:
+def workspace_rows(tokens: int, vocab: int, trainable_width: int, hidden: torch.Tensor) -> int:
     """Rows of logits held at once.
 
-    1/64 of the device's memory (256 MiB on a CPU), plus, if the head is trainable, what the fp32
-    buffer for d weight would take: a workspace that large makes the buffer unnecessary.
+    All of them, if that takes no more than the budget (1/64 of the device's memory; 256 MiB on a
+    CPU) and the fp32 buffer for d weight that it makes unnecessary. Else what the budget holds, in
+    workspaces of equal size.
     """
     if hidden.is_cuda:
         budget = torch.cuda.get_device_properties(hidden.device).total_memory // 64
     else:
         budget = 256 << 20
-    budget += vocab * trainable_width * 4
-    rows = budget // (vocab * hidden.element_size())
-    return max(256, rows // 256 * 256)
+    row = vocab * hidden.element_size()
+    if tokens * row <= budget + vocab * trainable_width * 4:
+        return max(tokens, 1)
+    workspaces = math.ceil(tokens / max(256, budget // row))
+    return math.ceil(tokens / workspaces / 256) * 256
 
 
 def _head(hidden, weight, bias, labels, class_weight, options, order, stats, host=None) -> Head:
@@ -308,7 +312,7 @@ def linear_cross_entropy(
         want_weight=want_weight,
         want_bias=bias is not None and bias.requires_grad and enabled,
         uniform=uniform,
-        rows=max_rows or workspace_rows(weight[0].shape[0], width, hidden[0]),
+        rows=max_rows or workspace_rows(labels_N.shape[0], weight[0].shape[0], width, hidden[0]),
         first=FIRST_ROWS if use_triton(labels_N) else 0,  # a CPU knows the count at once
     )
     loss, stats = _LinearCrossEntropy.apply(

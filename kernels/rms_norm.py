@@ -17,8 +17,17 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 
-from liger_trainer.kernels.runtime import as_rows, num_sms, register_op, tl, triton, use_triton
+from liger_trainer.kernels.runtime import (
+    as_rows,
+    num_sms,
+    pays,
+    register_op,
+    tl,
+    triton,
+    use_triton,
+)
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_H = 65536
@@ -28,6 +37,7 @@ _FWD_TILES = ((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (_MAX_H, 163
 # The same, then programs per SM, pipeline stages, and whether weight stays in registers: beside x,
 # dy and the dweight partial a wide tile has no room for it, and L1 does. Registers per thread allow
 # that many programs (sm_90). Wider than 16384 spills: correct, slow, and no model is that wide.
+MIN_ELEMENTS = 1 << 22  # below, torch's fused norm takes less time (H200, host included)
 _BWD_TILES = (
     (1024, 2048, 4, 5, 1, True),
     (2048, 2048, 4, 6, 1, False),
@@ -272,8 +282,15 @@ def rms_norm(
     _check(x, weight)
     dtypes_fit = x.dtype in _KERNEL_DTYPES and (weight is None or weight.dtype in _KERNEL_DTYPES)
     if use_triton(x) and dtypes_fit and 0 < x.shape[-1] <= _MAX_H:
+        if not pays(x, MIN_ELEMENTS) and _has_torch_kernel(x, weight, offset):
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
         return _RMSNorm.apply(x, weight, float(eps), float(offset), cast_first)
     return rms_norm_reference(x, weight, eps=eps, offset=offset, cast_first=cast_first)
+
+
+def _has_torch_kernel(x, weight, offset):
+    """torch's own fused norm scales before it rounds, once: at least as exact as either form."""
+    return weight is None or (weight.dtype == x.dtype and offset == 0.0)
 
 
 def _check(x, weight):

@@ -1,4 +1,4 @@
-"""What every kernel shares: when Triton runs, how an op is registered, how a tensor is seen as rows.
+"""What every kernel shares: when Triton runs, how an op is registered, how a tensor becomes rows.
 
 Nothing here is particular to an operation. Each kernel file imports `triton`, `tl` from here, so
 that it can be imported where Triton is absent (the torch reference then runs).
@@ -34,18 +34,41 @@ except ImportError:  # Windows, macOS: every function runs on its torch referenc
     HAS_TRITON = False
 
 _interpret_on_cpu = False
+_every_size = False
 _warned_no_triton = False
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
-    """Within it, CPU tensors go through the Triton kernels (needs `TRITON_INTERPRET=1` at import)."""
-    global _interpret_on_cpu
-    before, _interpret_on_cpu = _interpret_on_cpu, True
+def every_size() -> Iterator[None]:
+    """Within it, kernels also run on inputs too small for them to pay: to prove or to test."""
+    global _every_size
+    before, _every_size = _every_size, True
     try:
         yield
     finally:
+        _every_size = before
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it, CPU tensors of every size go through the Triton kernels (needs
+    `TRITON_INTERPRET=1` at import)."""
+    global _interpret_on_cpu
+    before, _interpret_on_cpu = _interpret_on_cpu, True
+    try:
+        with every_size():
+            yield
+    finally:
         _interpret_on_cpu = before
+
+
+def pays(x: torch.Tensor, elements: int) -> bool:
+    """Whether a kernel that pays from `elements` elements on should run for `x`.
+
+    Below, launching from Python takes longer than torch's own kernels run. Compiled code launches
+    without Python.
+    """
+    return x.numel() >= elements or _every_size or torch.compiler.is_compiling()
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -62,8 +85,8 @@ def _warn_no_triton() -> None:
     if not _warned_no_triton:
         _warned_no_triton = True
         logger.warning(
-            "Triton is not installed: liger_trainer runs on its torch path, which is correct but not "
-            "faster than plain transformers. Install it with `pip install triton`."
+            "Triton is not installed: liger_trainer runs on its torch path, which is correct but "
+            "not faster than plain transformers. Install it with `pip install triton`."
         )
 
 
@@ -108,7 +131,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)  # subclasses (fake tensors) need th
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` of shape [..., H] as [rows, H] with unit stride in H; a view where one exists, else a copy."""
+    """`x` [..., H] as [rows, H] with unit stride in H; a view where one exists, else a copy."""
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 

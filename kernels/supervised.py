@@ -13,8 +13,8 @@ import torch
 from liger_trainer.kernels.runtime import tl, triton, use_triton
 
 FIRST_ROWS = 1024
-"""Rows computed before the number of supervised tokens is known: 1 to 2 ms of work for a large head,
-against about 0.1 ms for the count to reach the host."""
+"""Rows computed before the number of supervised tokens is known: 1 to 2 ms of work for a large
+head, against about 0.1 ms for the count to reach the host."""
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -52,7 +53,7 @@ def train(options: argparse.Namespace) -> int:
 
     result = run(recipe, resume=options.resume, overwrite=options.overwrite)
     if result.interrupted:
-        command = " ".join(["liger-trainer train", options.recipe, *overrides, "--resume"])
+        command = shlex.join(["liger-trainer", "train", options.recipe, *overrides, "--resume"])
         print(
             f"Interrupted after step {result.summary['steps']}, with a checkpoint. Continue with:"
         )

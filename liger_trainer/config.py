@@ -22,7 +22,7 @@ class KernelConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, bool] | KernelConfig | None) -> KernelConfig:
-        """Raises ValueError for an unknown key (naming the nearest) and for a value that is no bool."""
+        """Raises ValueError for an unknown key (naming the nearest) and a value that is no bool."""
         if isinstance(config, cls):
             return config
         names = [field.name for field in dataclasses.fields(cls)]
@@ -34,7 +34,9 @@ class KernelConfig:
                     f"Known keys: {', '.join(names)}."
                 )
             if not isinstance(value, bool):
-                raise ValueError(f"liger_kernel_config[{key!r}] must be true or false, got {value!r}")
+                raise ValueError(
+                    f"liger_kernel_config[{key!r}] must be true or false, got {value!r}"
+                )
         return cls(**(config or {}))
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ its operands; an intercepted function bypasses it. Nothing is lost on any route.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -36,7 +37,7 @@ _METADATA = {
 class Deferred(torch.Tensor):
     """Base class; a subclass defines `compute` and fills `handlers`."""
 
-    handlers: dict[Callable, Callable] = {}
+    handlers: ClassVar[dict[Callable, Callable]] = {}
     _value: torch.Tensor | None = None
 
     @staticmethod
@@ -110,6 +111,8 @@ class Attach(torch.autograd.Function):
             value = ctx.recompute(*wanted)
         inputs = [t for t in wanted if t is not None and t.requires_grad]
         grads = iter(torch.autograd.grad(value, inputs, grad))
-        return None, None, *(
-            next(grads) if t is not None and t.requires_grad else None for t in wanted
+        return (
+            None,
+            None,
+            *(next(grads) if t is not None and t.requires_grad else None for t in wanted),
         )

@@ -59,6 +59,11 @@ class ModelArguments:
     local_files_only: bool | None = None
     trust_remote_code: bool | None = None
 
+    @property
+    def label(self) -> str:
+        """The model's name for people: that of the hub, the GGUF file or the folder."""
+        return self.gguf_file or self.name_or_path or self.package
+
     def __post_init__(self):
         if not self.name_or_path and not self.package:
             raise ValueError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ def summarise(ops: tuple[tuple[str, object], ...]) -> tuple[float, float | None]
 class DeferredLogits(Deferred):
     """Logits [..., V] that are computed when touched; see the module's docstring."""
 
-    handlers: dict[Callable, Callable] = {}
+    handlers: ClassVar[dict[Callable, Callable]] = {}
     _state: HeadState
     _replaced_by: torch.Tensor | None = None  # after an in-place operation
     _has_views = False
@@ -252,7 +253,11 @@ def _add(a, b, **kwargs):
     base, other = a.state, b.state
     if base is None or other is None or base.shape != other.shape or base.dtype != other.dtype:
         return NotImplemented
-    if other.bias is not None or base.ops or any(name not in ("mul", "div") for name, _ in other.ops):
+    if (
+        other.bias is not None
+        or base.ops
+        or any(name not in ("mul", "div") for name, _ in other.ops)
+    ):
         return NotImplemented
     scale, _ = summarise(other.ops)
     scaled = tuple(Term(term.hidden * scale, term.weight) for term in other.terms)

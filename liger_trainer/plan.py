@@ -72,9 +72,9 @@ def _training_conflicts(recipe: Recipe) -> list[str]:
         found.append("training.bf16 and training.fp16 are both set; keep one")
     if fields.get("fp16") and not on_gpu:
         found.append("training.fp16 needs a GPU, and there is none here")
-    if fields.get("bf16") is True and not on_gpu:
+    if fields.get("bf16") is True and fields.get("use_cpu"):
         found.append(
-            "training.bf16 is slow without a GPU; `bf16: auto` uses it only where it is native"
+            "training.bf16 may be slow on a CPU; `bf16: auto` uses it only where it is native"
         )
     checkpointing = fields.get("gradient_checkpointing") or fields.get("activation_checkpointing")
     if checkpointing and (fields.get("use_cache") or (recipe.model.config or {}).get("use_cache")):

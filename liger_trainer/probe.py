@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from liger_trainer.kernels.runtime import every_size
+
 SCALES = (1e-3, 1.0, 100.0)
 TOLERANCE_FP32 = 2e-5  # relative to the largest value; sums over a row in another order
 FACTOR_16_BIT = 2.0
@@ -75,7 +77,8 @@ def compare(original: Callable, candidate: Callable, cases: Iterator[Case]) -> V
                 continue
             return Verdict(False, None, f"cannot be run on its own: {_first_line(error)}")
         try:
-            got = _evaluate(candidate, case)
+            with every_size():  # the kernel itself is on trial, whatever the size
+                got = _evaluate(candidate, case)
         except ValueError as error:  # the kernel does not take such input
             return Verdict(False, None, _first_line(error))
         for a, b in zip(expected, got, strict=True):
@@ -89,7 +92,9 @@ def compare(original: Callable, candidate: Callable, cases: Iterator[Case]) -> V
         else:
             truth = _evaluate(original, case.cast(torch.float32))
             for a, b, t in zip(expected, got, truth, strict=True):
-                allowed = FACTOR_16_BIT * _relative_error(a, t) + torch.finfo(torch.bfloat16).eps / 2
+                allowed = (
+                    FACTOR_16_BIT * _relative_error(a, t) + torch.finfo(torch.bfloat16).eps / 2
+                )
                 if not (error := _relative_error(b, t)) <= allowed:
                     return Verdict(False, worst, f"rounds worse ({error:.1e}) for {case.label}")
                 rounding = max(rounding, _relative_error(b, a))

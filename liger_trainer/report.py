@@ -73,7 +73,9 @@ class InjectionReport:
     def __str__(self) -> str:
         lines = self.table()
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        text = ["  ".join(c.ljust(w) for c, w in zip(ln, widths, strict=True)).rstrip() for ln in lines]
+        text = [
+            "  ".join(c.ljust(w) for c, w in zip(ln, widths, strict=True)).rstrip() for ln in lines
+        ]
         text.insert(1, "  ".join("-" * w for w in widths))
         covered = [f"{rule} {c.swapped}/{c.eligible}" for rule, c in self.coverage.items()]
         return "\n".join([*text, "coverage: " + (", ".join(covered) or "nothing to swap")])

@@ -183,7 +183,7 @@ def _report(recipe: Recipe, trainer, prepared: Prepared, summary: dict[str, Any]
     injection = trainer.injection_report
     return write_report(
         recipe.output_dir / "report.html",
-        title=f"{recipe.path.stem}: {recipe.model.name_or_path or recipe.model.package}",
+        title=f"{recipe.path.stem}: {recipe.model.label}",
         summary=summary,
         log_history=trainer.state.log_history,
         injection=injection and {"table": injection.table(), **json.loads(injection.to_json())},

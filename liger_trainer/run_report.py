@@ -25,7 +25,8 @@ p.sub { color: var(--soft); margin: 0 0 24px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; }
 .card, figure, .box { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: 14px 16px; }
-.card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 21px; font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
 .card span { color: var(--soft); font-size: 13px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 12px; }
 figure { margin: 0; padding: 10px; }
@@ -118,6 +119,7 @@ def _plot(name: str, lines: list[tuple[list[tuple[int, float]], str, str]]) -> s
     axes.grid(axis="y", color="#e2e8f0")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(colors=GREY, length=0)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 6))
     if name != "Loss (nats per token)":
         axes.set_ylim(bottom=0)
     if any(label for points, label, _ in lines if points):

@@ -16,7 +16,7 @@ GIB = 1024**3
 
 def peak_memory_gib() -> float:
     """The most that this process has held: GPU memory allocated, or, without a GPU, resident."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return (
             sum(torch.cuda.max_memory_allocated(d) for d in range(torch.cuda.device_count())) / GIB
         )

@@ -33,8 +33,8 @@ class LigerTrainer(Trainer):
     `args.liger_kernel_config` says which (see `KernelConfig`). `injection_report` tells what was
     swapped; it is None with the flag off, and this class is then exactly Trainer.
 
-    Raises ValueError for an unknown key in `liger_kernel_config`, and for `model_init_kwargs` with a
-    model that exists already.
+    Raises ValueError for an unknown key in `liger_kernel_config`, and for `model_init_kwargs` with
+    a model that exists already.
     """
 
     injection_report: InjectionReport | None = None
@@ -60,7 +60,7 @@ class LigerTrainer(Trainer):
                 data_collator = _collator(processing_class, train_dataset)
         elif model_init_kwargs:
             raise ValueError(
-                "model_init_kwargs are for a model given by name or path; this one is loaded already"
+                "model_init_kwargs are for a model given by name or path; this one is loaded"
             )
         super().__init__(
             model,

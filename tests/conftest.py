@@ -7,14 +7,16 @@ import torch
 if not torch.cuda.is_available():  # before any kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import interpreter  # noqa: E402
-import pytest  # noqa: E402
+import interpreter
+import pytest
 
-from liger_trainer.kernels import runtime  # noqa: E402
+from liger_trainer.kernels import runtime
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.repair()
-torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+torch.set_num_threads(
+    max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -31,6 +33,13 @@ def device(request):
     """CPU everywhere, and CUDA under `pytest -m gpu`."""
     torch.manual_seed(0)
     return request.param
+
+
+@pytest.fixture
+def every_size():
+    """Small inputs too are fused."""
+    with runtime.every_size():
+        yield
 
 
 @pytest.fixture
@@ -52,7 +61,8 @@ def poisoned(monkeypatch):
 def kernel_device(device, poisoned):
     """Like `device`, but on CPU the Triton kernels run, through the interpreter."""
     if device == "cuda":
-        yield device
+        with runtime.every_size():
+            yield device
     else:
         with runtime.interpreted():
             yield device

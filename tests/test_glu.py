@@ -4,11 +4,11 @@ import contextlib
 
 import pytest
 import torch
-from liger_trainer.kernels.glu import geglu, geglu_reference, swiglu, swiglu_reference
 from oracle import assert_matches, run
 from transformers.activations import ACT2FN
 
 from liger_trainer.kernels import glu, runtime
+from liger_trainer.kernels.glu import geglu, geglu_reference, swiglu, swiglu_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -199,7 +199,9 @@ def test_ops_are_what_their_fakes_say(device, activation):
     checks = ("test_schema", "test_faketensor")
     with runtime.interpreted():
         torch.library.opcheck(glu._glu_fwd.op, (gate, up, activation), test_utils=checks)
-        torch.library.opcheck(glu._glu_bwd.op, (gate.t().t(), gate, up, activation), test_utils=checks)
+        torch.library.opcheck(
+            glu._glu_bwd.op, (gate.t().t(), gate, up, activation), test_utils=checks
+        )
 
 
 @pytest.mark.gpu

@@ -14,7 +14,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from liger_trainer import inject, restore
 from liger_trainer.injection import is_injected
-from liger_trainer.rules import gated
 
 
 class Norm(nn.Module):
@@ -27,7 +26,9 @@ class Norm(nn.Module):
 
     def forward(self, x):
         h = x.float()
-        return self.weight * self.scale(h, h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * self.scale(
+            h, h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        ).to(x.dtype)
 
     def scale(self, x, normed):
         return normed
@@ -71,7 +72,8 @@ class Gated(Norm):
 
 
 @pytest.mark.parametrize(
-    "look_alike", [EpsOutside, Clamped, Grouped, NoGradientToMean, ClampsLargeInput, InverseOnly, Gated]
+    "look_alike",
+    [EpsOutside, Clamped, Grouped, NoGradientToMean, ClampsLargeInput, InverseOnly, Gated],
 )
 def test_look_alike_norms_are_refused(look_alike):
     model = nn.Sequential(look_alike())
@@ -131,6 +133,7 @@ def test_activation_that_clamps_its_gate_is_refused(monkeypatch):
 
 def test_rotary_with_the_opposite_sign_is_recognised_as_such():
     from transformers.models.llama import modeling_llama
+
     from liger_trainer.rules import rotary
 
     def opposite(q, k, cos, sin, unsqueeze_dim=1):
@@ -256,8 +259,7 @@ def test_model_without_output_embeddings_says_so():
     assert "no output embeddings" in row.reason
 
 
-def test_activation_that_is_not_multiplied_at_run_time_stops_deferring(monkeypatch):
-    monkeypatch.setattr(gated, "MIN_ELEMENTS", 0)
+def test_activation_that_is_not_multiplied_at_run_time_stops_deferring(every_size):
     model = tiny_model("llama")
     inject(model)
     activation = model.model.layers[0].mlp.act_fn
@@ -327,7 +329,8 @@ def test_peft(target):
         "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     }[target]
     model = peft.get_peft_model(
-        tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+        tiny_model("llama"),
+        peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings),
     )
     plain = copy.deepcopy(model)
     report = inject(model)

@@ -172,7 +172,6 @@ def test_logits_read_after_the_weights_changed_are_refused(head):
 
 
 def test_low_rank_adapter_joins_the_head(head):
-    hidden, weight, bias = head
     low = torch.randn(*TOKENS, 3, requires_grad=True)
     adapter = torch.randn(VOCAB, 3, requires_grad=True)
     base = deferred(head)

@@ -5,11 +5,11 @@ import importlib
 
 import pytest
 import torch
-from liger_trainer.kernels.rope import rope, rope_reference
 from oracle import assert_matches, run
 
 from liger_trainer.kernels import rope as rope_module
 from liger_trainer.kernels import runtime
+from liger_trainer.kernels.rope import rope, rope_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = [

@@ -13,12 +13,8 @@ from liger_trainer import LigerTrainer, disable, enable
 from liger_trainer.injection import is_injected
 from liger_trainer.kernels import linear_cross_entropy
 from liger_trainer.logits import DeferredLogits
-from liger_trainer.rules import gated
 
-
-@pytest.fixture(autouse=True)
-def _fuse_small_products(monkeypatch):
-    monkeypatch.setattr(gated, "MIN_ELEMENTS", 0)
+pytestmark = pytest.mark.usefixtures("every_size")
 
 
 class Sequences(Dataset):
@@ -79,7 +75,10 @@ def losses(trainer):
 def assert_same_run(got, expected, tolerance=2e-4):
     torch.testing.assert_close(losses(got), losses(expected), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(
-        got.evaluate()["eval_loss"], expected.evaluate()["eval_loss"], rtol=tolerance, atol=tolerance
+        got.evaluate()["eval_loss"],
+        expected.evaluate()["eval_loss"],
+        rtol=tolerance,
+        atol=tolerance,
     )
 
 
@@ -113,7 +112,9 @@ def test_mixed_precision(precision, tmp_path, device):
     dtype = torch.bfloat16 if precision == "pure bf16" else torch.float32
 
     def run(cls, **changes):
-        return train(cls, tmp_path, device, tiny_model("llama", device).to(dtype), **changes, **flag)
+        return train(
+            cls, tmp_path, device, tiny_model("llama", device).to(dtype), **changes, **flag
+        )
 
     assert_same_run(run(LigerTrainer), run(Trainer, use_liger_kernel=False), tolerance=2e-2)
 

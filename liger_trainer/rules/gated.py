@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,11 @@ from torch import nn
 
 from liger_trainer import probe
 from liger_trainer.deferred import Attach, Deferred
-from liger_trainer.kernels.glu import geglu, swiglu
+from liger_trainer.kernels.glu import MIN_ELEMENTS, geglu, swiglu
+from liger_trainer.kernels.runtime import pays
 from liger_trainer.report import Row
 from liger_trainer.rules.finding import SWITCHED_OFF, Finding, Search, fingerprint
 from liger_trainer.swap import Swapped, swap, unswap
-
-MIN_ELEMENTS = 1 << 18
-"""Below it two torch kernels take less time than one launch from Python (measured on an H200)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ _GATES = (Gate("swiglu"), Gate("geglu", "tanh"), Gate("geglu", "none"))
 class DeferredActivation(Deferred):
     """activation(gate), computed when touched by anything but a multiplication."""
 
-    handlers: dict[Callable, Callable] = {}
+    handlers: ClassVar[dict[Callable, Callable]] = {}
     _gate: torch.Tensor
     _form: Gate
     _owner: nn.Module
@@ -81,7 +80,7 @@ class FusedActivation(Swapped):
     _liger_unfused = False
 
     def forward(self, x):
-        if self._liger_unfused or torch.compiler.is_compiling() or x.numel() < MIN_ELEMENTS:
+        if self._liger_unfused or torch.compiler.is_compiling() or not pays(x, MIN_ELEMENTS):
             return super().forward(x)
         return defer_activation(self, x)
 
@@ -189,7 +188,7 @@ class _Recorder(Swapped):
 
 
 class _Recorded(Deferred):
-    handlers: dict[Callable, Callable] = {}
+    handlers: ClassVar[dict[Callable, Callable]] = {}
 
     def compute(self):
         return torch.empty_like(self._gate)

@@ -105,7 +105,7 @@ def examine_model(search: Search) -> Iterator[Finding]:
 
 
 def _is_head_layer(name: str, site: str, module: nn.Module, embeddings: nn.Module) -> bool:
-    """The head itself, or inside a wrapper (adapter) the linear layers that reach the vocabulary."""
+    """The head itself, or inside a wrapper (adapter) the linear layers onto the vocabulary."""
     inside = name == site or name.startswith(f"{site}.")
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return inside and plain and module.out_features == _vocabulary(embeddings)

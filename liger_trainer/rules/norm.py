@@ -42,9 +42,7 @@ class NormForm:
     def apply(self, x, weight, bias):
         if self.centered:
             return layer_norm(x, weight, bias, eps=self.eps)
-        return rms_norm(
-            x, weight, eps=self.eps, offset=self.offset, cast_first=self.cast_first
-        )
+        return rms_norm(x, weight, eps=self.eps, offset=self.offset, cast_first=self.cast_first)
 
 
 class FusedNorm(Swapped):
@@ -119,9 +117,7 @@ def _forms(module: nn.Module) -> Iterator[NormForm]:
         yield NormForm(True, eps, weight, bias)
 
 
-def identify(
-    module: nn.Module, device: torch.device
-) -> tuple[NormForm | None, probe.Verdict]:
+def identify(module: nn.Module, device: torch.device) -> tuple[NormForm | None, probe.Verdict]:
     """The form that equals `module`, the one that also rounds like it if several do."""
     required = [
         p

@@ -76,9 +76,7 @@ def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
     if not search.config.rope:
         return Finding(Row(site, "rope", False, SWITCHED_OFF, eligible=False))
     device = search.device_of(module)
-    form, verdict = search.once(
-        ("rope", function, str(device)), lambda: identify(function, device)
-    )
+    form, verdict = search.once(("rope", function, str(device)), lambda: identify(function, device))
     if form is None:
         return Finding(Row(site, "rope", False, verdict.reason, verdict.max_error))
     row = Row(site, "rope", True, describe(form), verdict.max_error)
@@ -113,9 +111,7 @@ def _rotary_function(cls: type) -> Callable | None:
     return None
 
 
-def identify(
-    function: Callable, device: torch.device
-) -> tuple[RotaryForm | None, probe.Verdict]:
+def identify(function: Callable, device: torch.device) -> tuple[RotaryForm | None, probe.Verdict]:
     """The form that equals `function`, for full and, where it takes that, partial rotation."""
     partial = _accepts_partial(function, device)
     found, nearest = [], None
@@ -143,9 +139,7 @@ def _accepts_partial(function: Callable, device: torch.device) -> bool:
     return True
 
 
-def _cases(
-    device: torch.device, partial: bool, only_partial: bool = False
-) -> Iterator[probe.Case]:
+def _cases(device: torch.device, partial: bool, only_partial: bool = False) -> Iterator[probe.Case]:
     """Grouped heads, a table per sample, table columns that differ in both halves."""
     batch, heads, kv_heads, length, width = 2, 4, 2, 5, 16
     widths = [width // 2] if only_partial else [width, width // 2] if partial else [width]
