@@ -24,7 +24,9 @@ BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 
 
 def leaf(*shape):
-    return torch.randn(*shape, **BF16).requires_grad_()
+    # A generator of its own: a failed graph capture leaves the default one unusable.
+    generator = torch.Generator("cuda").manual_seed(0)
+    return torch.randn(*shape, generator=generator, **BF16).requires_grad_()
 
 
 def liger(name):
@@ -87,7 +89,7 @@ def geglu_case(rows, width):
 def rope_case(batch, length, heads, kv_heads, width):
     q = leaf(batch, length, heads, width)
     k = leaf(batch, length, kv_heads, width)
-    angle = torch.randn(1, length, width // 2, device="cuda").repeat(1, 1, 2)
+    angle = leaf(1, length, width // 2).detach().float().repeat(1, 1, 2)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     views = lambda: (q.transpose(1, 2), k.transpose(1, 2))  # noqa: E731
     eager = lambda: rope_reference(*views(), cos, sin)  # noqa: E731
@@ -102,7 +104,7 @@ def rope_case(batch, length, heads, kv_heads, width):
 
 def cross_entropy_case(rows, vocab):
     z = leaf(rows, vocab)
-    y = torch.randint(0, vocab, (rows,), device="cuda")
+    y = torch.arange(rows, device="cuda") * 7919 % vocab
     eager = lambda: F.cross_entropy(z.float(), y)  # noqa: E731
     try:
         from liger_kernel.transformers.functional import liger_cross_entropy as peer
@@ -169,7 +171,7 @@ def main():
         with torch.no_grad():
             first = contenders["liger_trainer"]()
         outputs = first if isinstance(first, tuple) else (first,)
-        seeds = [torch.ones_like(o) if o.dim() == 0 else torch.randn_like(o) for o in outputs]
+        seeds = [torch.ones_like(o) if o.dim() == 0 else leaf(*o.shape).detach() for o in outputs]
         row = [name]
         for column in columns:
             fn = contenders.get(column)

@@ -44,7 +44,7 @@ _FWD_TILES = ((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (_MAX_H, 163
 MIN_ELEMENTS = 1 << 22  # below, torch's own kernel takes less time (H200, host included)
 _BWD_TILES = (
     (2048, 2048, 4, 4, 2, True),
-    (4096, 4096, 8, 2, 2, True),
+    (4096, 4096, 8, 2, 1, False),
     (8192, 8192, 16, 1, 2, True),
     (16384, 16384, 32, 1, 2, False),
     (_MAX_H, 16384, 32, 1, 1, False),
@@ -205,10 +205,11 @@ def _launch_bwd(dy, x, weight, bias_dtype, mean, rstd, need_dx, need_dweight, ne
     R = x_RH.shape[0]
     programs = min(triton.cdiv(R, BLOCK_R), programs_per_sm * num_sms(x.device))
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
-    dweight_partials, dbias_partials = (
-        torch.empty(programs, H, dtype=torch.float32, device=x.device) if needed else None
-        for needed in (need_dweight, need_dbias)
-    )
+    # One tensor for both partials, so that one sum finishes them.
+    needed = [need_dweight, need_dbias]
+    partials = torch.empty(sum(needed), programs, H, dtype=torch.float32, device=x.device)
+    dweight_partials = partials[0] if need_dweight else None
+    dbias_partials = partials[-1] if need_dbias else None
     if programs:
         _layer_norm_bwd_kernel[(programs,)](
             dy_RH, x_RH, None if weight is None else weight.contiguous(), mean, rstd,
@@ -216,10 +217,11 @@ def _launch_bwd(dy, x, weight, bias_dtype, mean, rstd, need_dx, need_dweight, ne
             x_RH.stride(0), R, H, H == BLOCK_H, BLOCK_R, BLOCK_H, stages, hoist_weight,
             num_warps=warps,
         )  # fmt: skip
+    sums = partials.sum(1)
     return (
         dx,
-        dweight_partials.sum(0).to(weight.dtype) if need_dweight else x.new_empty(0),
-        dbias_partials.sum(0).to(bias_dtype) if need_dbias else x.new_empty(0),
+        sums[0].to(weight.dtype, copy=True) if need_dweight else x.new_empty(0),
+        sums[-1].to(bias_dtype, copy=True) if need_dbias else x.new_empty(0),
     )
 
 

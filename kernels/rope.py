@@ -23,6 +23,7 @@ import torch
 
 from liger_trainer.kernels.runtime import register_op, tl, triton, use_triton
 
+MIN_ELEMENTS = 1 << 22  # of q; below, a dozen torch kernels take no more time (H200, with host)
 # Elements of q that one program rotates, and per warp: four 16-byte loads of bf16 per thread.
 _TILE = 4096
 _ELEMENTS_PER_WARP = 1024

@@ -53,6 +53,8 @@ def poisoned(monkeypatch):
 
         return poisoned_make
 
+    # torch.device("meta") looks constructors up in a cache: fill it with the real ones first.
+    torch.utils._device._device_constructors()
     for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]:
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 

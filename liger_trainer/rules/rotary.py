@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from liger_trainer import probe
-from liger_trainer.kernels.rope import rope
+from liger_trainer.kernels.rope import MIN_ELEMENTS, rope
+from liger_trainer.kernels.runtime import pays
 from liger_trainer.report import Row
 from liger_trainer.rules.finding import SWITCHED_OFF, Finding, Search
 from liger_trainer.swap import Swapped, rebind, referenced_globals
@@ -53,13 +54,15 @@ class FusedRotary(Swapped):
 def fused_rotary(original: Callable, form: RotaryForm) -> Callable:
     """A function with `original`'s signature that runs the kernel.
 
-    It falls back to `original` for arguments other than q, k, cos, sin and the heads' dimension.
+    It calls `original` for inputs that are too small for the kernel to pay, and for arguments other
+    than q, k, cos, sin and the heads' dimension.
     """
     options = dataclasses.asdict(form)
 
     @functools.wraps(original)
     def apply_rotary(q, k, cos, sin, *args, unsqueeze_dim=1, **kwargs):
-        if args or kwargs or unsqueeze_dim not in (1, 2) or q.dim() != 4 or cos.dim() != 3:
+        usual = not (args or kwargs) and unsqueeze_dim in (1, 2) and q.dim() == 4 == cos.dim() + 1
+        if not (usual and pays(q, MIN_ELEMENTS)):
             return original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
         if unsqueeze_dim == 1:
             return rope(q, k, cos, sin, **options)
