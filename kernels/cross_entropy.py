@@ -253,12 +253,17 @@ def _cross_entropy_bwd_kernel(
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _block(vocab: int, largest: int) -> int:
-    return min(largest, max(16, triton.next_power_of_2(vocab)))
+# Columns and warps of a program, in place and in the two kernels of the separate operation (H200).
+_IN_PLACE = (4096, 8)
+_FWD = (4096, 4)
+_BWD = (2048, 4)
 
 
-def _num_warps(block: int) -> int:
-    return max(1, min(16, block // 512))
+def _block(vocab: int, largest: tuple[int, int]) -> dict[str, int]:
+    """The kernel's BLOCK and num_warps; less than the largest for a small vocabulary."""
+    columns, warps = largest
+    block = min(columns, max(16, triton.next_power_of_2(vocab)))
+    return {"BLOCK": block, "num_warps": max(1, warps * block // columns)}
 
 
 def _runs_in_triton(logits: torch.Tensor) -> bool:
@@ -282,7 +287,6 @@ def token_loss_(
     n, vocab = logits_NV.shape
     loss_N = torch.empty(n, dtype=torch.float32, device=logits_NV.device)
     lse_N = torch.empty_like(loss_N)
-    block = _block(vocab, 4096)
     if n:
         _token_loss_kernel[(n,)](
             logits_NV, logits_NV.stride(0), labels_N, class_weight_V,
@@ -290,7 +294,8 @@ def token_loss_(
             options.label_smoothing, options.z_loss, options.scale, options.softcap or 1.0,
             WRITE_GRAD=want_grad, SMOOTH=options.label_smoothing > 0.0,
             HAS_CLASS_WEIGHT=class_weight_V is not None,
-            HAS_SOFTCAP=options.softcap is not None, BLOCK=block, num_warps=_num_warps(block),
+            HAS_SOFTCAP=options.softcap is not None,
+            **_block(vocab, _IN_PLACE if want_grad else _FWD),
         )  # fmt: skip
     return loss_N, lse_N
 
@@ -305,13 +310,12 @@ def _launch_bwd(
 ):
     n, vocab = logits.shape
     dlogits = torch.empty((n, vocab), dtype=logits.dtype, device=logits.device)
-    block = _block(vocab, 4096)
+    sizes = _block(vocab, _BWD)
     if n:
-        _cross_entropy_bwd_kernel[(n, triton.cdiv(vocab, block))](
+        _cross_entropy_bwd_kernel[(n, triton.cdiv(vocab, sizes["BLOCK"]))](
             logits, logits.stride(0), labels, class_weight, _total_weight(class_weight), lse,
             dloss, dlogits, vocab, ignore_index, eps, z_loss, scale, softcap or 1.0,
-            HAS_CLASS_WEIGHT=class_weight is not None, HAS_SOFTCAP=softcap is not None,
-            BLOCK=block, num_warps=_num_warps(block),
+            HAS_CLASS_WEIGHT=class_weight is not None, HAS_SOFTCAP=softcap is not None, **sizes,
         )  # fmt: skip
     return dlogits
 

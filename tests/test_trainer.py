@@ -56,14 +56,18 @@ def arguments(tmp_path, device="cpu", **changes):
     return TrainingArguments(str(tmp_path), **settings)
 
 
-def train(cls, tmp_path, device="cpu", model=None, data=None, trainer_kwargs=None, **changes):
-    trainer = cls(
+def build(cls, tmp_path, device="cpu", model=None, data=None, trainer_kwargs=None, **changes):
+    return cls(
         model=model if model is not None else tiny_model("llama", device),
         args=arguments(tmp_path, device, **changes),
         train_dataset=data or Sequences(),
         eval_dataset=Sequences(6),
         **(trainer_kwargs or {}),
     )
+
+
+def train(*args, **kwargs):
+    trainer = build(*args, **kwargs)
     trainer.train()
     return trainer
 
@@ -204,7 +208,7 @@ def test_compute_metrics_gets_real_logits(tmp_path, device):
         return {"accuracy": float(hits.mean())}
 
     def run(cls, **changes):
-        return train(cls, tmp_path, device, trainer_kwargs={"compute_metrics": accuracy}, **changes)
+        return build(cls, tmp_path, device, trainer_kwargs={"compute_metrics": accuracy}, **changes)
 
     got, expected = run(LigerTrainer).evaluate(), run(Trainer, use_liger_kernel=False).evaluate()
     assert got["eval_accuracy"] == pytest.approx(expected["eval_accuracy"])
@@ -224,7 +228,7 @@ def test_preprocessed_metrics_need_no_logits(tmp_path, device, monkeypatch):
     kwargs = {"compute_metrics": accuracy, "preprocess_logits_for_metrics": best}
 
     def run(cls, **changes):
-        return train(cls, tmp_path, device, trainer_kwargs=kwargs, **changes).evaluate()
+        return build(cls, tmp_path, device, trainer_kwargs=kwargs, **changes).evaluate()
 
     got, expected = run(LigerTrainer), run(Trainer, use_liger_kernel=False)
     assert got["eval_accuracy"] == expected["eval_accuracy"]
