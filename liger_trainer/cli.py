@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from liger_trainer.recipe import Recipe
-    from liger_trainer.run import RunResult
+    from liger_trainer.runs.recipe import Recipe
+    from liger_trainer.runs.run import RunResult
 
 REFUSED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """`liger-trainer train`: runs a recipe, or says what it would do."""
-    from liger_trainer.plan import conflicts
-    from liger_trainer.recipe import load_recipe
+    from liger_trainer.runs.plan import conflicts
+    from liger_trainer.runs.recipe import load_recipe
 
     overrides = [*options.overrides, *options.rest]
     recipe = load_recipe(options.recipe, overrides)
@@ -49,7 +49,7 @@ def train(options: argparse.Namespace) -> int:
         return _dry_run(recipe, resume=options.resume, overwrite=options.overwrite)
     for conflict in conflicts(recipe):
         print(f"warning: {conflict}", file=sys.stderr)
-    from liger_trainer.run import run
+    from liger_trainer.runs.run import run
 
     result = run(recipe, resume=options.resume, overwrite=options.overwrite)
     if result.interrupted:
@@ -65,8 +65,8 @@ def train(options: argparse.Namespace) -> int:
 
 def inspect(options: argparse.Namespace) -> int:
     """`liger-trainer inspect`: the injection report of a model, from its configuration alone."""
-    from liger_trainer.load import ModelArguments
-    from liger_trainer.plan import injection_plan
+    from liger_trainer.runs.load import ModelArguments
+    from liger_trainer.runs.plan import injection_plan
 
     path = Path(options.model)
     if path.suffix == ".gguf":
@@ -83,8 +83,8 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
-    from liger_trainer import run_folder
-    from liger_trainer.plan import conflicts, injection_plan, model_conflicts, resolved_yaml
+    from liger_trainer.runs import folder as run_folder
+    from liger_trainer.runs.plan import conflicts, injection_plan, model_conflicts, resolved_yaml
 
     print(f"# {recipe.path}, resolved\n{resolved_yaml(recipe)}\n\n# Injection plan")
     found = conflicts(recipe)

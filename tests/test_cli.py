@@ -9,12 +9,13 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liger_trainer import cli, run_folder
-from liger_trainer.data import prepare
-from liger_trainer.load import load_tokenizer
-from liger_trainer.recipe import load_recipe
-from liger_trainer.run import run as run_recipe
-from liger_trainer.throughput import Throughput
+from liger_trainer import cli
+from liger_trainer.runs import folder as run_folder
+from liger_trainer.runs.data import prepare
+from liger_trainer.runs.load import load_tokenizer
+from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.run import run as run_recipe
+from liger_trainer.runs.throughput import Throughput
 
 
 @pytest.fixture

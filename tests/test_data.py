@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 
-from liger_trainer.collate import Collator, PackedDataset, best_fit
-from liger_trainer.data import DataArguments, load_splits, prepare
-from liger_trainer.load import ModelArguments, load_tokenizer, quantization_config
-from liger_trainer.tokenize import IGNORE_INDEX, detect_format, encoder
+from liger_trainer.runs.collate import Collator, PackedDataset, best_fit
+from liger_trainer.runs.data import DataArguments, load_splits, prepare
+from liger_trainer.runs.load import ModelArguments, load_tokenizer, quantization_config
+from liger_trainer.runs.tokenize import IGNORE_INDEX, detect_format, encoder
 
 CHAT = [
     {"role": "user", "content": "what is two ?"},

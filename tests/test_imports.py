@@ -10,23 +10,31 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
-    ["kernels", "report", "config", "run_report", "throughput"],
+    ["kernels", "report", "config"],
     ["probe", "logits", "deferred", "swap"],
     ["rules"],
     ["injection"],
     ["stock"],
     ["trainer", "trl"],
-    ["tokenize", "collate", "load", "data", "recipe"],
-    ["run_folder", "plan", "run"],
+    ["runs"],
     ["cli"],
 ]
-LEAVES = ["report", "config", "run_report", "throughput", "tokenize"]
+# Within `runs`, likewise.
+RUNS_LAYERS = [
+    ["html", "throughput", "tokenize"],
+    ["collate", "load"],
+    ["data"],
+    ["recipe"],
+    ["folder", "plan"],
+    ["run"],
+]
+LEAVES = ["report", "config"]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 MODULES = [p for p in sorted((ROOT / "liger_trainer").rglob("*.py")) if p.name != "kernels.py"]
 
 
-def layer(name: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if name in names)
+def layer(name: str, layers: list[list[str]] = LAYERS) -> int:
+    return next(i for i, names in enumerate(layers) if name in names)
 
 
 def imports(path: Path) -> list[str]:
@@ -64,6 +72,18 @@ def test_imports_point_down(path):
     for imported in own_imports(path):
         assert layer(imported) <= layer(name), f"{name} imports {imported}, which is above it"
         assert name not in LEAVES or imported == name, f"{name} is a leaf but imports {imported}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parent.name == "runs"], ids=lambda p: p.name
+)
+def test_imports_within_runs_point_down(path):
+    if path.stem == "__init__":
+        return
+    prefix = "liger_trainer.runs."
+    below = {name.removeprefix(prefix).split(".")[0] for name in imports(path) if prefix in name}
+    for imported in below:
+        assert layer(imported, RUNS_LAYERS) <= layer(path.stem, RUNS_LAYERS), imported
 
 
 def test_there_is_no_package_at_the_root_that_shadows_another():

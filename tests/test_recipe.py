@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from liger_trainer import recipe as recipe_module
-from liger_trainer.recipe import load_recipe
+from liger_trainer.runs import recipe as recipe_module
+from liger_trainer.runs.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 MINIMAL = {"model": {"name_or_path": "m"}, "data": {"path": "d"}}

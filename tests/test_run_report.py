@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 
 from liger_trainer.report import InjectionReport, Row
-from liger_trainer.run import summarize
-from liger_trainer.run_report import plots, write_report
+from liger_trainer.runs.html import plots, write_report
+from liger_trainer.runs.run import summarize
 
 LOG = [
     {"step": 0, "eval_loss": 2.0},

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from liger_trainer.recipe import Recipe
+from liger_trainer.runs.recipe import Recipe
 
 RUN_FILE = "run.json"
 _MODEL_FILES = ("config.json", "adapter_config.json")

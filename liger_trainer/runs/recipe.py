@@ -21,8 +21,8 @@ import torch
 import yaml
 
 from liger_trainer.config import KernelConfig
-from liger_trainer.data import DataArguments, near
-from liger_trainer.load import ModelArguments
+from liger_trainer.runs.data import DataArguments, near
+from liger_trainer.runs.load import ModelArguments
 
 TRAINING_DEFAULTS = {
     "report_to": "none",

@@ -15,13 +15,13 @@ import torch
 import transformers
 from transformers import ProgressCallback
 
-from liger_trainer import run_folder
-from liger_trainer.collate import Collator
-from liger_trainer.data import Prepared, prepare
-from liger_trainer.load import load_model, load_tokenizer
-from liger_trainer.recipe import Recipe
-from liger_trainer.run_report import write_report
-from liger_trainer.throughput import Progress, StopOnSignal, Throughput, peak_memory_gib
+from liger_trainer.runs import folder as run_folder
+from liger_trainer.runs.collate import Collator
+from liger_trainer.runs.data import Prepared, prepare
+from liger_trainer.runs.html import write_report
+from liger_trainer.runs.load import load_model, load_tokenizer
+from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.throughput import Progress, StopOnSignal, Throughput, peak_memory_gib
 from liger_trainer.trainer import LigerTrainer
 
 _REPORTED_PACKAGES = (

@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from liger_trainer.injection import inject
-from liger_trainer.load import ModelArguments, load_config, meta_model
-from liger_trainer.recipe import TRAINING_DEFAULTS, Recipe
 from liger_trainer.report import InjectionReport
+from liger_trainer.runs.load import ModelArguments, load_config, meta_model
+from liger_trainer.runs.recipe import TRAINING_DEFAULTS, Recipe
 
 
 def injection_plan(

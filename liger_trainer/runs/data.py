@@ -11,8 +11,8 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from liger_trainer.collate import PackedDataset
-from liger_trainer.tokenize import IGNORE_INDEX, detect_format, encoder
+from liger_trainer.runs.collate import PackedDataset
+from liger_trainer.runs.tokenize import IGNORE_INDEX, detect_format, encoder
 
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
