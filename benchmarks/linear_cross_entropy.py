@@ -1,7 +1,7 @@
 """Linear head and cross entropy against its peers: python benchmarks/linear_cross_entropy.py
 
-Forward and backward, bf16, milliseconds (peak MiB beyond inputs). `floor` is the three matrix
-products alone, over the supervised tokens. A peer that is not installed is left out.
+Forward and backward, bf16, milliseconds (peak MiB beyond inputs and gradients). `floor` is the
+three matrix products alone, over the supervised tokens. A peer that is not installed is left out.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from liger_trainer.kernels.cross_entropy import LossOptions, token_loss_
+from liger_trainer.kernels.cross_entropy import token_loss_
+from liger_trainer.kernels.loss import LossOptions
 from liger_trainer.kernels.supervised import HostStats
 
 

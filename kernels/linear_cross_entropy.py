@@ -21,7 +21,7 @@ not, d weight is accumulated over the workspaces in an fp32 buffer and rounded o
 Row scaling. d loss_n / d logits is known up to the factor g_n that backward receives. It scales the
 rows of d hidden and, for d weight, the rows of `hidden` (N x H): never the logits (N x V).
 
-Formula of the loss, options and sources: `cross_entropy.py`. The chunk loop: `head.py`.
+Formula of the loss, options and sources: `loss.py`. The chunk loop: `head.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from collections.abc import Sequence
 import torch
 
 from liger_trainer.kernels import head as chunks
-from liger_trainer.kernels.cross_entropy import (
+from liger_trainer.kernels.head import Head, Plan, Saved
+from liger_trainer.kernels.loss import (
     REDUCTIONS,
     LossOptions,
     check_labels,
@@ -42,7 +43,6 @@ from liger_trainer.kernels.cross_entropy import (
     reduce_loss,
     scale_sum,
 )
-from liger_trainer.kernels.head import Head, Plan, Saved
 from liger_trainer.kernels.runtime import register_op, use_triton
 from liger_trainer.kernels.supervised import FIRST_ROWS, HostStats, partition
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 
@@ -55,6 +56,12 @@ def inject(
         if finding.row.swapped:
             swap(finding.module, finding.mixin, *finding.key)
     logger.info("kernels %s\n%s", config, report)
+    if report.refused:
+        logger.warning(
+            "%d of %d eligible sites were not swapped; print the injection report for the reasons",
+            len(report.refused),
+            sum(coverage.eligible for coverage in report.coverage.values()),
+        )
     return report
 
 
@@ -69,6 +76,16 @@ def is_injected(model: nn.Module) -> bool:
 
 
 def _find(search: Search) -> Iterator[Finding]:
+    for finding in _examine(search):
+        overridden = finding.row.swapped and "forward" in vars(finding.module)
+        if overridden and finding.module is not search.model:
+            reason = "its forward is replaced on the instance (a hook?): inject before that"
+            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=reason))
+        else:
+            yield finding
+
+
+def _examine(search: Search) -> Iterator[Finding]:
     names = {id(m): name for name, m in search.model.named_modules()}
     for module in search.model.modules():
         for examine in _RULES:

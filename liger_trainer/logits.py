@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from liger_trainer.deferred import Attach, Deferred
-from liger_trainer.kernels.cross_entropy import LossOptions, cross_entropy
+from liger_trainer.kernels.cross_entropy import cross_entropy
 from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
+from liger_trainer.kernels.loss import LossOptions
 
 _Tensor = torch.Tensor
 

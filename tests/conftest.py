@@ -3,6 +3,7 @@
 import os
 
 import torch
+import torch.utils._device
 
 if not torch.cuda.is_available():  # before any kernel is decorated
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -5,11 +5,8 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_matches
 
-from liger_trainer.kernels.cross_entropy import (
-    LossOptions,
-    cross_entropy,
-    cross_entropy_reference,
-)
+from liger_trainer.kernels.cross_entropy import cross_entropy
+from liger_trainer.kernels.loss import LossOptions, cross_entropy_reference
 
 OPTIONS = {
     "plain": LossOptions(),

@@ -1,6 +1,8 @@
 """Swaps are proven or refused, reported either way, and reversible."""
 
 import copy
+import functools
+import inspect
 import json
 import pickle
 
@@ -131,6 +133,31 @@ def test_activation_that_clamps_its_gate_is_refused(monkeypatch):
     assert {row.reason.split()[-4:][0] for row in report.refused} == {"neither"}
 
 
+def test_norm_with_an_optional_gate_uses_it():
+    class OptionalGate(Norm):
+        def forward(self, x, gate=None):
+            y = super().forward(x)
+            return y if gate is None else y * F.silu(gate)
+
+    model = nn.Sequential(OptionalGate())
+    x, gate = torch.randn(2, 64), torch.randn(2, 64)
+    plain, gated = model[0](x), model[0](x, gate=gate)
+    assert inject(model).coverage["rms_norm"] == (1, 1)
+    torch.testing.assert_close(model[0](x=x), plain)
+    torch.testing.assert_close(model[0](x, gate=gate), gated)
+    torch.testing.assert_close(model[0](x, gate), gated)
+
+
+def test_module_whose_forward_is_replaced_on_the_instance_is_refused():
+    """As accelerate's hooks for several devices do: a swap would have no effect there."""
+    model = tiny_model("llama")
+    norm = model.model.norm
+    norm.forward = functools.partial(type(norm).forward, norm)
+    (row,) = [row for row in inject(model).rows if row.site == "model.norm"]
+    assert not row.swapped
+    assert "replaced on the instance" in row.reason
+
+
 def test_rotary_with_the_opposite_sign_is_recognised_as_such():
     from transformers.models.llama import modeling_llama
 
@@ -240,6 +267,8 @@ def test_classes_keep_their_names_and_kinship():
     assert type(norm).__name__ == "LlamaRMSNorm"
     assert isinstance(model, LlamaForCausalLM)
     assert isinstance(model.model, LlamaModel)
+    signature = inspect.signature(model.forward)
+    assert signature == inspect.signature(tiny_model("llama").forward)
 
 
 def test_model_on_the_meta_device_is_inspected():

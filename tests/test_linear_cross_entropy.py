@@ -7,11 +7,11 @@ from oracle import assert_matches
 from shapes import Shapes
 
 from liger_trainer.kernels import linear_cross_entropy as module
-from liger_trainer.kernels.cross_entropy import LossOptions
 from liger_trainer.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from liger_trainer.kernels.loss import LossOptions
 
 TOKENS, WIDTH, VOCAB = 40, 16, 50
 ROWS = {"one workspace": 64, "several workspaces": 16}

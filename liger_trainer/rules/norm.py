@@ -46,9 +46,12 @@ class NormForm:
 
 
 class FusedNorm(Swapped):
-    """forward(x) by the kernel of `_liger_key[0]`."""
+    """forward(x) by the kernel of `_liger_key[0]`; with more than x (a gate, say) as before."""
 
-    def forward(self, hidden_states):
+    def forward(self, *args, **kwargs):
+        if len(args) + len(kwargs) != 1:
+            return self._liger_base.forward(self, *args, **kwargs)
+        (hidden_states,) = (*args, *kwargs.values())
         form = self._liger_key[0]
         weight = None if form.weight is None else getattr(self, form.weight)
         bias = None if form.bias is None else getattr(self, form.bias)

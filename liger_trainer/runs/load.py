@@ -78,7 +78,10 @@ def folder(arguments: ModelArguments) -> str:
     Raises ValueError for a package that is not installed, FileNotFoundError for a missing folder.
     """
     if arguments.package is None:
-        return arguments.name_or_path
+        name = arguments.name_or_path
+        if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+            raise FileNotFoundError(f"model.name_or_path: there is no folder {name!r}")
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     spec = importlib.util.find_spec(arguments.package)  # finds it without running its code
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
