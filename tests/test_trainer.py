@@ -90,10 +90,10 @@ FEATURES = {
     "plain": {},
     "gradient accumulation": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1},
     "label smoothing": {"label_smoothing_factor": 0.1},
-    "checkpointing": {"activation_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
     "reentrant checkpointing": {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
     "compile": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "neftune": {"neftune_noise_alpha": 5.0},
