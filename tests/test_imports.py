@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
     ["kernels", "report", "config"],
-    ["probe", "logits", "deferred", "swap"],
+    ["probe", "head_state", "deferred", "logits", "swap"],
     ["rules"],
     ["injection"],
     ["stock"],

@@ -391,3 +391,21 @@ def test_tensor_float_32_does_not_fool_the_probe():
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     assert report.coverage["fused_linear_cross_entropy"] == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "rule"),
+    [
+        (nn.RMSNorm(32, eps=1e-6, elementwise_affine=False), "rms_norm"),
+        (nn.RMSNorm(32, eps=1e-6), "rms_norm"),
+        (nn.LayerNorm(32), "layer_norm"),
+        (nn.LayerNorm(32, bias=False), "layer_norm"),
+        (nn.LayerNorm(32, elementwise_affine=False), "layer_norm"),
+    ],
+)
+def test_norms_of_torch_with_and_without_parameters(norm, rule):
+    model = nn.Sequential(norm)
+    x = torch.randn(2, 3, 32)
+    expected = model(x)
+    assert inject(model).coverage[rule] == (1, 1)
+    torch.testing.assert_close(model(x), expected)

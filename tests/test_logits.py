@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger_trainer.logits import DeferredLogits, HeadState, Term, defer, summarise
+from liger_trainer.head_state import HeadState, Term, summarise
+from liger_trainer.logits import DeferredLogits, defer
 
 TOKENS, WIDTH, VOCAB = (2, 5), 8, 11
 

@@ -44,6 +44,7 @@ class Gate:
         return geglu(gate, up, approximate=self.approximate)
 
 
+_OF_MANY_ELEMENTS = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU)
 _GATES = (Gate("swiglu"), Gate("geglu", "tanh"), Gate("geglu", "none"))
 
 
@@ -101,7 +102,7 @@ def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
     for name, child in module.named_children():
         if type(child).__module__.split(".")[-1] not in ("activations", "activation"):
             continue
-        if next(child.parameters(), None) is not None:
+        if next(child.parameters(), None) is not None or isinstance(child, _OF_MANY_ELEMENTS):
             continue
         return _examine_activation(search, site, module, name, child)
     return None
@@ -113,12 +114,13 @@ def _examine_activation(search, site, module, name, child) -> Finding:
         ("gate", fingerprint(child, device)), lambda: identify(child, device)
     )
     rule = gate.rule if gate else "swiglu"
-    if not search.once(("gated", fingerprint(module, device)), lambda: is_gated(module, child)):
+    gated = search.once(("gated", fingerprint(module, device)), lambda: is_gated(module, child))
+    if gated is False:
         reason = f"not gated: the result of {name} is not multiplied with another projection"
         return Finding(Row(site, rule, False, reason, eligible=False))
     if gate is None:
         reason = f"{type(child).__name__} {verdict.reason}"
-        return Finding(Row(site, rule, False, reason, verdict.max_error))
+        return Finding(Row(site, rule, False, reason, eligible=gated is True))
     if not getattr(search.config, rule):
         return Finding(Row(site, rule, False, SWITCHED_OFF, verdict.max_error, eligible=False))
     row = Row(site, rule, True, f"{name} times its gate", verdict.max_error)
@@ -145,16 +147,16 @@ def _cases(device: torch.device) -> Iterator[probe.Case]:
             yield probe.Case(inputs, f"{dtype} input of size {scale:g}")
 
 
-def is_gated(module: nn.Module, activation: nn.Module) -> bool:
-    """Whether `module` multiplies what `activation` returns.
+def is_gated(module: nn.Module, activation: nn.Module) -> bool | None:
+    """Whether `module` multiplies what `activation` returns; None if that cannot be found out.
 
     Found by running the module on the meta device, where nothing is computed. A module that takes
-    more than one tensor (experts and their routing) cannot be run so; it counts as gated if it says
-    so itself (`has_gate`) or says nothing: at run time a product that does not come turns the
-    deferral off again.
+    more than one tensor (experts and their routing) cannot be run so; some say it themselves
+    (`has_gate`). Not to know is no danger: the swap is right either way, and at run time a product
+    that does not come turns the deferral off again.
     """
-    if not getattr(module, "has_gate", True):
-        return False
+    if hasattr(module, "has_gate"):
+        return bool(module.has_gate)
     meta = {
         name: torch.empty_like(tensor, device="meta")
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
@@ -172,7 +174,7 @@ def is_gated(module: nn.Module, activation: nn.Module) -> bool:
             except Exception:  # another width, or a forward that cannot run so
                 continue
             return activation.multiplied
-        return True
+        return None
     finally:
         unswap(activation)
         vars(activation).pop("multiplied", None)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_trainer import probe
-from liger_trainer.logits import HeadState, Term, defer
+from liger_trainer.head_state import HeadState, Term
+from liger_trainer.logits import defer
 from liger_trainer.report import Row
 from liger_trainer.rules.finding import SWITCHED_OFF, Finding, Search
 from liger_trainer.swap import Swapped

@@ -132,25 +132,26 @@ def identify(module: nn.Module, device: torch.device) -> tuple[NormForm | None, 
         return None, probe.Verdict(False, None, f"not a plain norm: forward takes ({inputs})")
     twin = probe.random_copy(module, device)
     original, parameters = probe.with_parameters(twin)
+    width = _width(module)
     found, nearest = [], None
     for form in _forms(module):
         candidate = _candidate(form, [name for name, _ in twin.named_parameters()])
-        verdict = probe.compare(original, candidate, _cases(parameters, device))
+        verdict = probe.compare(original, candidate, _cases(width, parameters, device))
         if verdict.equal:
             found.append((form, verdict))
         elif nearest is None or (verdict.max_error or 9e9) < (nearest.max_error or 9e9):
             nearest = verdict
     if found:
         form, verdict = min(found, key=lambda pair: pair[1].rounding)
-        upcast = _output_under_autocast(original, parameters, device) == torch.float32
+        upcast = _output_under_autocast(original, width, parameters, device) == torch.float32
         return dataclasses.replace(form, autocast_to_fp32=upcast), verdict
     reason = nearest.reason if nearest.max_error is None else "neither RMSNorm nor LayerNorm"
     return None, dataclasses.replace(nearest, reason=reason)
 
 
-def _output_under_autocast(original, parameters, device: torch.device) -> torch.dtype:
+def _output_under_autocast(original, width, parameters, device: torch.device) -> torch.dtype:
     """The dtype that the original returns for a bf16 input and bf16 parameters."""
-    case = next(c for c in _cases(parameters, device) if c.inputs[0].dtype == torch.bfloat16)
+    case = next(c for c in _cases(width, parameters, device) if c.inputs[0].dtype == torch.bfloat16)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         return original(*case.inputs).dtype
 
@@ -163,9 +164,17 @@ def _candidate(form: NormForm, names: list[str]):
     return candidate
 
 
-def _cases(parameters: list[nn.Parameter], device: torch.device) -> Iterator[probe.Case]:
+def _width(module: nn.Module) -> int:
+    for parameter in module.parameters():
+        return parameter.shape[-1]
+    shape = getattr(module, "normalized_shape", (_WIDTH_IF_UNKNOWN,))
+    return shape[-1] if isinstance(shape, tuple) else _WIDTH_IF_UNKNOWN
+
+
+def _cases(
+    width: int, parameters: list[nn.Parameter], device: torch.device
+) -> Iterator[probe.Case]:
     """fp32, bf16, and bf16 input with fp32 parameters (what autocast makes of a model)."""
-    width = parameters[0].shape[-1] if parameters else _WIDTH_IF_UNKNOWN
     dtypes = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
     dtypes += [(torch.bfloat16, torch.float32)] if parameters else []
     for x_dtype, p_dtype in dtypes:
