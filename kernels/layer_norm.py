@@ -18,11 +18,17 @@ Paper: Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
+from liger_trainer.kernels.norms import (
+    FWD_TILES,
+    MAX_H,
+    MIN_ELEMENTS,
+    check_input,
+    has_kernel,
+    tile,
+)
 from liger_trainer.kernels.runtime import (
     as_rows,
     num_sms,
@@ -30,24 +36,17 @@ from liger_trainer.kernels.runtime import (
     register_op,
     tl,
     triton,
-    use_triton,
 )
 
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_H = 65536
-
-# By width, up to the first column: elements of a tile (rows of it = elements / BLOCK_H), warps.
-_FWD_TILES = ((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (_MAX_H, 16384, 32))
-# The same, then programs per SM, pipeline stages, and whether weight stays in registers: beside x,
+# As FWD_TILES, then programs per SM, pipeline stages, whether weight stays in registers: beside x,
 # dy and the two partials the widest tiles have no room for it. Registers per thread allow that many
 # programs (sm_90). Wider than 8192 spills some: correct, slower.
-MIN_ELEMENTS = 1 << 22  # below, torch's own kernel takes less time (H200, host included)
 _BWD_TILES = (
     (2048, 2048, 4, 4, 2, True),
     (4096, 4096, 8, 2, 1, False),
     (8192, 8192, 16, 1, 2, True),
     (16384, 16384, 32, 1, 2, False),
-    (_MAX_H, 16384, 32, 1, 1, False),
+    (MAX_H, 16384, 32, 1, 1, False),
 )
 
 
@@ -168,14 +167,6 @@ def _layer_norm_bwd_kernel(
         tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=col < H)
 
 
-@functools.lru_cache
-def _tile(H: int, tiles: tuple) -> tuple:
-    """BLOCK_R, BLOCK_H, then what the table says after the tile's size."""
-    BLOCK_H = triton.next_power_of_2(H)
-    _, elements, *rest = next(tile for tile in tiles if tile[0] >= BLOCK_H)
-    return max(1, elements // max(BLOCK_H, 64)), BLOCK_H, *rest
-
-
 def _launch_fwd(x, weight, bias, eps):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -184,7 +175,7 @@ def _launch_fwd(x, weight, bias, eps):
         return y, mean, rstd
     x_RH = as_rows(x)
     R, H = x_RH.shape
-    BLOCK_R, BLOCK_H, warps = _tile(H, _FWD_TILES)
+    BLOCK_R, BLOCK_H, warps = tile(H, FWD_TILES)
     _layer_norm_fwd_kernel[(triton.cdiv(R, BLOCK_R),)](
         x_RH, None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(), y, mean, rstd, x_RH.stride(0), R, H, eps,
@@ -200,7 +191,7 @@ def _fake_fwd(x, weight, bias, eps):
 
 def _launch_bwd(dy, x, weight, bias_dtype, mean, rstd, need_dx, need_dweight, need_dbias):
     H = x.shape[-1]
-    BLOCK_R, BLOCK_H, warps, programs_per_sm, stages, hoist_weight = _tile(H, _BWD_TILES)
+    BLOCK_R, BLOCK_H, warps, programs_per_sm, stages, hoist_weight = tile(H, _BWD_TILES)
     dy_RH, x_RH = as_rows(dy), as_rows(x)
     R = x_RH.shape[0]
     programs = min(triton.cdiv(R, BLOCK_R), programs_per_sm * num_sms(x.device))
@@ -294,29 +285,10 @@ def layer_norm(
 
     Paper: https://arxiv.org/abs/1607.06450
     """
-    _check(x, weight=weight, bias=bias)
-    dtypes_fit = all(t is None or t.dtype in _KERNEL_DTYPES for t in (x, weight, bias))
-    if use_triton(x) and dtypes_fit and 0 < x.shape[-1] <= _MAX_H:
-        if not pays(x, MIN_ELEMENTS) and all(
-            t is None or t.dtype == x.dtype for t in (weight, bias)
-        ):
+    check_input("layer_norm", x, weight=weight, bias=bias)
+    if has_kernel(x, weight, bias):
+        one_dtype = all(t is None or t.dtype == x.dtype for t in (weight, bias))
+        if one_dtype and not pays(x, MIN_ELEMENTS):
             return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
         return _LayerNorm.apply(x, weight, bias, float(eps))
     return layer_norm_reference(x, weight, bias, eps=eps)
-
-
-def _check(x, **parameters):
-    if not x.is_floating_point() or x.dim() == 0:
-        raise ValueError(
-            f"layer_norm: x is {x.dtype} {tuple(x.shape)}; needs floating point [..., H]"
-        )
-    for name, p in parameters.items():
-        if p is None:
-            continue
-        if p.shape != x.shape[-1:] or not p.is_floating_point():
-            raise ValueError(
-                f"layer_norm: {name} is {p.dtype} {tuple(p.shape)};"
-                f" needs floating point ({x.shape[-1]},) for x {tuple(x.shape)}"
-            )
-        if p.device != x.device:
-            raise ValueError(f"layer_norm: {name} is on {p.device}, x on {x.device}; move one")

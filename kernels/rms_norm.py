@@ -14,11 +14,17 @@ Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
+from liger_trainer.kernels.norms import (
+    FWD_TILES,
+    MAX_H,
+    MIN_ELEMENTS,
+    check_input,
+    has_kernel,
+    tile,
+)
 from liger_trainer.kernels.runtime import (
     as_rows,
     num_sms,
@@ -26,25 +32,18 @@ from liger_trainer.kernels.runtime import (
     register_op,
     tl,
     triton,
-    use_triton,
 )
 
-_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MAX_H = 65536
-
-# By width, up to the first column: elements of a tile (rows of it = elements / BLOCK_H), warps.
-_FWD_TILES = ((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (_MAX_H, 16384, 32))
-# The same, then programs per SM, pipeline stages, and whether weight stays in registers: beside x,
+# As FWD_TILES, then programs per SM, pipeline stages, whether weight stays in registers: beside x,
 # dy and the dweight partial a wide tile has no room for it, and L1 does. Registers per thread allow
 # that many programs (sm_90). Wider than 16384 spills: correct, slow, and no model is that wide.
-MIN_ELEMENTS = 1 << 22  # below, torch's fused norm takes less time (H200, host included)
 _BWD_TILES = (
     (1024, 2048, 4, 5, 1, True),
     (2048, 2048, 4, 8, 1, False),
     (4096, 4096, 8, 3, 1, True),
     (8192, 8192, 16, 2, 1, False),
     (16384, 16384, 32, 1, 1, False),
-    (_MAX_H, 16384, 32, 1, 1, False),
+    (MAX_H, 16384, 32, 1, 1, False),
 )
 
 
@@ -160,14 +159,6 @@ def _rms_norm_bwd_kernel(
         tl.store(dweight_ptrs, tl.sum(dweight, 0), mask=col < H)
 
 
-@functools.lru_cache
-def _tile(H: int, tiles: tuple) -> tuple:
-    """BLOCK_R, BLOCK_H, then what the table says after the tile's size."""
-    BLOCK_H = triton.next_power_of_2(H)
-    _, elements, *rest = next(tile for tile in tiles if tile[0] >= BLOCK_H)
-    return max(1, elements // max(BLOCK_H, 64)), BLOCK_H, *rest
-
-
 def _y_dtype(x, weight, cast_first):
     promotes = weight is not None and cast_first
     return torch.promote_types(x.dtype, weight.dtype) if promotes else x.dtype
@@ -180,7 +171,7 @@ def _launch_fwd(x, weight, eps, offset, cast_first):
         return y, rstd
     x_RH = as_rows(x)
     R, H = x_RH.shape
-    BLOCK_R, BLOCK_H, warps = _tile(H, _FWD_TILES)
+    BLOCK_R, BLOCK_H, warps = tile(H, FWD_TILES)
     _rms_norm_fwd_kernel[(triton.cdiv(R, BLOCK_R),)](
         x_RH, None if weight is None else weight.contiguous(), y, rstd, x_RH.stride(0), R, H, eps,
         offset, cast_first, H == BLOCK_H, BLOCK_R, BLOCK_H, num_warps=warps,
@@ -195,7 +186,7 @@ def _fake_fwd(x, weight, eps, offset, cast_first):
 
 def _launch_bwd(dy, x, weight, rstd, offset, cast_first, need_dx, need_dweight):
     H = x.shape[-1]
-    BLOCK_R, BLOCK_H, warps, programs_per_sm, stages, hoist_weight = _tile(H, _BWD_TILES)
+    BLOCK_R, BLOCK_H, warps, programs_per_sm, stages, hoist_weight = tile(H, _BWD_TILES)
     dy_RH, x_RH = as_rows(dy), as_rows(x)
     R = x_RH.shape[0]
     programs = min(triton.cdiv(R, BLOCK_R), programs_per_sm * num_sms(x.device))
@@ -279,9 +270,8 @@ def rms_norm(
 
     Paper: https://arxiv.org/abs/1910.07467
     """
-    _check(x, weight)
-    dtypes_fit = x.dtype in _KERNEL_DTYPES and (weight is None or weight.dtype in _KERNEL_DTYPES)
-    if use_triton(x) and dtypes_fit and 0 < x.shape[-1] <= _MAX_H:
+    check_input("rms_norm", x, weight=weight)
+    if has_kernel(x, weight):
         if not pays(x, MIN_ELEMENTS) and _has_torch_kernel(x, weight, offset):
             return F.rms_norm(x, x.shape[-1:], weight, eps)
         return _RMSNorm.apply(x, weight, float(eps), float(offset), cast_first)
@@ -291,19 +281,3 @@ def rms_norm(
 def _has_torch_kernel(x, weight, offset):
     """torch's own fused norm scales before it rounds, once: at least as exact as either form."""
     return weight is None or (weight.dtype == x.dtype and offset == 0.0)
-
-
-def _check(x, weight):
-    if not x.is_floating_point() or x.dim() == 0:
-        raise ValueError(
-            f"rms_norm: x is {x.dtype} {tuple(x.shape)}; needs floating point [..., H]"
-        )
-    if weight is None:
-        return
-    if weight.shape != x.shape[-1:] or not weight.is_floating_point():
-        raise ValueError(
-            f"rms_norm: weight is {weight.dtype} {tuple(weight.shape)};"
-            f" needs floating point ({x.shape[-1]},) for x {tuple(x.shape)}"
-        )
-    if weight.device != x.device:
-        raise ValueError(f"rms_norm: weight is on {weight.device}, x on {x.device}; move one")
