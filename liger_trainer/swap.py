@@ -61,8 +61,12 @@ def is_swapped(module: nn.Module) -> bool:
 
 def unswap(module: nn.Module) -> None:
     """Gives a swapped module its own class back; leaves others alone."""
+    if not isinstance(module, Swapped):
+        return
     while isinstance(module, Swapped):
         module.__class__ = type(module)._liger_base
+    for name in [name for name in vars(module) if name.startswith("_liger_")]:
+        delattr(module, name)
 
 
 def rebind(function: FunctionType, old: object, new: object) -> FunctionType | None:

@@ -137,6 +137,18 @@ def test_activation_that_is_not_multiplied_at_run_time_stops_deferring(every_siz
     x = torch.randn(3, 5)
     torch.testing.assert_close(activation(x).sum(), F.silu(x).sum())
     assert type(activation(x)) is torch.Tensor
+    restore(model)
+    assert not [name for name in vars(activation) if name.startswith("_liger")]
+
+
+def test_input_of_a_deferred_activation_that_is_changed_in_place_is_reported(every_size):
+    model = tiny_model("llama")
+    inject(model)
+    gate, up = torch.randn(3, 5), torch.randn(3, 5)
+    activated = model.model.layers[0].mlp.act_fn(gate)
+    gate.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        activated * up
 
 
 def test_resized_vocabulary():

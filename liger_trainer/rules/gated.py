@@ -53,12 +53,23 @@ class DeferredActivation(Deferred):
 
     handlers: ClassVar[dict[Callable, Callable]] = {}
     _gate: torch.Tensor
+    _gate_version: int
     _form: Gate
     _owner: nn.Module
 
+    @property
+    def gate(self) -> torch.Tensor:
+        """The activation's input, as it was when the activation was called."""
+        if self._gate._version != self._gate_version:
+            raise RuntimeError(
+                "The input of a deferred activation was changed in place before its result was "
+                "used. Switch it off: liger_kernel_config={'swiglu': False, 'geglu': False}"
+            )
+        return self._gate
+
     def compute(self) -> torch.Tensor:
         self._owner._liger_unfused = True  # not gated after all: do not defer again
-        return self._form.activation(self._gate)
+        return self._form.activation(self.gate)
 
 
 def _multiply(a, b, **kwargs):
@@ -67,7 +78,7 @@ def _multiply(a, b, **kwargs):
         return NotImplemented
     if up.shape != activation.shape or up.device != activation.device:
         return NotImplemented
-    return activation._form.product(activation._gate, up)
+    return activation._form.product(activation.gate, up)
 
 
 for _function in (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,
@@ -81,7 +92,12 @@ class FusedActivation(Swapped):
     _liger_unfused = False
 
     def forward(self, x):
-        if self._liger_unfused or torch.compiler.is_compiling() or not pays(x, MIN_ELEMENTS):
+        if (
+            self._liger_unfused
+            or torch.compiler.is_compiling()
+            or not pays(x, MIN_ELEMENTS)
+            or torch.is_inference_mode_enabled()
+        ):
             return super().forward(x)
         return defer_activation(self, x)
 
@@ -91,7 +107,8 @@ def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
 
     def make():
         deferred = DeferredActivation(x.shape, x.dtype, x.device)
-        deferred._gate, deferred._form, deferred._owner = x, form, owner
+        deferred._gate, deferred._gate_version = x, x._version
+        deferred._form, deferred._owner = form, owner
         return deferred
 
     return Attach.apply(make, form.activation, x)
