@@ -27,7 +27,7 @@ class Plan:
     want_bias: bool
     uniform: bool  # g is one number for all tokens, up to the row weights given to forward
     rows: int  # rows of logits in the workspace
-    first: int  # rows queued before the number of supervised tokens is known
+    first: int  # rows queued before the number of supervised tokens is known; at most `rows`
 
     @property
     def want_head(self) -> bool:
@@ -59,6 +59,11 @@ class Head:
         if self.order.numel():
             return tensor_N.index_select(0, self.order[start:stop])
         return tensor_N[start:stop]
+
+    def supervised(self) -> int:
+        """Rows to do: where the supervised tokens come first their number, else all."""
+        n = self.labels.shape[0]
+        return self.host.wait(n, self.vocab) if self.order.numel() else n
 
     def store(self, out_N: torch.Tensor, values: torch.Tensor, start: int, stop: int) -> None:
         if self.order.numel():
@@ -212,7 +217,7 @@ def forward(
             gradient.add(dlogits, start, row_weight_N)
 
     begin = stop = 0
-    for start, stop in spans(n, plan.rows, plan.first, lambda: head.host.wait(n, head.vocab)):
+    for start, stop in spans(n, plan.rows, plan.first, head.supervised):
         if start - begin == plan.rows:
             if plan.want_grad:
                 finish(begin, start, keep=False)
@@ -265,7 +270,7 @@ def backward(
 def _recompute(gradient: HeadGradient, scale_N: torch.Tensor) -> None:
     """d weight where forward knew neither g nor had room for all logits: logits once more."""
     head, rows = gradient.head, gradient.plan.rows
-    total = head.host.wait(head.labels.shape[0], head.vocab)
+    total = head.supervised()
     logits = head.hidden[0].new_empty((min(total, rows), head.vocab))
     for start in range(0, max(total, 1), rows):
         stop = min(start + rows, total)

@@ -307,13 +307,14 @@ def linear_cross_entropy(
     enabled = torch.is_grad_enabled()
     want_weight = tuple(w.requires_grad and enabled for w in weight)
     width = sum(w.shape[1] for w, want in zip(weight, want_weight, strict=True) if want)
+    rows = max_rows or workspace_rows(labels_N.shape[0], weight[0].shape[0], width, hidden[0])
     plan = Plan(
         want_hidden=tuple(h.requires_grad and enabled for h in hidden),
         want_weight=want_weight,
         want_bias=bias is not None and bias.requires_grad and enabled,
         uniform=uniform,
-        rows=max_rows or workspace_rows(labels_N.shape[0], weight[0].shape[0], width, hidden[0]),
-        first=FIRST_ROWS if use_triton(labels_N) else 0,  # a CPU knows the count at once
+        rows=rows,
+        first=min(rows, FIRST_ROWS) if use_triton(labels_N) else 0,  # a CPU knows the count at once
     )
     loss, stats = _LinearCrossEntropy.apply(
         plan, options, len(hidden), bias, labels_N, class_weight,

@@ -68,17 +68,21 @@ def test_matches_fp64(kernel_device, dtype, rows, reduction, options, weighted):
 
 
 @pytest.mark.parametrize("ignored", [0, 1, 2, 7])
-@pytest.mark.parametrize("rows", [8, 16, 24, 40, 64])
+@pytest.mark.parametrize("rows", [3, 8, 16, 24, 40, 64])
 @pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])
-def test_any_number_of_supervised_tokens(kernel_device, ignored, rows, tokens):
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_any_number_of_supervised_tokens(kernel_device, ignored, rows, tokens, reduction):
     tensors, labels = problem(kernel_device, ignored=ignored, tokens=tokens)
     count = max(1, int((labels != -100).sum()))
 
     def reference(hidden, weight, bias):
-        return linear_cross_entropy_reference([hidden], [weight], labels, bias).sum() / count
+        losses = linear_cross_entropy_reference([hidden], [weight], labels, bias)
+        return losses if reduction == "none" else losses.sum() / count
 
     def candidate(hidden, weight, bias):
-        return linear_cross_entropy(hidden, weight, labels, bias, max_rows=rows)
+        return linear_cross_entropy(
+            hidden, weight, labels, bias, reduction=reduction, max_rows=rows
+        )
 
     assert_matches(candidate, reference, tensors, factor=3.0)
 
