@@ -9,6 +9,7 @@ low-rank adapter on it), g the gradient that backward receives.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -26,7 +27,7 @@ class Plan:
     want_weight: tuple[bool, ...]  # d weight of each term
     want_bias: bool
     uniform: bool  # g is one number for all tokens, up to the row weights given to forward
-    rows: int  # rows of logits in the workspace
+    rows: int  # the most rows of logits in the workspace
     first: int  # rows queued before the number of supervised tokens is known; at most `rows`
 
     @property
@@ -159,6 +160,14 @@ def _column_sums(dlogits: torch.Tensor, scale: torch.Tensor | None) -> torch.Ten
     return torch.mv(dlogits.t(), (scale / largest).to(dlogits.dtype)) * largest
 
 
+def workspace(n: int, plan: Plan) -> int:
+    """Rows of a workspace, such that n rows make workspaces of about one size."""
+    if n <= plan.rows:
+        return max(n, 1)
+    size = math.ceil(n / math.ceil(n / plan.rows))
+    return min(plan.rows, math.ceil(size / 64) * 64)
+
+
 def spans(n: int, rows: int, first: int, count: Callable[[], int]) -> Iterator[tuple[int, int]]:
     """(start, stop) of the parts that make up the workspaces of `rows` rows.
 
@@ -194,7 +203,8 @@ def forward(
     With `may_keep` the gradient of the logits is kept for backward if one workspace held them all.
     """
     n = head.labels.shape[0]
-    logits = head.hidden[0].new_empty((min(n, plan.rows), head.vocab))
+    rows = workspace(n, plan)
+    logits = head.hidden[0].new_empty((min(n, rows), head.vocab))
     zeros_or_empty = torch.zeros if head.order.numel() else torch.empty  # left-out rows are zero
     loss = zeros_or_empty(n, dtype=accumulate_dtype(head), device=logits.device)
     dhidden = [
@@ -217,8 +227,8 @@ def forward(
             gradient.add(dlogits, start, row_weight_N)
 
     begin = stop = 0
-    for start, stop in spans(n, plan.rows, plan.first, head.supervised):
-        if start - begin == plan.rows:
+    for start, stop in spans(n, rows, plan.first, head.supervised):
+        if start - begin == rows:
             if plan.want_grad:
                 finish(begin, start, keep=False)
             begin = start
@@ -269,8 +279,9 @@ def backward(
 
 def _recompute(gradient: HeadGradient, scale_N: torch.Tensor) -> None:
     """d weight where forward knew neither g nor had room for all logits: logits once more."""
-    head, rows = gradient.head, gradient.plan.rows
+    head = gradient.head
     total = head.supervised()
+    rows = workspace(total, gradient.plan)
     logits = head.hidden[0].new_empty((min(total, rows), head.vocab))
     for start in range(0, max(total, 1), rows):
         stop = min(start + rows, total)

@@ -27,7 +27,6 @@ Formula of the loss, options and sources: `loss.py`. The chunk loop: `head.py`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -68,21 +67,22 @@ def linear_cross_entropy_reference(
 
 
 def workspace_rows(tokens: int, vocab: int, trainable_width: int, hidden: torch.Tensor) -> int:
-    """Rows of logits held at once.
+    """The most rows of logits to hold at once.
 
-    All of them, if that takes no more than the budget (1/64 of the device's memory; 256 MiB on a
-    CPU) and the fp32 buffer for d weight that it makes unnecessary. Else what the budget holds, in
-    workspaces of equal size.
+    What the budget holds: 1/64 of the device's memory, 256 MiB on a CPU. If all tokens fit the
+    budget and the fp32 buffer for d weight together, they may have both: one workspace for all
+    makes the buffer unnecessary.
+
+    The answer depends on `tokens` through one comparison only, so that compiled code serves every
+    number of tokens on the same side of it.
     """
     if hidden.is_cuda:
         budget = torch.cuda.get_device_properties(hidden.device).total_memory // 64
     else:
         budget = 256 << 20
     row = vocab * hidden.element_size()
-    if tokens * row <= budget + vocab * trainable_width * 4:
-        return max(tokens, 1)
-    workspaces = math.ceil(tokens / max(256, budget // row))
-    return math.ceil(tokens / workspaces / 256) * 256
+    all_at_once = (budget + vocab * trainable_width * 4) // row
+    return all_at_once if tokens <= all_at_once else max(256, budget // row)
 
 
 def _head(hidden, weight, bias, labels, class_weight, options, order, stats, host=None) -> Head:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from oracle import assert_matches
 from shapes import Shapes
 
+from liger_trainer.kernels import head as chunks
 from liger_trainer.kernels import linear_cross_entropy as module
 from liger_trainer.kernels.linear_cross_entropy import (
     linear_cross_entropy,
@@ -247,6 +248,30 @@ def test_compiles_to_one_graph_for_all_lengths(kernel_device, rows, reduction):
         expected = torch.autograd.grad(step(leaves[0], leaves[1], labels, leaves[2]), leaves)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_compiles_once_for_all_lengths_with_the_default_workspace(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        linear_cross_entropy, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for tokens in (40, 44, 47, 2000):
+        tensors, labels = problem(device, tokens=tokens)
+        leaves = [t.requires_grad_() for t in tensors.values()]
+        with torch._dynamo.config.patch(error_on_recompile=tokens != 40):
+            got = torch.autograd.grad(compiled(leaves[0], leaves[1], labels, leaves[2]), leaves)
+        loss = linear_cross_entropy(leaves[0], leaves[1], labels, leaves[2])
+        for a, b in zip(got, torch.autograd.grad(loss, leaves), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_workspaces_are_of_one_size_and_within_the_limit():
+    for tokens, limit in [(1, 256), (256, 256), (257, 256), (32768, 8900), (16384, 7760), (5, 3)]:
+        plan = chunks.Plan((True,), (True,), False, True, rows=limit, first=0)
+        rows = chunks.workspace(tokens, plan)
+        assert rows <= limit
+        parts = -(-tokens // rows)
+        assert parts <= -(-tokens // limit) + (limit < 64)
 
 
 def test_refuses_operands_that_do_not_fit():
