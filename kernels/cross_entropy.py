@@ -16,6 +16,7 @@ from liger_trainer.kernels.loss import (
     LossOptions,
     accumulate_dtype,
     check_labels,
+    checked_weights,
     cross_entropy_reference,
     mean_denominator,
     reduce_loss,
@@ -335,6 +336,7 @@ def cross_entropy(
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     check_labels(labels, logits.shape[:-1], logits.device)
+    class_weight, weight_N = checked_weights(class_weight, token_weight, labels, logits.shape[-1])
     logits_NV = logits.reshape(-1, logits.shape[-1])
     labels_N = labels.reshape(-1)
     if _runs_in_triton(logits_NV):
@@ -346,6 +348,5 @@ def cross_entropy(
     else:
         loss_N = cross_entropy_reference(logits_NV, labels_N, class_weight, options)
     count = mean_denominator(labels_N, class_weight, options.ignore_index)
-    weight_N = None if token_weight is None else token_weight.reshape(-1)
     loss = reduce_loss(loss_N, reduction, count, weight_N, num_items_in_batch)
     return loss.reshape(labels.shape) if reduction == "none" else loss

@@ -37,6 +37,7 @@ from liger_trainer.kernels.loss import (
     REDUCTIONS,
     LossOptions,
     check_labels,
+    checked_weights,
     cross_entropy_reference,
     mean_denominator,
     reduce_loss,
@@ -298,16 +299,17 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
+    vocab = weight[0].shape[0]
+    class_weight, row_weight = checked_weights(class_weight, token_weight, labels, vocab)
     shape, labels_N = labels.shape, labels.reshape(-1).contiguous()
     hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
-    row_weight = None if token_weight is None else token_weight.reshape(-1).float()
     # A weight that itself needs a gradient is applied outside, to the losses of the tokens.
     uniform = reduction != "none" and not (row_weight is not None and row_weight.requires_grad)
 
     enabled = torch.is_grad_enabled()
     want_weight = tuple(w.requires_grad and enabled for w in weight)
     width = sum(w.shape[1] for w, want in zip(weight, want_weight, strict=True) if want)
-    rows = max_rows or workspace_rows(labels_N.shape[0], weight[0].shape[0], width, hidden[0])
+    rows = max_rows or workspace_rows(labels_N.shape[0], vocab, width, hidden[0])
     plan = Plan(
         want_hidden=tuple(h.requires_grad and enabled for h in hidden),
         want_weight=want_weight,

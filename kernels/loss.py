@@ -88,6 +88,30 @@ def check_labels(labels: torch.Tensor, shape: torch.Size, device: torch.device) 
         raise ValueError(f"labels are on {labels.device}, logits on {device}; move them together")
 
 
+def checked_weights(
+    class_weight: torch.Tensor | None,
+    token_weight: torch.Tensor | None,
+    labels: torch.Tensor,
+    vocab: int,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(class weights [V], token weights [N]), contiguous; ValueError if one does not fit."""
+    if class_weight is not None:
+        if class_weight.shape != (vocab,) or class_weight.device != labels.device:
+            raise ValueError(
+                f"class_weight must be ({vocab},) on {labels.device}, got "
+                f"{tuple(class_weight.shape)} on {class_weight.device}"
+            )
+        class_weight = class_weight.contiguous()
+    if token_weight is not None:
+        if token_weight.shape != labels.shape or token_weight.device != labels.device:
+            raise ValueError(
+                f"token_weight must be {tuple(labels.shape)} like the labels, on {labels.device}, "
+                f"got {tuple(token_weight.shape)} on {token_weight.device}"
+            )
+        token_weight = token_weight.reshape(-1).float()
+    return class_weight, token_weight
+
+
 def reduce_loss(
     loss_N: torch.Tensor,
     reduction: str,

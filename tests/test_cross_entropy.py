@@ -134,17 +134,19 @@ def test_label_out_of_range_on_the_torch_path_raises():
         cross_entropy(logits, labels)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(kernel_device, dynamic):
+def test_compiles_to_one_graph_for_all_lengths(kernel_device):
     def step(logits, labels):
         return cross_entropy(logits, labels, options=LossOptions(softcap=7.0))
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    logits, labels = problem(kernel_device)
-    leaf, twin = (logits.clone().requires_grad_() for _ in range(2))
-    compiled(leaf, labels).backward()
-    step(twin, labels).backward()
-    torch.testing.assert_close(leaf.grad, twin.grad)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (9, 12, 31):
+        logits, labels = problem(kernel_device, tokens=tokens)
+        leaf, twin = (logits.clone().requires_grad_() for _ in range(2))
+        with torch._dynamo.config.patch(error_on_recompile=tokens != 9):
+            compiled(leaf, labels).backward()
+        step(twin, labels).backward()
+        torch.testing.assert_close(leaf.grad, twin.grad)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,17 @@ def test_refuses_input_that_does_not_fit():
         cross_entropy(logits, labels, reduction="average")
     with pytest.raises(ValueError, match="floating"):
         cross_entropy(logits.long(), labels)
+    with pytest.raises(ValueError, match="class_weight"):
+        cross_entropy(logits, labels, class_weight=torch.ones(3))
+    with pytest.raises(ValueError, match="token_weight"):
+        cross_entropy(logits, labels, token_weight=torch.ones(3))
+
+
+def test_class_weights_of_any_stride(kernel_device):
+    logits, labels = problem(kernel_device)
+    strided = torch.rand(logits.shape[1], 2, device=kernel_device)[:, 0]
+    got = cross_entropy(logits, labels, class_weight=strided)
+    torch.testing.assert_close(got, F.cross_entropy(logits, labels, strided))
 
 
 @pytest.mark.gpu
