@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from liger_trainer.kernels.cross_entropy import token_loss_
-from liger_trainer.kernels.loss import LossOptions
+from liger_trainer.kernels.loss import LossOptions, accumulate_dtype
 from liger_trainer.kernels.supervised import HostStats
 
 
@@ -105,7 +105,7 @@ class HeadGradient:
             for w, want, dtype in zip(head.weight, plan.want_weight, dtypes, strict=True)
         ]
         self.bias = head.hidden[0].new_zeros(
-            head.vocab if plan.want_bias else 0, dtype=accumulate_dtype(head)
+            head.vocab if plan.want_bias else 0, dtype=accumulate_dtype(head.hidden[0])
         )
         self._first = True
 
@@ -122,10 +122,6 @@ class HeadGradient:
         if self.plan.want_bias:
             self.bias += _column_sums(dlogits, scale)
         self._first = False
-
-
-def accumulate_dtype(head: Head) -> torch.dtype:
-    return torch.promote_types(head.hidden[0].dtype, torch.float32)
 
 
 def scale_rows(x_NH: torch.Tensor, scale_N: torch.Tensor | None) -> torch.Tensor:
@@ -186,7 +182,6 @@ def spans(n: int, rows: int, first: int, count: Callable[[], int]) -> Iterator[t
 class Saved:
     """What forward leaves for backward. A tensor that is not needed has no elements."""
 
-    loss: torch.Tensor  # [N]
     filled: int  # rows of `dlogits` that hold a gradient
     dlogits: torch.Tensor  # [rows, V], the one workspace
     dbias: torch.Tensor  # [V]
@@ -196,8 +191,8 @@ class Saved:
 
 def forward(
     head: Head, row_weight_N: torch.Tensor | None, plan: Plan, may_keep: bool = True
-) -> Saved:
-    """Losses, d hidden, and d weight as far as it can be known before g.
+) -> tuple[torch.Tensor, Saved]:
+    """Losses [N]; d hidden, and d weight as far as it can be known before g.
 
     `row_weight_N` multiplies each token's loss (only for a uniform plan: it enters d weight here).
     With `may_keep` the gradient of the logits is kept for backward if one workspace held them all.
@@ -206,7 +201,7 @@ def forward(
     rows = workspace(n, plan)
     logits = head.hidden[0].new_empty((min(n, rows), head.vocab))
     zeros_or_empty = torch.zeros if head.order.numel() else torch.empty  # left-out rows are zero
-    loss = zeros_or_empty(n, dtype=accumulate_dtype(head), device=logits.device)
+    loss = zeros_or_empty(n, dtype=accumulate_dtype(head.hidden[0]), device=logits.device)
     dhidden = [
         zeros_or_empty(h.shape if want else 0, dtype=h.dtype, device=h.device)
         for h, want in zip(head.hidden, plan.want_hidden, strict=True)
@@ -222,7 +217,7 @@ def forward(
                 head.hidden_grad_(out, dlogits, weight, start, stop)
         if plan.want_head and plan.uniform and not keep:
             gradient = gradient or HeadGradient(
-                head, plan, [accumulate_dtype(head)] * len(head.weight)
+                head, plan, [accumulate_dtype(head.hidden[0])] * len(head.weight)
             )
             gradient.add(dlogits, start, row_weight_N)
 
@@ -237,8 +232,7 @@ def forward(
     kept = plan.want_head and may_keep and begin == 0
     if plan.want_grad:
         finish(begin, stop, keep=kept)
-    return Saved(
-        loss=loss,
+    return loss, Saved(
         filled=stop if kept else 0,
         dlogits=logits if kept else logits.new_empty((0, head.vocab)),
         dbias=gradient.bias if gradient else logits.new_empty(0),

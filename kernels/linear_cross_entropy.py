@@ -36,6 +36,7 @@ from liger_trainer.kernels.head import Head, Plan, Saved
 from liger_trainer.kernels.loss import (
     REDUCTIONS,
     LossOptions,
+    accumulate_dtype,
     check_labels,
     checked_weights,
     cross_entropy_reference,
@@ -43,7 +44,7 @@ from liger_trainer.kernels.loss import (
     reduce_loss,
     scale_sum,
 )
-from liger_trainer.kernels.runtime import register_op, use_triton
+from liger_trainer.kernels.runtime import on_device, register_op, use_triton
 from liger_trainer.kernels.supervised import FIRST_ROWS, HostStats, partition
 
 # --- torch reference -------------------------------------------------------------------------
@@ -134,16 +135,16 @@ def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static)
     plan, options = _unflatten(*static)
     order, stats = _partition(weight, labels, plan, options)
     head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
-    saved = chunks.forward(head, row_weight, plan, may_keep=labels.shape[0] <= plan.rows)
+    loss, saved = chunks.forward(head, row_weight, plan, may_keep=labels.shape[0] <= plan.rows)
     filled = torch.tensor([saved.filled])
-    return (saved.loss, stats, order, filled, saved.dlogits, saved.dbias,
+    return (loss, stats, order, filled, saved.dlogits, saved.dbias,
             saved.dhidden, saved.dweight)  # fmt: skip
 
 
 def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
     plan, _ = _unflatten(*static)
     n, vocab, like = labels.shape[0], weight[0].shape[0], hidden[0]
-    accumulate = torch.promote_types(like.dtype, torch.float32)
+    accumulate = accumulate_dtype(like)
     kept = plan.want_head and n <= plan.rows
     summed = plan.want_head and plan.uniform and not kept
     return (
@@ -167,13 +168,13 @@ def _launch_bwd(
 ):  # fmt: skip
     plan, options = _unflatten(*static)
     head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
-    saved = Saved(g, int(filled), dlogits, dbias, list(dhidden), list(dweight))
+    saved = Saved(int(filled), dlogits, dbias, list(dhidden), list(dweight))
     return chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
 
 
 def _fake_bwd(hidden, weight, bias, labels, class_weight, row_weight, g, *rest):
     plan, _ = _unflatten(*rest[7:])
-    accumulate = torch.promote_types(hidden[0].dtype, torch.float32)
+    accumulate = accumulate_dtype(hidden[0])
     return (
         [h.new_empty(h.shape if w else 0) for h, w in zip(hidden, plan.want_hidden, strict=True)],
         [
@@ -214,11 +215,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
             )  # fmt: skip
         else:
-            order, stats = _partition(weight, labels, plan, options)
-            head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
-            ctx.host = head.host
-            saved = chunks.forward(head, row_weight, plan)
-            loss, dlogits, dbias = saved.loss, saved.dlogits, saved.dbias
+            with on_device(labels):
+                order, stats = _partition(weight, labels, plan, options)
+                head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
+                loss, saved = chunks.forward(head, row_weight, plan)
+            ctx.host, dlogits, dbias = head.host, saved.dlogits, saved.dbias
             dhidden, dweight, filled = saved.dhidden, saved.dweight, torch.tensor([saved.filled])
         ctx.save_for_backward(
             bias, labels, class_weight, row_weight, stats, order, filled, dlogits, dbias,
@@ -243,11 +244,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dlogits, dbias, dhidden, dweight, *_flatten(plan, ctx.options),
             )  # fmt: skip
         else:
-            head = _head(
-                hidden, weight, bias, labels, class_weight, ctx.options, order, stats, ctx.host
-            )
-            saved = Saved(g, int(filled), dlogits, dbias, dhidden, dweight)
-            grads = chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
+            saved = Saved(int(filled), dlogits, dbias, dhidden, dweight)
+            with on_device(labels):
+                head = _head(
+                    hidden, weight, bias, labels, class_weight, ctx.options, order, stats, ctx.host
+                )
+                grads = chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
         grad_hidden, grad_weight, grad_bias = grads
         return (
             None, None, None, grad_bias.to(bias.dtype) if plan.want_bias else None,

@@ -90,6 +90,16 @@ def _warn_no_triton() -> None:
         )
 
 
+_HERE = contextlib.nullcontext()
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Within it, the device of `tensor` is the current one: Triton launches on that."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return _HERE
+
+
 _LIBRARY = torch.library.Library("liger_trainer", "DEF")
 
 
@@ -107,11 +117,8 @@ def register_op(schema: str, launch: Callable, fake: Callable) -> Callable:
     name = schema.split("(", 1)[0]
 
     def launch_on_device(first, *args):
-        tensor = first[0] if isinstance(first, (list, tuple)) else first
-        if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-            with torch.cuda.device(tensor.device):
-                return launch(first, *args)
-        return launch(first, *args)
+        with on_device(first[0] if isinstance(first, (list, tuple)) else first):
+            return launch(first, *args)
 
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, launch_on_device, "CompositeExplicitAutograd")

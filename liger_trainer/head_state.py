@@ -93,7 +93,7 @@ def summarise(ops: tuple[tuple[str, object], ...]) -> tuple[float, float | None]
     inner, outer = 1.0, None
     for name, argument in ops:
         if name in ("mul", "div"):
-            factor = argument if name == "mul" else 1.0 / argument if argument else math.inf
+            factor = argument if name == "mul" else 1.0 / argument
             if outer is None:
                 inner *= factor
             else:

@@ -86,8 +86,9 @@ class LigerTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        # A request to another package's models; a PEFT wrapper would pass it on to ours.
-        inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
+        if self.args.use_liger_kernel and "skip_logits" in inputs:
+            # A request to another package's models; a PEFT wrapper would pass it on to ours.
+            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, *args, **kwargs):

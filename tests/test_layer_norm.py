@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from oracle import assert_matches
+from strides import views_of_x
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 
 from liger_trainer.kernels.layer_norm import layer_norm, layer_norm_reference
@@ -69,18 +70,7 @@ def test_rounds_once(kernel_device):
     assert differs < 0.005
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda packed: packed[..., 16:80],
-        lambda packed: packed[::2],
-        lambda packed: packed.transpose(0, 1),
-        lambda packed: packed.transpose(0, 2),
-        lambda packed: packed[:1].expand(3, -1, -1),
-        lambda packed: packed[0, ::3],
-    ],
-    ids=["sliced", "every other", "transposed", "inner transposed", "expanded", "row stride"],
-)
+@views_of_x
 def test_x_of_any_strides(kernel_device, view):
     packed = torch.randn(4, 6, 96, device=kernel_device)
     weight = torch.randn(view(packed).shape[-1], device=kernel_device)

@@ -321,3 +321,19 @@ def test_real_sizes(ignored):
     truth = torch.autograd.grad(F.cross_entropy(h @ w.t(), labels), (h, w))
     for a, p, t in zip(got, plain, truth, strict=True):
         assert (a - t).norm() <= 3 * (p - t).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_runs_on_the_device_of_its_tensors_not_on_the_current_one():
+    with torch.cuda.device(0):
+        results = []
+        for device in ("cuda:0", "cuda:1"):
+            torch.manual_seed(0)
+            tensors, labels = problem(device)
+            leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+            loss = linear_cross_entropy(labels=labels, max_rows=16, **leaves)
+            loss.backward()
+            results.append([loss.cpu(), *(t.grad.cpu() for t in leaves.values())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)

@@ -187,3 +187,17 @@ def test_norms_of_torch_with_and_without_parameters(norm, rule):
     expected = model(x)
     assert inject(model).coverage[rule] == (1, 1)
     torch.testing.assert_close(model(x), expected)
+
+
+def test_instances_that_differ_in_a_private_attribute_are_judged_one_by_one():
+    class PrivatelyGrouped(Norm):
+        def __init__(self, groups):
+            super().__init__()
+            self._groups = groups
+
+        def scale(self, x, normed):
+            return Grouped.scale(self, x, normed) if self._groups > 1 else normed
+
+    model = nn.Sequential(PrivatelyGrouped(1), PrivatelyGrouped(2))
+    rows = [row for row in inject(model).rows if row.rule == "rms_norm"]
+    assert [row.swapped for row in rows] == [True, False]

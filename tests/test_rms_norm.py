@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from oracle import assert_matches
+from strides import views_of_x
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -89,18 +90,7 @@ def test_rounds_where_the_reference_rounds(kernel_device, form):
         assert differs < 0.005 if other is form else differs > 0.05
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda packed: packed[..., 16:80],
-        lambda packed: packed[::2],
-        lambda packed: packed.transpose(0, 1),
-        lambda packed: packed.transpose(0, 2),
-        lambda packed: packed[:1].expand(3, -1, -1),
-        lambda packed: packed[0, ::3],
-    ],
-    ids=["sliced", "every other", "transposed", "inner transposed", "expanded", "row stride"],
-)
+@views_of_x
 def test_x_of_any_strides(kernel_device, view):
     packed = torch.randn(4, 6, 96, device=kernel_device)
     weight = torch.randn(view(packed).shape[-1], device=kernel_device)

@@ -48,6 +48,9 @@ class Search:
         return self.probes[key]
 
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def fingerprint(module: nn.Module, device: torch.device) -> Hashable:
     """Equal for two instances of a class that differ in nothing but the values of parameters.
 
@@ -57,7 +60,7 @@ def fingerprint(module: nn.Module, device: torch.device) -> Hashable:
     attributes = tuple(
         (name, value if isinstance(value, plain) else id(value))
         for name, value in sorted(vars(module).items())
-        if not name.startswith("_") and name != "training"
+        if name not in _OF_EVERY_MODULE
     )
     tensors = tuple(
         (name, tuple(t.shape), t.dtype)

@@ -90,19 +90,19 @@ def examine_model(search: Search) -> Iterator[Finding]:
         yield Finding(Row(site, rule, False, SWITCHED_OFF, eligible=False))
         return
     layers = [(n, m) for n, m in model.named_modules() if _is_head_layer(n, site, m, embeddings)]
-    refusal = None if layers else f"{type(embeddings).__name__} is not a plain linear layer"
+    if not layers:
+        reason = f"{type(embeddings).__name__} is not a plain linear layer"
+        yield Finding(Row(site, rule, False, reason))
+        return
     for name, layer in layers:
-        max_error = search.once(("head", name), lambda m=layer: _probe(m, search.device_of(m)))
-        if max_error is None:
-            refusal = "the loss through the kernel differs from the plain one"
+        max_error = _probe(layer, search.device_of(layer), fused)
         reason = "logits deferred, loss in chunks" if fused else "loss of given logits"
-        row = Row(name, rule, max_error is not None, refusal or reason, max_error)
+        if max_error is None:
+            reason = "the loss through the kernel differs from the plain one"
+        row = Row(name, rule, max_error is not None, reason, max_error)
         yield Finding(row, layer, DeferredLinear, (fused,))
-    if refusal and not layers:
-        yield Finding(Row(site, rule, False, refusal))
-    if not refusal:
-        row = Row("", "model", True, "own forward and loss kept", eligible=False)
-        yield Finding(row, model, DeferringModel, (fused,))
+    row = Row("", "model", True, "own forward and loss kept", eligible=False)
+    yield Finding(row, model, DeferringModel, (fused,))
 
 
 def _is_head_layer(name: str, site: str, module: nn.Module, embeddings: nn.Module) -> bool:
@@ -117,7 +117,7 @@ def _vocabulary(embeddings: nn.Module) -> int | None:
     return weight.shape[0] if weight is not None and weight.dim() == 2 else None
 
 
-def _probe(layer: nn.Linear, device: torch.device) -> float | None:
+def _probe(layer: nn.Linear, device: torch.device, fused: bool) -> float | None:
     """The fp32 error of loss and gradients through a small head of the layer's kind.
 
     None if it is larger than the plain head's: with TF32 switched on, that is large too.
@@ -133,7 +133,7 @@ def _probe(layer: nn.Linear, device: torch.device) -> float | None:
         return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)
 
     def deferred(hidden, weight, bias=None):
-        state = HeadState((Term(hidden, weight),), bias, hidden.dtype, fused=True)
+        state = HeadState((Term(hidden, weight),), bias, hidden.dtype, fused)
         return F.cross_entropy(defer(state).float(), labels)
 
     case = probe.Case(inputs, "a small head")
