@@ -9,14 +9,15 @@ low-rank adapter on it), g the gradient that backward receives.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from liger_trainer.kernels.cross_entropy import token_loss_
 from liger_trainer.kernels.loss import LossOptions, accumulate_dtype
+from liger_trainer.kernels.scores import ScoreOptions
 from liger_trainer.kernels.supervised import HostStats
+from liger_trainer.kernels.workspace import SPLIT_ROWS, spans, workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,29 @@ class Plan:
     def want_grad(self) -> bool:
         return self.want_head or any(self.want_hidden)
 
+    @property
+    def splits(self) -> bool:
+        """Where d weight is summed as one goes, two small workspaces replace a large one."""
+        return self.uniform and self.want_head
+
+    def workspace(self, n: int) -> int:
+        """Rows of the workspaces that n rows pass through."""
+        return workspace(n, self.rows, self.splits)
+
+    def keeps_all(self, n: int) -> bool:
+        """Whether one workspace holds n rows."""
+        return n <= self.rows and not (self.splits and n >= SPLIT_ROWS)
+
+    def sums_in(self, dtype: torch.dtype, n: int) -> torch.dtype:
+        """In which dtype d weight of a weight of `dtype` is summed over n rows.
+
+        Two workspaces need one rounding between them, no larger than the last one; so the gradient
+        itself is the buffer. More are summed in fp32, and so is fp16, whose range a sum before its
+        division by the number of tokens would leave.
+        """
+        few = n <= 2 * self.rows and dtype != torch.float16
+        return dtype if few else torch.promote_types(dtype, torch.float32)
+
 
 @dataclasses.dataclass
 class Head:
@@ -48,7 +72,7 @@ class Head:
     bias: torch.Tensor | None  # [V]
     labels: torch.Tensor  # [N]
     class_weight: torch.Tensor | None  # [V]
-    options: LossOptions
+    options: LossOptions | ScoreOptions
     order: torch.Tensor  # [N], supervised tokens first; or [0]: the tokens' own order
     host: HostStats  # how many tokens are supervised
 
@@ -72,19 +96,23 @@ class Head:
         else:
             out_N[start:stop] = values
 
+    def logits_(self, out: torch.Tensor, start: int, stop: int) -> None:
+        """Fills `out` [stop - start, V] with the logits of these rows."""
+        for t, (hidden, weight) in enumerate(zip(self.hidden, self.weight, strict=True)):
+            x = self.rows(hidden, start, stop)
+            if t > 0:
+                out.addmm_(x, weight.t())
+            elif self.bias is not None:
+                torch.addmm(self.bias, x, weight.t(), out=out)
+            else:
+                torch.mm(x, weight.t(), out=out)
+
     def token_loss_(self, logits: torch.Tensor, start: int, stop: int, want_grad: bool):
         """Fills `logits` [stop - start, V] with the logits of these rows, or with their gradient.
 
         Returns the loss of each row.
         """
-        for t, (hidden, weight) in enumerate(zip(self.hidden, self.weight, strict=True)):
-            x = self.rows(hidden, start, stop)
-            if t > 0:
-                logits.addmm_(x, weight.t())
-            elif self.bias is not None:
-                torch.addmm(self.bias, x, weight.t(), out=logits)
-            else:
-                torch.mm(x, weight.t(), out=logits)
+        self.logits_(logits, start, stop)
         labels = self.rows(self.labels, start, stop)
         return token_loss_(logits, labels, self.class_weight, self.options, want_grad)[0]
 
@@ -156,28 +184,6 @@ def _column_sums(dlogits: torch.Tensor, scale: torch.Tensor | None) -> torch.Ten
     return torch.mv(dlogits.t(), (scale / largest).to(dlogits.dtype)) * largest
 
 
-def workspace(n: int, plan: Plan) -> int:
-    """Rows of a workspace, such that n rows make workspaces of about one size."""
-    if n <= plan.rows:
-        return max(n, 1)
-    size = math.ceil(n / math.ceil(n / plan.rows))
-    return min(plan.rows, math.ceil(size / 64) * 64)
-
-
-def spans(n: int, rows: int, first: int, count: Callable[[], int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the parts that make up the workspaces of `rows` rows.
-
-    The part of `first` rows is queued before `count()`, the number of rows to do, is awaited.
-    """
-    start, stop = 0, min(n, rows, first)
-    if stop:
-        yield start, stop
-    total = count() if n > stop else stop
-    while stop < total:
-        start, stop = stop, min(total, stop + rows - stop % rows)
-        yield start, stop
-
-
 @dataclasses.dataclass
 class Saved:
     """What forward leaves for backward. A tensor that is not needed has no elements."""
@@ -190,15 +196,20 @@ class Saved:
 
 
 def forward(
-    head: Head, row_weight_N: torch.Tensor | None, plan: Plan, may_keep: bool = True
+    head: Head,
+    row_weight_N: torch.Tensor | None,
+    plan: Plan,
+    dtypes: Sequence[torch.dtype],
+    may_keep: bool = True,
 ) -> tuple[torch.Tensor, Saved]:
     """Losses [N]; d hidden, and d weight as far as it can be known before g.
 
     `row_weight_N` multiplies each token's loss (only for a uniform plan: it enters d weight here).
-    With `may_keep` the gradient of the logits is kept for backward if one workspace held them all.
+    `dtypes` are the weights' own. With `may_keep` the gradient of the logits is kept for backward
+    if one workspace held them all.
     """
     n = head.labels.shape[0]
-    rows = workspace(n, plan)
+    rows = plan.workspace(n)
     logits = head.hidden[0].new_empty((min(n, rows), head.vocab))
     zeros_or_empty = torch.zeros if head.order.numel() else torch.empty  # left-out rows are zero
     loss = zeros_or_empty(n, dtype=accumulate_dtype(head.hidden[0]), device=logits.device)
@@ -216,9 +227,7 @@ def forward(
             if want:
                 head.hidden_grad_(out, dlogits, weight, start, stop)
         if plan.want_head and plan.uniform and not keep:
-            gradient = gradient or HeadGradient(
-                head, plan, [accumulate_dtype(head.hidden[0])] * len(head.weight)
-            )
+            gradient = gradient or HeadGradient(head, plan, [plan.sums_in(d, n) for d in dtypes])
             gradient.add(dlogits, start, row_weight_N)
 
     begin = stop = 0
@@ -261,8 +270,7 @@ def backward(
             for d, dtype in zip(saved.dweight, dtypes, strict=True)
         ]
         return dhidden, dweight, saved.dbias * g
-    several = not saved.filled and n > plan.rows
-    buffers = [torch.promote_types(d, torch.float32) if several else d for d in dtypes]
+    buffers = dtypes if saved.filled else [plan.sums_in(dtype, n) for dtype in dtypes]
     gradient = HeadGradient(head, plan, buffers)
     if saved.filled or n == 0:
         gradient.add(saved.dlogits[: saved.filled], 0, scale)
@@ -275,7 +283,7 @@ def _recompute(gradient: HeadGradient, scale_N: torch.Tensor) -> None:
     """d weight where forward knew neither g nor had room for all logits: logits once more."""
     head = gradient.head
     total = head.supervised()
-    rows = workspace(total, gradient.plan)
+    rows = gradient.plan.workspace(total)
     logits = head.hidden[0].new_empty((min(total, rows), head.vocab))
     for start in range(0, max(total, 1), rows):
         stop = min(start + rows, total)

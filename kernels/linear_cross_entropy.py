@@ -14,9 +14,10 @@ see `supervised.py`), and logits are turned into their gradient in place.
     "sum", "mean"       3 products                                       2
     "none"              3 if the logits fit the workspace, else 4        2
 
-Memory. One workspace of logits (`workspace_rows`). If all supervised tokens fit it, their gradient
-is kept until backward, where d weight is a single product, accumulated in fp32 by the hardware. If
-not, d weight is accumulated over the workspaces in an fp32 buffer and rounded once.
+Memory. One workspace of logits (`workspace.py`). If all supervised tokens fit it, their gradient is
+kept until backward, where d weight is a single product, accumulated in fp32 by the hardware. Over
+two workspaces d weight is summed in its own dtype, the second product onto the rounded first; over
+more in an fp32 buffer that is rounded once.
 
 Row scaling. d loss_n / d logits is known up to the factor g_n that backward receives. It scales the
 rows of d hidden and, for d weight, the rows of `hidden` (N x H): never the logits (N x V).
@@ -46,6 +47,7 @@ from liger_trainer.kernels.loss import (
 )
 from liger_trainer.kernels.runtime import on_device, register_op, use_triton
 from liger_trainer.kernels.supervised import FIRST_ROWS, HostStats, partition
+from liger_trainer.kernels.workspace import workspace_rows
 
 # --- torch reference -------------------------------------------------------------------------
 
@@ -66,25 +68,6 @@ def linear_cross_entropy_reference(
 
 
 # --- planning --------------------------------------------------------------------------------
-
-
-def workspace_rows(tokens: int, vocab: int, trainable_width: int, hidden: torch.Tensor) -> int:
-    """The most rows of logits to hold at once.
-
-    What the budget holds: 1/64 of the device's memory, 256 MiB on a CPU. If all tokens fit the
-    budget and the fp32 buffer for d weight together, they may have both: one workspace for all
-    makes the buffer unnecessary.
-
-    The answer depends on `tokens` through one comparison only, so that compiled code serves every
-    number of tokens on the same side of it.
-    """
-    if hidden.is_cuda:
-        budget = torch.cuda.get_device_properties(hidden.device).total_memory // 64
-    else:
-        budget = 256 << 20
-    row = vocab * hidden.element_size()
-    all_at_once = (budget + vocab * trainable_width * 4) // row
-    return all_at_once if tokens <= all_at_once else max(256, budget // row)
 
 
 def _head(hidden, weight, bias, labels, class_weight, options, order, stats, host=None) -> Head:
@@ -135,7 +118,8 @@ def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static)
     plan, options = _unflatten(*static)
     order, stats = _partition(weight, labels, plan, options)
     head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
-    loss, saved = chunks.forward(head, row_weight, plan, may_keep=labels.shape[0] <= plan.rows)
+    dtypes, may_keep = [w.dtype for w in weight], plan.keeps_all(labels.shape[0])
+    loss, saved = chunks.forward(head, row_weight, plan, dtypes, may_keep)
     filled = torch.tensor([saved.filled])
     return (loss, stats, order, filled, saved.dlogits, saved.dbias,
             saved.dhidden, saved.dweight)  # fmt: skip
@@ -145,7 +129,7 @@ def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
     plan, _ = _unflatten(*static)
     n, vocab, like = labels.shape[0], weight[0].shape[0], hidden[0]
     accumulate = accumulate_dtype(like)
-    kept = plan.want_head and n <= plan.rows
+    kept = plan.want_head and plan.keeps_all(n)
     summed = plan.want_head and plan.uniform and not kept
     return (
         like.new_empty(n, dtype=accumulate),
@@ -156,7 +140,7 @@ def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
         like.new_empty(vocab if summed and plan.want_bias else 0, dtype=accumulate),
         [h.new_empty(h.shape if w else 0) for h, w in zip(hidden, plan.want_hidden, strict=True)],
         [
-            like.new_empty(w.shape if summed and want else 0, dtype=accumulate)
+            like.new_empty(w.shape if summed and want else 0, dtype=plan.sums_in(w.dtype, n))
             for w, want in zip(weight, plan.want_weight, strict=True)
         ],
     )
@@ -218,7 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             with on_device(labels):
                 order, stats = _partition(weight, labels, plan, options)
                 head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
-                loss, saved = chunks.forward(head, row_weight, plan)
+                loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight])
             ctx.host, dlogits, dbias = head.host, saved.dlogits, saved.dbias
             dhidden, dweight, filled = saved.dhidden, saved.dweight, torch.tensor([saved.filled])
         ctx.save_for_backward(
@@ -297,7 +281,7 @@ def linear_cross_entropy(
     Raises ValueError for shapes, dtypes or devices that do not fit, and for labels outside [0, V):
     at once where the host reads the token count, else in backward; the loss is NaN until then.
     """
-    hidden, weight, bias = _checked_operands(hidden, weight, bias)
+    hidden, weight, bias = checked_operands(hidden, weight, bias)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
@@ -311,7 +295,9 @@ def linear_cross_entropy(
     enabled = torch.is_grad_enabled()
     want_weight = tuple(w.requires_grad and enabled for w in weight)
     width = sum(w.shape[1] for w, want in zip(weight, want_weight, strict=True) if want)
-    rows = max_rows or workspace_rows(labels_N.shape[0], vocab, width, hidden[0])
+    rows = max_rows or workspace_rows(
+        labels_N.shape[0], vocab, width, hidden[0], workspaces=2 if uniform else 1
+    )
     plan = Plan(
         want_hidden=tuple(h.requires_grad and enabled for h in hidden),
         want_weight=want_weight,
@@ -334,7 +320,7 @@ def linear_cross_entropy(
     return loss.reshape(shape) if reduction == "none" else loss
 
 
-def _checked_operands(hidden, weight, bias):
+def checked_operands(hidden, weight, bias):
     hidden = [hidden] if torch.is_tensor(hidden) else list(hidden)
     weight = [weight] if torch.is_tensor(weight) else list(weight)
     if not hidden or len(hidden) != len(weight):

@@ -66,7 +66,7 @@ def partition(
 
 
 class HostStats:
-    """The `stats` of `partition`, on their way to the host.
+    """The `stats` of `partition`, and what the caller appended to them, on their way to the host.
 
     On a CPU they are there at once, and labels out of range raise at once. Under CUDA graph capture
     nothing can be read: `wait` then answers that every token is supervised.
@@ -78,7 +78,7 @@ class HostStats:
             if torch.cuda.is_current_stream_capturing():
                 self._host = None
                 return
-            self._host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            self._host = torch.empty(stats.shape, dtype=torch.int64, pin_memory=True)
             self._host.copy_(stats, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
@@ -87,6 +87,14 @@ class HostStats:
         """Of `tokens` tokens, how many are supervised; ValueError if a label is out of range."""
         self.check(vocab)
         return tokens if self._host is None else int(self._host[0])
+
+    def counts(self, number: int) -> list[int]:
+        """The `number` values that follow the stats."""
+        if self._event is not None:
+            self._event.synchronize()
+        if self._host is None:
+            raise RuntimeError("a loss of groups needs their sizes: not inside a CUDA graph")
+        return self._host[2 : 2 + number].tolist()
 
     def check(self, vocab: int) -> None:
         """Raises ValueError if a label lies outside [0, vocab)."""

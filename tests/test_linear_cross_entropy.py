@@ -268,10 +268,11 @@ def test_compiles_once_for_all_lengths_with_the_default_workspace(device):
 def test_workspaces_are_of_one_size_and_within_the_limit():
     for tokens, limit in [(1, 256), (256, 256), (257, 256), (32768, 8900), (16384, 7760), (5, 3)]:
         plan = chunks.Plan((True,), (True,), False, True, rows=limit, first=0)
-        rows = chunks.workspace(tokens, plan)
+        rows = plan.workspace(tokens)
         assert rows <= limit
         parts = -(-tokens // rows)
-        assert parts <= -(-tokens // limit) + (limit < 64)
+        assert parts <= max(-(-tokens // limit), 2) + (limit < 64)
+        assert plan.keeps_all(tokens) == (parts == 1)
 
 
 def test_refuses_operands_that_do_not_fit():

@@ -1,0 +1,97 @@
+"""How many rows of logits exist at once, and in which order the rows pass through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+SPLIT_ROWS = 4096
+"""From so many rows on, two workspaces of half the size cost nothing measurable in time."""
+
+
+def workspace_rows(
+    tokens: int, vocab: int, trainable_width: int, hidden: torch.Tensor, workspaces: int = 1
+) -> int:
+    """The most rows of logits to hold at once.
+
+    What the budget holds: 1/64 of the device's memory, 256 MiB on a CPU; a quarter of it if there
+    is no d weight, whose summation is what large workspaces are for. If all tokens fit `workspaces`
+    of the budget and the fp32 buffer for d weight together, they may have both: the buffer is then
+    unnecessary.
+
+    The answer depends on `tokens` through one comparison only, so that compiled code serves every
+    number of tokens on the same side of it.
+    """
+    if hidden.is_cuda:
+        budget = torch.cuda.get_device_properties(hidden.device).total_memory // 64
+    else:
+        budget = 256 << 20
+    if not trainable_width:
+        budget //= 4
+    row = vocab * hidden.element_size()
+    without_buffer = (budget + vocab * trainable_width * 4) // row
+    return without_buffer if tokens <= workspaces * without_buffer else max(256, budget // row)
+
+
+def workspace(n: int, most: int, split: bool = False) -> int:
+    """Rows of a workspace of at most `most` rows, such that n rows make equal ones; `split` asks
+    for two where one would do."""
+    parts = math.ceil(n / most)
+    if split and n >= SPLIT_ROWS:
+        parts = max(parts, 2)
+    if parts <= 1:
+        return max(n, 1)
+    return min(most, math.ceil(n / parts / 64) * 64)
+
+
+def spans(n: int, rows: int, first: int, count: Callable[[], int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the parts that make up the workspaces of `rows` rows.
+
+    The part of `first` rows is queued before `count()`, the number of rows to do, is awaited.
+    """
+    start, stop = 0, min(n, rows, first)
+    if stop:
+        yield start, stop
+    total = count() if n > stop else stop
+    while stop < total:
+        start, stop = stop, min(total, stop + rows - stop % rows)
+        yield start, stop
+
+
+def spans_last_full(
+    n: int, rows: int, first: int, count: Callable[[], int]
+) -> Iterator[tuple[int, int, int]]:
+    """(begin, start, stop) of parts such that the workspace ends as full as it can be.
+
+    The part from `start` to `stop` lies in a workspace that begins at row `begin`. What does not
+    fit the last workspace comes first. `first` and `count` as in `spans`.
+    """
+    begin = start = 0
+    stop = min(n, rows, first)
+    if stop:
+        yield begin, start, stop
+    total = count() if n > stop else stop
+    if total > rows:  # the queued rows were a part of their own
+        rest = (total - stop) % rows
+        begin = stop
+        if rest:
+            yield begin, stop, stop + rest
+            begin = stop = stop + rest
+    while stop < total:
+        start, stop = stop, min(total, begin + rows)
+        yield begin, start, stop
+        begin = stop if stop < total else begin
+
+
+def pack(ends: list[int], rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first unit, unit after the last, first row, row after the last): as many whole units as fit
+    `rows` rows, at least one. Unit i covers the rows from ends[i - 1] to ends[i]."""
+    unit, start = 0, 0
+    while unit < len(ends):
+        last = unit + 1
+        while last < len(ends) and ends[last] - start <= rows:
+            last += 1
+        yield unit, last, start, ends[last - 1]
+        unit, start = last, ends[last - 1]
