@@ -50,9 +50,13 @@ class Deferred(torch.Tensor):
     def materialise(self) -> torch.Tensor:
         """The value, as an ordinary tensor connected to the operands' autograd graph."""
         if self._value is None:
-            # A first look under no_grad must not cost a later user the gradient.
-            with torch.set_grad_enabled(torch.is_grad_enabled() or self.grad_fn is not None):
-                self._value = self.compute()
+            # What counts is whether gradients were on when it was made, not when it is looked at.
+            with torch.set_grad_enabled(self.grad_fn is not None):
+                value = self.compute()
+            if self.requires_grad and not value.requires_grad:
+                # Made under no_grad inside somebody's autograd function, which is its grad_fn.
+                value = _ValueOf.apply(self, value)
+            self._value = value
         return self._value
 
     @classmethod
@@ -83,6 +87,18 @@ class Deferred(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         return self.materialise().__reduce_ex__(protocol)
+
+
+class _ValueOf(torch.autograd.Function):
+    """The value of a deferred tensor; its gradient goes to the deferred tensor's own grad_fn."""
+
+    @staticmethod
+    def forward(ctx, deferred, value):
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 class Attach(torch.autograd.Function):

@@ -52,6 +52,11 @@ class HeadState:
         terms = tuple(Term(fn(term.hidden), term.weight) for term in self.terms)
         return dataclasses.replace(self, terms=terms)
 
+    def detach(self) -> HeadState:
+        terms = tuple(Term(term.hidden.detach(), term.weight.detach()) for term in self.terms)
+        bias = None if self.bias is None else self.bias.detach()
+        return dataclasses.replace(self, terms=terms, bias=bias)
+
     def then(self, name: str, value: object = None) -> HeadState:
         return dataclasses.replace(self, ops=(*self.ops, (name, value)))
 

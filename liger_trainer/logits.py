@@ -51,7 +51,9 @@ class DeferredLogits(Deferred):
 
 
 def defer(state: HeadState) -> DeferredLogits:
-    """The logits that `state` describes."""
+    """The logits that `state` describes; made under no_grad they have no gradient later either."""
+    if not torch.is_grad_enabled():
+        state = state.detach()
     if not state.versions:
         versions = tuple(t._version for t in state.operands if t is not None)
         state = dataclasses.replace(state, versions=versions)
@@ -67,7 +69,9 @@ def defer(state: HeadState) -> DeferredLogits:
 # --- what deferred logits answer themselves ---------------------------------------------------
 
 
-def _answers(*functions):
+def answers(*functions):
+    """Registers a handler of deferred logits for these functions of torch."""
+
     def register(handler):
         for function in functions:
             DeferredLogits.handlers[function] = handler
@@ -90,13 +94,13 @@ def _cast(logits, dtype):
     return logits if dtype == state.current_dtype else defer(state.then("cast", dtype))
 
 
-_answers(_Tensor.float)(lambda x: _cast(x, torch.float32))
-_answers(_Tensor.half)(lambda x: _cast(x, torch.float16))
-_answers(_Tensor.bfloat16)(lambda x: _cast(x, torch.bfloat16))
-_answers(_Tensor.double)(lambda x: _cast(x, torch.float64))
+answers(_Tensor.float)(lambda x: _cast(x, torch.float32))
+answers(_Tensor.half)(lambda x: _cast(x, torch.float16))
+answers(_Tensor.bfloat16)(lambda x: _cast(x, torch.bfloat16))
+answers(_Tensor.double)(lambda x: _cast(x, torch.float64))
 
 
-@_answers(_Tensor.to)
+@answers(_Tensor.to)
 def _to(logits, *args, **kwargs):
     """`.to` with a dtype, and a device if it is the logits' own; anything else needs the value."""
     wanted = [*args, *(v for k, v in kwargs.items() if k in ("dtype", "device"))]
@@ -119,14 +123,14 @@ def _is_number(x) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
-@_answers(torch.mul, torch.multiply, _Tensor.mul, _Tensor.multiply, _Tensor.__mul__,
+@answers(torch.mul, torch.multiply, _Tensor.mul, _Tensor.multiply, _Tensor.__mul__,
           _Tensor.__rmul__)  # fmt: skip
 def _mul(a, b, **kwargs):
     logits, factor = (a, b) if isinstance(a, DeferredLogits) else (b, a)
     return NotImplemented if kwargs or not _is_number(factor) else _record(logits, "mul", factor)
 
 
-@_answers(torch.div, torch.divide, torch.true_divide, _Tensor.div, _Tensor.divide,
+@answers(torch.div, torch.divide, torch.true_divide, _Tensor.div, _Tensor.divide,
           _Tensor.true_divide, _Tensor.__truediv__)  # fmt: skip
 def _div(a, b, **kwargs):
     if kwargs or not isinstance(a, DeferredLogits) or not _is_number(b) or b == 0:
@@ -134,12 +138,12 @@ def _div(a, b, **kwargs):
     return _record(a, "div", b)
 
 
-@_answers(torch.tanh, _Tensor.tanh, F.tanh)
+@answers(torch.tanh, _Tensor.tanh, F.tanh)
 def _tanh(logits, **kwargs):
     return NotImplemented if kwargs else _record(logits, "tanh")
 
 
-@_answers(F.log_softmax, torch.log_softmax, _Tensor.log_softmax)
+@answers(F.log_softmax, torch.log_softmax, _Tensor.log_softmax)
 def _log_softmax(logits, dim=None, _stacklevel=3, dtype=None):
     if dim not in (-1, logits.ndim - 1):
         return NotImplemented
@@ -150,7 +154,7 @@ def _log_softmax(logits, dim=None, _stacklevel=3, dtype=None):
     return _record(logits, "log_softmax")
 
 
-@_answers(torch.add, _Tensor.add, _Tensor.__add__, _Tensor.__radd__)
+@answers(torch.add, _Tensor.add, _Tensor.__add__, _Tensor.__radd__)
 def _add(a, b, **kwargs):
     """The sum of two linear maps: a head and the low-rank adapter on it."""
     if kwargs or not (isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits)):
@@ -189,9 +193,9 @@ def _in_place(functional):
     return handler
 
 
-_answers(_Tensor.mul_, _Tensor.multiply_, _Tensor.__imul__)(_in_place(_mul))
-_answers(_Tensor.div_, _Tensor.divide_, _Tensor.__itruediv__, _Tensor.__idiv__)(_in_place(_div))
-_answers(torch.tanh_, _Tensor.tanh_)(_in_place(_tanh))
+answers(_Tensor.mul_, _Tensor.multiply_, _Tensor.__imul__)(_in_place(_mul))
+answers(_Tensor.div_, _Tensor.divide_, _Tensor.__itruediv__, _Tensor.__idiv__)(_in_place(_div))
+answers(torch.tanh_, _Tensor.tanh_)(_in_place(_tanh))
 
 
 def _view(logits, fn):
@@ -201,27 +205,25 @@ def _view(logits, fn):
     return view
 
 
-@_answers(_Tensor.contiguous)
+@answers(_Tensor.contiguous)
 def _contiguous(logits, memory_format=torch.contiguous_format):
     return logits if logits.state is not None else NotImplemented
 
 
-@_answers(_Tensor.clone, torch.clone)
+@answers(_Tensor.clone, torch.clone)
 def _clone(logits, memory_format=None):
     return defer(logits.state) if logits.state is not None else NotImplemented
 
 
-@_answers(_Tensor.detach, torch.detach)
+@answers(_Tensor.detach, torch.detach)
 def _detach(logits):
     state = logits.state
     if state is None:
         return NotImplemented
-    terms = tuple(Term(term.hidden.detach(), term.weight.detach()) for term in state.terms)
-    bias = None if state.bias is None else state.bias.detach()
-    return defer(dataclasses.replace(state, terms=terms, bias=bias))
+    return defer(state.detach())
 
 
-@_answers(_Tensor.view, _Tensor.reshape, torch.reshape)
+@answers(_Tensor.view, _Tensor.reshape, torch.reshape)
 def _reshape(logits, *shape):
     if logits.state is None or not shape or isinstance(shape[0], torch.dtype):
         return NotImplemented
@@ -235,7 +237,7 @@ def _reshape(logits, *shape):
     return _view(logits, lambda hidden: hidden.reshape(*shape[:-1], hidden.shape[-1]))
 
 
-@_answers(_Tensor.flatten, torch.flatten)
+@answers(_Tensor.flatten, torch.flatten)
 def _flatten(logits, start_dim=0, end_dim=-1):
     end = end_dim % logits.ndim
     if logits.state is None or end == logits.ndim - 1:
@@ -243,21 +245,21 @@ def _flatten(logits, start_dim=0, end_dim=-1):
     return _view(logits, lambda hidden: hidden.flatten(start_dim % logits.ndim, end))
 
 
-@_answers(_Tensor.unsqueeze, torch.unsqueeze)
+@answers(_Tensor.unsqueeze, torch.unsqueeze)
 def _unsqueeze(logits, dim):
     if logits.state is None or dim == -1 or dim >= logits.ndim:
         return NotImplemented
     return _view(logits, lambda hidden: hidden.unsqueeze(dim))
 
 
-@_answers(_Tensor.squeeze, torch.squeeze)
+@answers(_Tensor.squeeze, torch.squeeze)
 def _squeeze(logits, dim=None):
     if logits.state is None or not isinstance(dim, int) or dim % logits.ndim == logits.ndim - 1:
         return NotImplemented
     return _view(logits, lambda hidden: hidden.squeeze(dim))
 
 
-@_answers(_Tensor.__getitem__)
+@answers(_Tensor.__getitem__)
 def _getitem(logits, index):
     if logits.state is None or not _leaves_vocabulary(index, logits.ndim):
         return NotImplemented
@@ -284,7 +286,7 @@ def _leaves_vocabulary(index, ndim: int) -> bool:
     return isinstance(last, slice) and last == slice(None)
 
 
-@_answers(torch.argmax, _Tensor.argmax)
+@answers(torch.argmax, _Tensor.argmax)
 def _argmax(logits, dim=None, keepdim=False):
     """Token by token, a few at a time, so that metrics need no full logits."""
     state = logits.state
@@ -303,7 +305,7 @@ def _argmax(logits, dim=None, keepdim=False):
     return ids.unsqueeze(-1) if keepdim else ids
 
 
-@_answers(F.cross_entropy)
+@answers(F.cross_entropy)
 def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
                    reduction="mean", label_smoothing=0.0):  # fmt: skip
     if not isinstance(input, DeferredLogits) or size_average is not None or reduce is not None:
@@ -335,7 +337,7 @@ def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-
     return loss.to(input.dtype)
 
 
-@_answers(F.nll_loss)
+@answers(F.nll_loss)
 def _nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
               reduction="mean"):  # fmt: skip
     state = input.state if isinstance(input, DeferredLogits) else None

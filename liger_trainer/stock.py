@@ -1,21 +1,18 @@
-"""The stock flag: `use_liger_kernel=True` of every `transformers.Trainer` uses this package.
+"""The stock flag: `use_liger_kernel=True` of every Trainer, also of TRL's, uses this package.
 
 The one global change that the package makes, and only when asked: transformers' hook for another
-kernel package is redirected.
+kernel package is redirected, and TRL's trainers become the classes of `liger_trainer.trl` where
+their arguments have the flag on.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import importlib.util
 
-import transformers.trainer
-from torch import nn
-
+from liger_trainer import hook, trl
 from liger_trainer.injection import inject
 
-_HOOK = "apply_liger_kernel"
-_original: Callable | None = None
+_original: hook.Hook | None = None
 
 
 def enable() -> None:
@@ -25,28 +22,17 @@ def enable() -> None:
     """
     global _original
     if _original is None:
-        _original = getattr(transformers.trainer, _HOOK)
-        setattr(transformers.trainer, _HOOK, inject)
+        _original = hook.current()
+        hook.replace(inject)
+        if importlib.util.find_spec("trl") is not None:
+            trl.redirect()
 
 
 def disable() -> None:
     """Undoes `enable`; models that were injected stay so until `restore(model)`."""
     global _original
     if _original is not None:
-        setattr(transformers.trainer, _HOOK, _original)
+        hook.replace(_original)
         _original = None
-
-
-@contextlib.contextmanager
-def handled_for(owner: object, apply: Callable[[], object]) -> Iterator[None]:
-    """Within it, the hook calls `apply()` for `owner.model`; other models are handled as before."""
-    outer = getattr(transformers.trainer, _HOOK)
-
-    def hook(model: nn.Module, kernel_config: dict | None):
-        return apply() if model is owner.model else outer(model, kernel_config)
-
-    setattr(transformers.trainer, _HOOK, hook)
-    try:
-        yield
-    finally:
-        setattr(transformers.trainer, _HOOK, outer)
+        if importlib.util.find_spec("trl") is not None:
+            trl.undo_redirect()

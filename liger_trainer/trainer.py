@@ -16,9 +16,9 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
+from liger_trainer.hook import handled_for, without_request
 from liger_trainer.injection import inject
 from liger_trainer.report import InjectionReport
-from liger_trainer.stock import handled_for
 
 
 class LigerTrainer(Trainer):
@@ -86,9 +86,8 @@ class LigerTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.args.use_liger_kernel and "skip_logits" in inputs:
-            # A request to another package's models; a PEFT wrapper would pass it on to ours.
-            inputs = {name: value for name, value in inputs.items() if name != "skip_logits"}
+        if self.args.use_liger_kernel:
+            inputs = without_request(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, *args, **kwargs):

@@ -11,11 +11,13 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
     ["kernels", "report", "config"],
-    ["probe", "head_state", "deferred", "logits", "swap"],
+    ["probe", "head_state", "deferred", "swap"],
+    ["logits"],
+    ["token_scores"],
     ["rules"],
-    ["injection"],
-    ["stock"],
+    ["injection", "hook", "fused_head", "trl_options", "trl_overrides"],
     ["trainer", "trl"],
+    ["stock"],
     ["runs"],
     ["cli"],
 ]

@@ -145,7 +145,7 @@ def test_packed_sequences(tmp_path, device):
 
 
 def test_whole_training_step_builds_no_logits(tmp_path, device, monkeypatch):
-    monkeypatch.setattr(linear_cross_entropy, "workspace_rows", lambda *_: 4)
+    monkeypatch.setattr(linear_cross_entropy, "workspace_rows", lambda *_, **__: 4)
     with Shapes() as shapes:
         trainer = train(LigerTrainer, tmp_path, device, tiny_model("llama", device, vocab_size=130))
     assert shapes.largest(130) <= 64  # the head's transposed weight

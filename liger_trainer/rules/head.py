@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liger_trainer import probe
+from liger_trainer import probe, token_scores  # noqa: F401  (teaches deferred logits to score)
 from liger_trainer.head_state import HeadState, Term
 from liger_trainer.logits import defer
 from liger_trainer.report import Row

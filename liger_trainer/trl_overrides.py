@@ -1,0 +1,272 @@
+"""Methods of TRL's trainers that read whole logits, on kernels that do not.
+
+TRL's stable trainers score tokens through their fused-head interface (`fused_head.py`). Its
+experimental ones read `outputs.logits`, and distillation reads the heads' weights. What is here
+takes over where logits are deferred; everything else goes to TRL's own functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import FunctionType
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from liger_trainer.fused_head import defers_logits
+from liger_trainer.kernels.jensen_shannon import DivergenceOptions
+from liger_trainer.kernels.linear_divergence import linear_divergence
+from liger_trainer.swap import rebind
+from liger_trainer.token_scores import divergence, fusable, token_scores
+
+
+def overrides(trainer: type) -> dict[str, object]:
+    """Attributes for the subclass that `trl.fused` makes of `trainer`.
+
+    A method that `trainer` itself has changed is left as it is.
+    """
+    names: dict[str, object] = {}
+    for cls in trainer.__mro__:
+        if not cls.__module__.startswith("trl."):
+            continue
+        special = _METHODS.get(cls.__qualname__, {})
+        for name, attribute in vars(cls).items():
+            if name in names or _owner(trainer, name) is not cls or name == "__init__":
+                continue
+            changed = special[name](attribute) if name in special else _rebound(attribute)
+            if changed is not None:
+                names[name] = changed
+    return names
+
+
+def _owner(trainer: type, name: str) -> type | None:
+    return next((cls for cls in trainer.__mro__ if name in vars(cls)), None)
+
+
+# --- TRL's functions of logits, by their names ---------------------------------------------------
+
+
+def _rebound(attribute: object) -> object | None:
+    """`attribute` with TRL's functions replaced by ours; None if it uses none of them."""
+    function = getattr(attribute, "__func__", attribute)
+    if not isinstance(function, FunctionType):
+        return None
+    changed = None
+    for name, make in _FUNCTIONS.items():
+        theirs = _global(function, name)
+        if theirs is not None:
+            changed = rebind(changed or function, theirs, make(theirs)) or changed
+    if changed is None or function is attribute:
+        return changed
+    return type(attribute)(changed)  # staticmethod or classmethod
+
+
+def _global(function: FunctionType, name: str) -> object | None:
+    module = sys.modules.get(function.__module__)
+    return getattr(module, name, None)
+
+
+def _selective_log_softmax(theirs: Callable) -> Callable:
+    @functools.wraps(theirs)
+    def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
+        if fusable(logits) is None or index.shape != logits.shape[:-1]:
+            return theirs(logits, index, temperature=temperature, row_mask=row_mask)
+        labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
+        return token_scores(logits, labels, temperature=temperature).log_probs
+
+    return selective_log_softmax
+
+
+def _selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
+    @functools.wraps(theirs)
+    def selective_log_softmax_and_entropy(
+        logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
+    ):
+        if fusable(logits) is None or index.shape != logits.shape[:-1]:
+            return theirs(logits, index, entropy_requires_grad, temperature, row_mask)
+        labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
+        scores = token_scores(logits, labels, temperature=temperature, outputs=("entropy",))
+        entropy = scores.entropy if entropy_requires_grad else scores.entropy.detach()
+        return scores.log_probs, entropy
+
+    return selective_log_softmax_and_entropy
+
+
+def _chunked_divergence_loss(theirs: Callable) -> Callable:
+    @functools.wraps(theirs)
+    def chunked_divergence_loss(
+        student_hidden,
+        teacher_hidden,
+        student_weight,
+        teacher_weight,
+        mask,
+        beta,
+        num_items_in_batch=None,
+        student_lm_head_bias=None,
+        teacher_lm_head_bias=None,
+        student_logit_scale=1.0,
+        teacher_logit_scale=1.0,
+        student_final_logit_softcapping=None,
+        teacher_final_logit_softcapping=None,
+        temperature=1.0,
+    ):
+        if isinstance(student_weight, DTensor) or isinstance(teacher_weight, DTensor):
+            raise ValueError(
+                "distillation with a sharded head is TRL's own: set fused_linear_cross_entropy to "
+                "false in liger_kernel_config"
+            )
+        options = DivergenceOptions(
+            beta=float(beta),
+            temperature=float(temperature),
+            scale=float(student_logit_scale),
+            softcap=student_final_logit_softcapping,
+            teacher_scale=float(teacher_logit_scale),
+            teacher_softcap=teacher_final_logit_softcapping,
+        )
+        mask = mask != 0
+        loss, entropy = linear_divergence(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            mask,
+            student_lm_head_bias,
+            teacher_lm_head_bias,
+            options=options,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return loss, entropy.sum(), mask.sum()
+
+    return chunked_divergence_loss
+
+
+_FUNCTIONS = {
+    "selective_log_softmax": _selective_log_softmax,
+    "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
+    "_chunked_divergence_loss": _chunked_divergence_loss,
+}
+
+
+# --- whole methods: one pass over the logits where TRL makes several -----------------------------
+
+
+def _orpo_forward(theirs: Callable) -> Callable:
+    """The negative log-likelihood of the chosen covers prompt and completion (ORPO)."""
+
+    @functools.wraps(theirs)
+    def concatenated_forward(self, model, batch):
+        def nll_labels(inputs, chosen):
+            attended = inputs["concatenated_attention_mask"][:chosen] == 1
+            return inputs["concatenated_input_ids"][:chosen].masked_fill(~attended, -100)
+
+        found = _paired_forward(self, model, batch, self.padding_value, nll_labels)
+        if found is None:
+            return theirs(self, model, batch)
+        chosen, sums, counts, nll, logits, aux = found
+        logps = sums / counts
+        return (
+            logps[:chosen],
+            logps[chosen:],
+            logits[:chosen, :-1],
+            logits[chosen:, :-1],
+            nll,
+            *aux,
+        )
+
+    return concatenated_forward
+
+
+def _cpo_forward(theirs: Callable) -> Callable:
+    """The negative log-likelihood of the chosen covers the completion (CPO, SimPO)."""
+
+    @functools.wraps(theirs)
+    def concatenated_forward(self, model, batch):
+        def nll_labels(inputs, chosen):
+            return inputs["concatenated_labels"][:chosen]
+
+        if not _scores_pairs(self, model):
+            return theirs(self, model, batch)
+        pair = _paired_forward(self, model, batch, self.pad_token_id, nll_labels)
+        chosen, sums, counts, nll, logits, aux = pair
+        logps = sums / counts if self.loss_type in ("ipo", "simpo") else sums
+        if self.cpo_alpha == 0:
+            nll = torch.zeros_like(nll)
+        return (logps[:chosen], logps[chosen:], logits[:chosen], logits[chosen:], nll, *aux)
+
+    return concatenated_forward
+
+
+def _scores_pairs(trainer, model) -> bool:
+    unwrapped = trainer.accelerator.unwrap_model(model)
+    return not trainer.is_encoder_decoder and defers_logits(unwrapped)
+
+
+def _paired_forward(self, model, batch, padding_value, nll_labels):
+    """One forward over chosen and rejected, each token scored once.
+
+    Returns (number of chosen, log-probability and tokens of each completion [B], NLL per token of
+    the chosen, logits, (aux loss,) or ()).
+    """
+    inputs = self.concatenated_inputs(
+        batch, padding_value=padding_value, device=self.accelerator.device
+    )
+    chosen = batch["chosen_labels"].shape[0]
+    router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+    outputs = model(
+        inputs["concatenated_input_ids"],
+        attention_mask=inputs["concatenated_attention_mask"],
+        use_cache=False,
+        **router,
+    )
+    logits = outputs.logits
+    completion = inputs["concatenated_labels"]
+    nll = nll_labels(inputs, chosen)
+    # A token is scored if either term wants it; in both, its label is the token itself.
+    labels = completion.clone()
+    labels[:chosen] = torch.where(nll != -100, nll, completion[:chosen])
+    log_probs = token_scores(logits[:, :-1], labels[:, 1:]).log_probs
+    mask, nll_mask = completion[:, 1:] != -100, nll[:, 1:] != -100
+    sums, counts = (log_probs * mask).sum(-1), mask.sum(-1)
+    nll = -(log_probs[:chosen] * nll_mask).sum() / nll_mask.sum()
+    return chosen, sums, counts, nll, logits, (outputs.aux_loss,) if router else ()
+
+
+def _generalized_jsd(theirs: staticmethod) -> staticmethod:
+    function = theirs.__func__
+
+    @functools.wraps(function)
+    def generalized_jsd_loss(
+        student_logits,
+        teacher_logits,
+        labels=None,
+        beta=0.5,
+        temperature=1.0,
+        reduction="batchmean",
+        num_items_in_batch=None,
+    ):
+        deferred = fusable(student_logits) is not None and fusable(teacher_logits) is not None
+        if not deferred or labels is None or (num_items_in_batch is None and reduction == "mean"):
+            return function(
+                student_logits, teacher_logits, labels, beta, temperature, reduction,
+                num_items_in_batch,
+            )  # fmt: skip
+        return divergence(
+            student_logits,
+            teacher_logits,
+            labels != -100,
+            beta=beta,
+            temperature=temperature,
+            reduction="mean" if reduction == "batchmean" else reduction,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+    return staticmethod(generalized_jsd_loss)
+
+
+_METHODS: dict[str, dict[str, Callable]] = {
+    "ORPOTrainer": {"concatenated_forward": _orpo_forward},
+    "CPOTrainer": {"concatenated_forward": _cpo_forward},
+    "GKDTrainer": {"generalized_jsd_loss": _generalized_jsd},
+}
