@@ -17,7 +17,7 @@ from liger_trainer.kernels.cross_entropy import token_loss_
 from liger_trainer.kernels.loss import LossOptions, accumulate_dtype
 from liger_trainer.kernels.scores import ScoreOptions
 from liger_trainer.kernels.supervised import HostStats
-from liger_trainer.kernels.workspace import SPLIT_ROWS, spans, workspace
+from liger_trainer.kernels.workspace import grown, rounded, spans, sum_dtype, workspace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Plan:
     uniform: bool  # g is one number for all tokens, up to the row weights given to forward
     rows: int  # the most rows of logits in the workspace
     first: int  # rows queued before the number of supervised tokens is known; at most `rows`
+    split: bool = False  # two workspaces of half the size rather than one
 
     @property
     def want_head(self) -> bool:
@@ -39,28 +40,9 @@ class Plan:
     def want_grad(self) -> bool:
         return self.want_head or any(self.want_hidden)
 
-    @property
-    def splits(self) -> bool:
-        """Where d weight is summed as one goes, two small workspaces replace a large one."""
-        return self.uniform and self.want_head
-
     def workspace(self, n: int) -> int:
         """Rows of the workspaces that n rows pass through."""
-        return workspace(n, self.rows, self.splits)
-
-    def keeps_all(self, n: int) -> bool:
-        """Whether one workspace holds n rows."""
-        return n <= self.rows and not (self.splits and n >= SPLIT_ROWS)
-
-    def sums_in(self, dtype: torch.dtype, n: int) -> torch.dtype:
-        """In which dtype d weight of a weight of `dtype` is summed over n rows.
-
-        Two workspaces need one rounding between them, no larger than the last one; so the gradient
-        itself is the buffer. More are summed in fp32, and so is fp16, whose range a sum before its
-        division by the number of tokens would leave.
-        """
-        few = n <= 2 * self.rows and dtype != torch.float16
-        return dtype if few else torch.promote_types(dtype, torch.float32)
+        return workspace(n, self.rows, self.split)
 
 
 @dataclasses.dataclass
@@ -200,17 +182,17 @@ def forward(
     row_weight_N: torch.Tensor | None,
     plan: Plan,
     dtypes: Sequence[torch.dtype],
-    may_keep: bool = True,
+    static: bool = False,
 ) -> tuple[torch.Tensor, Saved]:
     """Losses [N]; d hidden, and d weight as far as it can be known before g.
 
     `row_weight_N` multiplies each token's loss (only for a uniform plan: it enters d weight here).
-    `dtypes` are the weights' own. With `may_keep` the gradient of the logits is kept for backward
-    if one workspace held them all.
+    `dtypes` are the weights' own. The gradient of the logits is kept for backward if one workspace
+    held them all; with `static`, where shapes must follow from the inputs', if it could hold all n.
     """
     n = head.labels.shape[0]
     rows = plan.workspace(n)
-    logits = head.hidden[0].new_empty((min(n, rows), head.vocab))
+    logits = head.hidden[0].new_empty((min(n, rows) if static else 0, head.vocab))
     zeros_or_empty = torch.zeros if head.order.numel() else torch.empty  # left-out rows are zero
     loss = zeros_or_empty(n, dtype=accumulate_dtype(head.hidden[0]), device=logits.device)
     dhidden = [
@@ -227,7 +209,9 @@ def forward(
             if want:
                 head.hidden_grad_(out, dlogits, weight, start, stop)
         if plan.want_head and plan.uniform and not keep:
-            gradient = gradient or HeadGradient(head, plan, [plan.sums_in(d, n) for d in dtypes])
+            gradient = gradient or HeadGradient(
+                head, plan, [sum_dtype(d, n <= 2 * rows) for d in dtypes]
+            )
             gradient.add(dlogits, start, row_weight_N)
 
     begin = stop = 0
@@ -236,9 +220,12 @@ def forward(
             if plan.want_grad:
                 finish(begin, start, keep=False)
             begin = start
+        if stop - begin > logits.shape[0]:
+            size = stop if start == 0 else rounded(head.supervised(), min(n, rows))
+            logits = grown(logits, size)
         part = logits[start - begin : stop - begin]
         head.store(loss, head.token_loss_(part, start, stop, plan.want_grad), start, stop)
-    kept = plan.want_head and may_keep and begin == 0
+    kept = plan.want_head and begin == 0 and (n <= rows or not static)
     if plan.want_grad:
         finish(begin, stop, keep=kept)
     return loss, Saved(
@@ -270,7 +257,7 @@ def backward(
             for d, dtype in zip(saved.dweight, dtypes, strict=True)
         ]
         return dhidden, dweight, saved.dbias * g
-    buffers = dtypes if saved.filled else [plan.sums_in(dtype, n) for dtype in dtypes]
+    buffers = dtypes if saved.filled else [sum_dtype(d, n <= 2 * plan.rows) for d in dtypes]
     gradient = HeadGradient(head, plan, buffers)
     if saved.filled or n == 0:
         gradient.add(saved.dlogits[: saved.filled], 0, scale)

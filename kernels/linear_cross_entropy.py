@@ -47,7 +47,7 @@ from liger_trainer.kernels.loss import (
 )
 from liger_trainer.kernels.runtime import on_device, register_op, use_triton
 from liger_trainer.kernels.supervised import FIRST_ROWS, HostStats, partition
-from liger_trainer.kernels.workspace import workspace_rows
+from liger_trainer.kernels.workspace import sum_dtype, workspace_rows
 
 # --- torch reference -------------------------------------------------------------------------
 
@@ -96,7 +96,8 @@ def _partition(weight, labels, plan: Plan, options: LossOptions):
 
 _STATIC = (
     "bool[] want_hidden, bool[] want_weight, bool want_bias, bool uniform, int rows, int first,"
-    " int ignore_index, float label_smoothing, float z_loss, float scale, float? softcap"
+    " bool split, int ignore_index, float label_smoothing, float z_loss, float scale,"
+    " float? softcap"
 )
 _OPERANDS = (
     "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor labels, Tensor? class_weight,"
@@ -109,8 +110,8 @@ def _flatten(plan: Plan, options: LossOptions) -> list:
     return flat + list(dataclasses.astuple(options))
 
 
-def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, *options):
-    plan = Plan(tuple(want_hidden), tuple(want_weight), want_bias, uniform, rows, first)
+def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, split, *options):
+    plan = Plan(tuple(want_hidden), tuple(want_weight), want_bias, uniform, rows, first, split)
     return plan, LossOptions(*options)
 
 
@@ -118,8 +119,7 @@ def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static)
     plan, options = _unflatten(*static)
     order, stats = _partition(weight, labels, plan, options)
     head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
-    dtypes, may_keep = [w.dtype for w in weight], plan.keeps_all(labels.shape[0])
-    loss, saved = chunks.forward(head, row_weight, plan, dtypes, may_keep)
+    loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight], static=True)
     filled = torch.tensor([saved.filled])
     return (loss, stats, order, filled, saved.dlogits, saved.dbias,
             saved.dhidden, saved.dweight)  # fmt: skip
@@ -129,8 +129,9 @@ def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
     plan, _ = _unflatten(*static)
     n, vocab, like = labels.shape[0], weight[0].shape[0], hidden[0]
     accumulate = accumulate_dtype(like)
-    kept = plan.want_head and plan.keeps_all(n)
+    kept = plan.want_head and n <= plan.rows
     summed = plan.want_head and plan.uniform and not kept
+    few = n <= 2 * plan.rows
     return (
         like.new_empty(n, dtype=accumulate),
         labels.new_empty(2),
@@ -140,7 +141,7 @@ def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
         like.new_empty(vocab if summed and plan.want_bias else 0, dtype=accumulate),
         [h.new_empty(h.shape if w else 0) for h, w in zip(hidden, plan.want_hidden, strict=True)],
         [
-            like.new_empty(w.shape if summed and want else 0, dtype=plan.sums_in(w.dtype, n))
+            like.new_empty(w.shape if summed and want else 0, dtype=sum_dtype(w.dtype, few))
             for w, want in zip(weight, plan.want_weight, strict=True)
         ],
     )

@@ -16,6 +16,7 @@ B sequences of T tokens, H hidden size, V vocabulary, G groups of K sequences (B
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,14 +59,10 @@ class _Groups:
         self.losses: list[torch.Tensor] = []
         self._gradients: dict[str, torch.Tensor] = {}
 
-    def ends(self, host: HostStats) -> list[int]:
+    def ends(self, host: HostStats, vocab: int) -> list[int]:
         """Where the rows of each group end, once the host knows."""
-        tokens = host.counts(self.groups.shape[0])
-        total, ends = 0, []
-        for count in tokens:
-            total += count
-            ends.append(total)
-        return ends if total else []
+        host.check(vocab)
+        return list(itertools.accumulate(host.counts(self.groups.shape[0])))
 
     def evaluate(self, scores: TokenScores, first: int, last: int, want_grad: bool) -> None:
         """Adds the losses of these groups, and their gradients if wanted."""
@@ -118,12 +115,18 @@ class _LinearLogProbLoss(torch.autograd.Function):
             head = make_head(hidden, weight, bias, labels, options, order, host)
             if plan.want_grad:
                 swept = scoring.forward_with_gradient(
-                    head, plan, outputs, ctx.dtypes, lambda _: groups.ends(host), groups.gradient
+                    head,
+                    plan,
+                    outputs,
+                    ctx.dtypes,
+                    lambda: groups.ends(host, ctx.vocab),
+                    groups.gradient,
                 )
                 scores = swept.scores
                 finished = [*swept.dhidden, *swept.gradient.weight, swept.gradient.bias]
             else:
                 scores, _ = scoring.forward(head, plan, outputs)
+                host.check(ctx.vocab)
                 groups.evaluate(scores, 0, groups.groups.shape[0], want_grad=False)
         ctx.save_for_backward(bias, *hidden, *finished)
         fields = tuple(scores)
@@ -205,7 +208,7 @@ def linear_log_prob_loss(
     evaluation = _Groups(loss, labels, members, options)
     labels_N = labels.reshape(-1).contiguous()
     hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
-    plan = make_plan(hidden, weight, bias, labels_N, True, max_rows)
+    plan = make_plan(hidden, weight, bias, labels_N, True, max_rows, split=True)
     total, *fields = _LinearLogProbLoss.apply(
         plan, options, outputs, evaluation, order, host, len(hidden), bias, labels_N,
         *hidden, *weight,
@@ -237,5 +240,5 @@ def _group_order(labels_BT, groups_GK, vocab: int, options) -> tuple[torch.Tenso
     grouped = labels_BT[sequence]
     order, stats = partition(grouped.flatten(), vocab, options.ignore_index, want_order=True)
     tokens = torch.arange(batch * length, device=labels_BT.device).view(batch, length)[sequence]
-    counts = (grouped != options.ignore_index).view(groups_GK.shape[0], -1).sum(1)
+    counts = (grouped != options.ignore_index).view(*groups_GK.shape, length).sum((1, 2))
     return tokens.flatten()[order], torch.cat([stats, counts])

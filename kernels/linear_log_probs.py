@@ -65,7 +65,9 @@ def linear_log_probs_reference(
 # --- operands and plan -----------------------------------------------------------------------
 
 
-def make_plan(hidden, weight, bias, labels_N, uniform: bool, max_rows: int | None) -> Plan:
+def make_plan(
+    hidden, weight, bias, labels_N, uniform: bool, max_rows: int | None, split: bool = False
+) -> Plan:
     """What the operands that require a gradient ask for."""
     enabled = torch.is_grad_enabled()
     want_weight = tuple(w.requires_grad and enabled for w in weight)
@@ -80,6 +82,7 @@ def make_plan(hidden, weight, bias, labels_N, uniform: bool, max_rows: int | Non
         uniform=uniform,
         rows=rows,
         first=min(rows, FIRST_ROWS) if use_triton(labels_N) else 0,  # a CPU knows the count at once
+        split=split and any(want_weight),
     )
 
 
@@ -146,7 +149,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if weighting and plan.want_grad:
                 swept = scoring.forward_with_gradient(
                     head, plan, outputs, ctx.dtypes,
-                    lambda rows: _even_ends(head.supervised(), rows),
+                    lambda: _even_ends(head.supervised(), plan),
                     _weighted(labels, options, weighting),
                 )  # fmt: skip
                 scores = swept.scores
@@ -202,7 +205,9 @@ class _LinearLogProbs(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _even_ends(total: int, rows: int) -> list[int]:
+def _even_ends(total: int, plan: Plan) -> list[int]:
+    """Ends of units for a gradient that is known token by token: any will do."""
+    rows = plan.workspace(total)
     return [*range(rows, total, rows), total] if total else []
 
 

@@ -170,7 +170,7 @@ def _score_gradient_kernel(
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Columns and warps of a program (H200).
-_SCORE = (4096, 8)
+_SCORE = (2048, 4)
 _GRADIENT = (2048, 4)
 
 

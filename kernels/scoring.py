@@ -22,7 +22,14 @@ from liger_trainer.kernels.head import Head, HeadGradient, Plan
 from liger_trainer.kernels.log_probs import score, score_gradient_
 from liger_trainer.kernels.loss import accumulate_dtype
 from liger_trainer.kernels.scores import ScoreGradients, TokenScores
-from liger_trainer.kernels.workspace import pack, spans_last_full
+from liger_trainer.kernels.workspace import (
+    grown,
+    pack,
+    rounded,
+    spans_last_full,
+    sum_dtype,
+    unit_rows,
+)
 
 
 class Scoring:
@@ -34,14 +41,14 @@ class Scoring:
         self.gradient: HeadGradient | None = None
 
     @classmethod
-    def start(cls, head: Head, plan: Plan, outputs: Sequence[str], rows: int) -> Scoring:
-        """With a workspace of `rows` rows, and the scores of tokens without label: zeros."""
+    def start(cls, head: Head, plan: Plan, outputs: Sequence[str]) -> Scoring:
+        """With no workspace yet, and the scores of tokens without label: zeros."""
         n, like = head.labels.shape[0], head.hidden[0]
         scores = {
             name: torch.zeros(n, dtype=_dtype(name, like), device=like.device)
             for name in {*outputs, "log_probs", "log_sum_exp"}
         }
-        return cls(head, plan, _workspace(head, rows), TokenScores(**scores))
+        return cls(head, plan, _workspace(head, 0), TokenScores(**scores))
 
     @property
     def rows(self) -> int:
@@ -56,6 +63,10 @@ class Scoring:
         for out, values in zip(self.scores, part, strict=True):
             if out is not None:
                 self.head.store(out, values, start, stop)
+
+    def make_room(self, rows: int) -> None:
+        if rows > self.logits.shape[0]:
+            self.logits = grown(self.logits, rows)
 
     def logits_(self, begin: int, start: int, stop: int) -> None:
         if stop > start:
@@ -102,7 +113,7 @@ class Scoring:
 
 
 def _workspace(head: Head, rows: int) -> torch.Tensor:
-    return head.hidden[0].new_empty((min(head.labels.shape[0], rows), head.vocab))
+    return head.hidden[0].new_empty((rows, head.vocab))
 
 
 def _dtype(name: str, like: torch.Tensor) -> torch.dtype:
@@ -122,9 +133,11 @@ def forward(head: Head, plan: Plan, outputs: Sequence[str]) -> tuple[TokenScores
     """The scores [N] of all tokens, and the last workspace if there will be a backward."""
     n = head.labels.shape[0]
     rows = plan.rows if plan.want_grad else plan.workspace(n)
-    scoring = Scoring.start(head, plan, outputs, rows)
+    scoring = Scoring.start(head, plan, outputs)
     begin = stop = 0
     for begin, start, stop in spans_last_full(n, rows, plan.first, head.supervised):
+        needed = stop if start == 0 else rounded(head.supervised(), min(n, rows))
+        scoring.make_room(needed if stop - begin > scoring.logits.shape[0] else 0)
         scoring.logits_(begin, start, stop)
         scoring.score_(begin, start, stop)
     kept = Kept(scoring.logits, begin, stop) if plan.want_grad else None
@@ -142,8 +155,11 @@ def backward(
     """Gradients of hidden, of weight (in `dtypes`) and of the bias; uses up `kept`."""
     head.host.check(head.vocab)
     start, stop = (kept.start, kept.stop) if kept else (head.supervised(),) * 2
-    scoring = Scoring(head, plan, kept.logits if kept else _workspace(head, plan.rows), scores)
-    scoring.start_gradient([plan.sums_in(dtype, stop) for dtype in dtypes])
+    scoring = Scoring(
+        head, plan, kept.logits if kept else _workspace(head, min(plan.rows, stop)), scores
+    )
+    few = stop <= 2 * scoring.rows
+    scoring.start_gradient([sum_dtype(dtype, few) for dtype in dtypes])
     if stop > start or not stop:
         scoring.use_(start, stop, grads)
     scoring.recompute_and_use_(0, start, grads)
@@ -157,22 +173,27 @@ def forward_with_gradient(
     plan: Plan,
     outputs: Sequence[str],
     dtypes: Sequence[torch.dtype],
-    ends: Callable[[int], list[int]],
+    ends: Callable[[], list[int]],
     gradient_of: Callable[[TokenScores, int, int], ScoreGradients],
 ) -> Scoring:
     """Scores and gradients in one sweep, unit by unit.
 
-    A unit is a group of consecutive rows with a loss of its own. `ends(rows)` returns, after the
-    host has waited for the number of rows, the last row of each unit plus one; `gradient_of(scores,
-    first, last)` the gradient of the loss of these units in their scores, in the order of tokens. A
-    unit larger than the workspace has its logits computed twice.
+    A unit is a group of consecutive rows with a loss of its own. `ends()` waits for the number of
+    rows and returns where each unit ends; `gradient_of(scores, first, last)` the gradient of the
+    loss of these units in their scores, in the order of tokens. A unit larger than the workspace
+    has its logits computed twice.
     """
     n = head.labels.shape[0]
-    scoring = Scoring.start(head, plan, outputs, plan.workspace(n))
-    scoring.start_gradient([plan.sums_in(dtype, n) for dtype in dtypes])
-    queued = min(n, scoring.rows, plan.first)
+    scoring = Scoring.start(head, plan, outputs)
+    queued = min(n, plan.first)
+    scoring.make_room(queued)
     scoring.logits_(0, 0, queued)
-    parts = list(pack(ends(scoring.rows), scoring.rows))
+    units = ends()
+    rows = unit_rows(units, plan.rows, plan.split)
+    scoring.make_room(rounded(rows, min(n, plan.rows)))
+    parts = list(pack(units, scoring.rows))
+    few = sum(-(-(stop - begin) // scoring.rows) for _, _, begin, stop in parts) <= 2
+    scoring.start_gradient([sum_dtype(dtype, few) for dtype in dtypes])
     for first, last, begin, stop in parts:
         ready = min(queued, stop) if begin == 0 else begin
         single = stop - begin <= scoring.rows

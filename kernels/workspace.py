@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 SPLIT_ROWS = 4096
-"""From so many rows on, two workspaces of half the size cost nothing measurable in time."""
+"""From so many rows on, two workspaces of half the size cost a few percent of time at most."""
 
 
 def workspace_rows(
@@ -44,6 +44,42 @@ def workspace(n: int, most: int, split: bool = False) -> int:
     if parts <= 1:
         return max(n, 1)
     return min(most, math.ceil(n / parts / 64) * 64)
+
+
+def unit_rows(ends: list[int], most: int, split: bool) -> int:
+    """As `workspace`, for rows that come in units; `split` cuts them in two between units."""
+    total = ends[-1] if ends else 0
+    if split and total >= SPLIT_ROWS:
+        halves = min(max(end, total - end) for end in ends)
+        if halves <= most:
+            return halves
+    return workspace(total, most)
+
+
+def sum_dtype(dtype: torch.dtype, few: bool) -> torch.dtype:
+    """In which dtype d weight of a weight of `dtype` is summed, over at most two workspaces if
+    `few`.
+
+    Two need one rounding between them, no larger than the last one; so the gradient itself is the
+    buffer. More are summed in fp32, and so is fp16, whose range a sum before its division by the
+    number of tokens would leave.
+    """
+    return dtype if few and dtype != torch.float16 else torch.promote_types(dtype, torch.float32)
+
+
+def grown(logits: torch.Tensor, rows: int) -> torch.Tensor:
+    """A workspace of `rows` rows that begins with what `logits` holds.
+
+    The first rows are queued before the host knows how many will follow.
+    """
+    larger = logits.new_empty((rows, logits.shape[1]))
+    larger[: logits.shape[0]] = logits
+    return larger
+
+
+def rounded(total: int, most: int) -> int:
+    """Rows to allocate for `total`: a multiple of 1024, so that the allocator finds them again."""
+    return min(math.ceil(total / 1024) * 1024, most)
 
 
 def spans(n: int, rows: int, first: int, count: Callable[[], int]) -> Iterator[tuple[int, int]]:

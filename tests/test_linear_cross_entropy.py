@@ -271,8 +271,7 @@ def test_workspaces_are_of_one_size_and_within_the_limit():
         rows = plan.workspace(tokens)
         assert rows <= limit
         parts = -(-tokens // rows)
-        assert parts <= max(-(-tokens // limit), 2) + (limit < 64)
-        assert plan.keeps_all(tokens) == (parts == 1)
+        assert parts <= -(-tokens // limit) + (limit < 64)
 
 
 def test_refuses_operands_that_do_not_fit():
