@@ -1,0 +1,151 @@
+"""What the losses on sequences of log-probabilities share: masked sums, counts, checks.
+
+The losses of alignment training (`preference`, `reference_free`, `kto`, `policy`) read log p_t, the
+log-probability that the model gives the token at position t, for T positions per sequence. `mask`
+is True at the tokens that a loss covers; whatever stands elsewhere has no influence and gradient 0.
+All of it is plain torch in the dtype of the log-probabilities, fp32 or fp64, and never waits for
+the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+EXP_BOUND = 80.0
+"""Exponents are held here: e^80 is representable in fp32 with room for a coefficient."""
+
+
+def bounded_exp(exponent: torch.Tensor, bound: float = EXP_BOUND) -> torch.Tensor:
+    """exp(min(exponent, bound)): never inf, with gradient 0 beyond the bound instead of NaN."""
+    return exponent.clamp(max=bound).exp()
+
+
+def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`values` where `mask`, else 0, whatever stood there (NaN included); gradient 0 there."""
+    return torch.where(mask, values, 0.0)
+
+
+def lengths(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens of each sequence [...] of `mask` [..., T], at least 1."""
+    return mask.sum(-1).clamp_min(1).to(dtype)
+
+
+def sequence_log_probs(
+    log_probs: torch.Tensor, mask: torch.Tensor, ld_alpha: float | None = None
+) -> torch.Tensor:
+    """Log-probability of each sequence: the sum of its tokens', `log_probs` [..., T] to [...].
+
+    With `ld_alpha` (LD-DPO, arXiv:2409.06411, for pairs [..., 2, T]) the tokens of a sequence
+    beyond the length of the shorter of the two count `ld_alpha` times: 1 is no change, 0 leaves
+    them out. The reference's log-probabilities must be summed with the same `ld_alpha`.
+    """
+    log_probs = masked(log_probs, mask)
+    if ld_alpha is None:
+        return log_probs.sum(-1)
+    if log_probs.dim() < 2 or log_probs.shape[-2] != 2:
+        raise ValueError(
+            f"ld_alpha compares the two sequences of a pair: log_probs must be [..., 2, T], got "
+            f"{tuple(log_probs.shape)}"
+        )
+    shared = mask.sum(-1).amin(-1)[..., None, None]
+    return log_probs.where(mask.cumsum(-1) <= shared, ld_alpha * log_probs).sum(-1)
+
+
+def tokens_per_group(mask_GT: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Mean number of tokens per group of the whole batch, at least one token in all; a scalar.
+
+    A negative log-likelihood averaged over the batch's tokens is the mean over groups of a group's
+    sum divided by this number. Groups handed over in parts need it of all of them.
+    """
+    return mask_GT.sum().clamp_min(1).to(dtype) / mask_GT.shape[0]
+
+
+def batch_nll(
+    log_probs_GT: torch.Tensor, mask_GT: torch.Tensor, per_group: torch.Tensor | float | None
+) -> torch.Tensor:
+    """Negative log-likelihood [G] whose mean over the batch's groups is the mean over its tokens.
+
+    `per_group` is `tokens_per_group` of the batch; None when these groups are the whole batch.
+    """
+    if per_group is None:
+        per_group = tokens_per_group(mask_GT, log_probs_GT.dtype)
+    return -masked(log_probs_GT, mask_GT).sum(-1) / per_group
+
+
+def check_sequences(log_probs: torch.Tensor, mask: torch.Tensor, shape: str) -> None:
+    """Raises ValueError unless `log_probs` is fp32 or fp64 of `shape` ("[G, 2, T]": a number is an
+    exact size) and `mask` a bool tensor of the same shape on the same device."""
+    sizes = shape.strip("[]").split(", ")
+    got = tuple(log_probs.shape)
+    fits = len(got) == len(sizes) and all(
+        not name.isdigit() or int(name) == size for name, size in zip(sizes, got, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"log_probs must be {shape}, got {got}")
+    if log_probs.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"log_probs are {log_probs.dtype}; sums over a sequence need log_probs.float()"
+        )
+    check_like("mask", mask, log_probs.shape, log_probs.device)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}; give mask.bool()")
+
+
+def check_like(
+    name: str, tensor: torch.Tensor | None, shape: Iterable[int], device: torch.device
+) -> None:
+    """Raises ValueError unless `tensor` is there, of `shape`, on `device`."""
+    shape = tuple(shape)
+    if tensor is None:
+        raise ValueError(f"{name} is needed, a tensor of shape {shape}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, log_probs on {device}; move them together")
+
+
+def check_name(option: str, value: str, known: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of `known`."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{option} {value!r} is unknown; known are {', '.join(known)}")
+
+
+def check_range(
+    option: str,
+    value: float | None,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Raises ValueError unless `value` is None or finite and from `low` to `high`, a bound itself
+    being outside where it is open."""
+    if value is None:
+        return
+    inside = low <= value <= high and abs(value) < math.inf
+    if not inside or (open_low and value == low) or (open_high and value == high):
+        left = "(" if open_low or low == -math.inf else "["
+        right = ")" if open_high or high == math.inf else "]"
+        raise ValueError(f"{option} must lie in {left}{low:g}, {high:g}{right}, got {value}")
+
+
+def check_unused(options: Any, used_by: Mapping[str, Iterable[str]], chosen: Iterable[str]) -> None:
+    """Raises ValueError for a field of the dataclass `options` that has another value than its
+    default though no loss of `chosen` is among those that `used_by` says use it."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        users = used_by.get(field.name)
+        if users is None or value is None or value == field.default:
+            continue
+        if not set(users) & set(chosen):
+            raise ValueError(
+                f"{field.name}={value!r} has no effect on loss_type {', '.join(chosen)}: leave it "
+                f"out, or choose from {', '.join(sorted(users))}"
+            )
