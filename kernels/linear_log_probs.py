@@ -16,6 +16,7 @@ Cost, in matrix products of 2 N H V FLOP with N the number of tokens that have a
 for all tokens: negative log-likelihood) or "probability" (proportional to the token's probability:
 dynamic fine-tuning, arXiv:2508.05629). All three products are then finished in forward. A gradient
 that breaks the promise turns every gradient into NaN, as does one that arrives at another output.
+In fp16 the gradient of the logits is then formed before a loss scale reaches it: use bf16.
 
 A loss whose formula is known up front needs no promise: `linear_log_prob_loss.py`.
 """
@@ -116,7 +117,7 @@ def _factor(g_N: torch.Tensor, promised_N: torch.Tensor) -> torch.Tensor:
     g_N, promised_N = g_N.double(), promised_N.double()
     factor = torch.dot(g_N, promised_N) / promised_N.square().sum().clamp_min(1e-300)
     error = torch.linalg.vector_norm(g_N - factor * promised_N)
-    kept = error <= 1e-3 * torch.linalg.vector_norm(g_N)
+    kept = error <= 1e-5 * torch.linalg.vector_norm(g_N)
     return factor.where(kept, float("nan"))
 
 

@@ -73,7 +73,8 @@ def grown(logits: torch.Tensor, rows: int) -> torch.Tensor:
     The first rows are queued before the host knows how many will follow.
     """
     larger = logits.new_empty((rows, logits.shape[1]))
-    larger[: logits.shape[0]] = logits
+    if logits.shape[0]:
+        larger[: logits.shape[0]] = logits
     return larger
 
 

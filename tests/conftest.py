@@ -15,9 +15,9 @@ from liger_trainer.kernels import runtime
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.repair()
-torch.set_num_threads(
-    max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-)
+if "OMP_NUM_THREADS" not in os.environ:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) // workers))
 
 
 def pytest_collection_modifyitems(items):
