@@ -9,8 +9,10 @@ is evaluated on the group's few numbers, its gradient taken by autograd, and the
 and d weight are finished before the next logits take the place. So a loss written in a few lines of
 plain torch costs three matrix products of 2 N H V FLOP (two with a frozen head, one without
 gradient), N the number of tokens with a label, and one workspace of memory. A group that does not
-fit the workspace has its logits computed twice (four products). The gradient of the logits is formed
-before the caller scales the loss: in fp16 small ones underflow, use bf16.
+fit the workspace has its logits computed twice (four products).
+
+The gradient of the logits is formed before the caller scales the loss: in fp16 small ones
+underflow, use bf16.
 
 B sequences of T tokens, H hidden size, V vocabulary, G groups of K sequences (B = G K).
 """

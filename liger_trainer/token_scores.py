@@ -41,6 +41,8 @@ def token_scores(
         return log_probs(logits, labels, outputs=outputs, options=options)
     head.check_versions()
     scale, softcap = summarise(head.ops)
+    if head.dtype == torch.float16:
+        weighting = None  # the loss scale must reach the logits' gradient before it is rounded
     with torch.autocast(logits.device.type, enabled=False):
         return linear_log_probs(
             [term.hidden.to(head.dtype) for term in head.terms],
