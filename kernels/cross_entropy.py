@@ -22,7 +22,7 @@ from liger_trainer.kernels.loss import (
     reduce_loss,
     transform_logits,
 )
-from liger_trainer.kernels.runtime import register_op, tl, triton, use_triton
+from liger_trainer.kernels.runtime import block_sizes, register_op, runs_in_triton, tl, triton
 
 # --- torch reference -------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad):
 
 
 @triton.jit
-def _transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     y = z * scale
     if HAS_SOFTCAP:  # tanh(u) = 2 sigmoid(2u) - 1, exact in the limits and without overflow
         y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)
@@ -120,7 +120,7 @@ def _token_loss_kernel(
         cols = start + tl.arange(0, BLOCK)
         mask = cols < V
         z = tl.load(logits_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32)
-        y = _transform(z, scale, softcap, HAS_SOFTCAP)
+        y = transform(z, scale, softcap, HAS_SOFTCAP)
         y = tl.where(mask, y, -float("inf"))
         new_top = tl.maximum(top, tl.max(y, 0))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -135,7 +135,7 @@ def _token_loss_kernel(
 
     in_range = (label >= 0) & (label < V)
     safe_label = tl.where(in_range, label, 0)
-    y_label = _transform(
+    y_label = transform(
         tl.load(logits_ptr + safe_label).to(tl.float32), scale, softcap, HAS_SOFTCAP
     )
     hard = 1.0 - eps
@@ -155,7 +155,7 @@ def _token_loss_kernel(
             cols = start + tl.arange(0, BLOCK)
             mask = cols < V
             z = tl.load(logits_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            y = _transform(z, scale, softcap, HAS_SOFTCAP)
+            y = transform(z, scale, softcap, HAS_SOFTCAP)
             grad = _gradient(
                 y, lse, cols, label, class_weight_ptr, mask, hard, eps / V, total_weight, z_loss,
                 scale, softcap, HAS_CLASS_WEIGHT, HAS_SOFTCAP,
@@ -185,7 +185,7 @@ def _cross_entropy_bwd_kernel(
         hard *= tl.load(class_weight_ptr + tl.where(in_range, label, 0)).to(tl.float32)
         total_weight = tl.load(total_weight_ptr)
     z = tl.load(logits_ptr + row * row_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    y = _transform(z, scale, softcap, HAS_SOFTCAP)
+    y = transform(z, scale, softcap, HAS_SOFTCAP)
     grad = _gradient(
         y, lse, cols, label, class_weight_ptr, mask, hard, eps / V, total_weight, z_loss,
         scale, softcap, HAS_CLASS_WEIGHT, HAS_SOFTCAP,
@@ -195,24 +195,10 @@ def _cross_entropy_bwd_kernel(
 
 # --- launchers -------------------------------------------------------------------------------
 
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 # Columns and warps of a program, in place and in the two kernels of the separate operation (H200).
 _IN_PLACE = (4096, 8)
 _FWD = (4096, 4)
 _BWD = (2048, 4)
-
-
-def _block(vocab: int, largest: tuple[int, int]) -> dict[str, int]:
-    """The kernel's BLOCK and num_warps; less than the largest for a small vocabulary."""
-    columns, warps = largest
-    block = min(columns, max(16, triton.next_power_of_2(vocab)))
-    return {"BLOCK": block, "num_warps": max(1, warps * block // columns)}
-
-
-def _runs_in_triton(logits: torch.Tensor) -> bool:
-    return logits.dtype in _TRITON_DTYPES and use_triton(logits)
 
 
 def _total_weight(class_weight: torch.Tensor | None) -> torch.Tensor | None:
@@ -227,7 +213,7 @@ def token_loss_(
     want_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss [N], lse [N]); with `want_grad` overwrites `logits_NV` with d loss_n / d logits_n."""
-    if not _runs_in_triton(logits_NV):
+    if not runs_in_triton(logits_NV):
         return _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad)
     n, vocab = logits_NV.shape
     loss_N = torch.empty(n, dtype=torch.float32, device=logits_NV.device)
@@ -240,7 +226,7 @@ def token_loss_(
             WRITE_GRAD=want_grad, SMOOTH=options.label_smoothing > 0.0,
             HAS_CLASS_WEIGHT=class_weight_V is not None,
             HAS_SOFTCAP=options.softcap is not None,
-            **_block(vocab, _IN_PLACE if want_grad else _FWD),
+            **block_sizes(vocab, _IN_PLACE if want_grad else _FWD),
         )  # fmt: skip
     return loss_N, lse_N
 
@@ -255,7 +241,7 @@ def _launch_bwd(
 ):
     n, vocab = logits.shape
     dlogits = torch.empty((n, vocab), dtype=logits.dtype, device=logits.device)
-    sizes = _block(vocab, _BWD)
+    sizes = block_sizes(vocab, _BWD)
     if n:
         _cross_entropy_bwd_kernel[(n, triton.cdiv(vocab, sizes["BLOCK"]))](
             logits, logits.stride(0), labels, class_weight, _total_weight(class_weight), lse,
@@ -339,7 +325,7 @@ def cross_entropy(
     class_weight, weight_N = checked_weights(class_weight, token_weight, labels, logits.shape[-1])
     logits_NV = logits.reshape(-1, logits.shape[-1])
     labels_N = labels.reshape(-1)
-    if _runs_in_triton(logits_NV):
+    if runs_in_triton(logits_NV):
         if logits_NV.stride(-1) != 1:
             logits_NV = logits_NV.contiguous()
         loss_N = _CrossEntropy.apply(

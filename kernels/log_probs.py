@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+from liger_trainer.kernels.cross_entropy import transform
 from liger_trainer.kernels.loss import accumulate_dtype, check_labels, transform_logits
-from liger_trainer.kernels.runtime import on_device, tl, triton, use_triton
+from liger_trainer.kernels.runtime import block_sizes, on_device, runs_in_triton, tl, triton
 from liger_trainer.kernels.scores import (
     DIFFERENTIABLE,
     ScoreGradients,
@@ -51,14 +52,6 @@ def _gradient_torch_(logits_NV, labels_N, lse_N, entropy_N, grads: ScoreGradient
 
 
 @triton.jit
-def _transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    y = z * scale
-    if HAS_SOFTCAP:  # tanh(u) = 2 sigmoid(2u) - 1, exact in the limits and without overflow
-        y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)
-    return y
-
-
-@triton.jit
 def _score_kernel(
     logits_ptr, row_stride, labels_ptr, log_prob_ptr, lse_ptr, entropy_ptr, square_ptr, mean_ptr,
     argmax_ptr, V, ignore_index, scale, softcap,
@@ -94,7 +87,7 @@ def _score_kernel(
         cols = start + tl.arange(0, BLOCK)
         mask = cols < V
         z = tl.load(logits_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32)
-        y = tl.where(mask, _transform(z, scale, softcap, HAS_SOFTCAP), -float("inf"))
+        y = tl.where(mask, transform(z, scale, softcap, HAS_SOFTCAP), -float("inf"))
         new_top = tl.maximum(top, tl.max(y, 0))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         step = tl.where(top == -float("inf"), 0.0, top - shift)
@@ -151,7 +144,7 @@ def _score_gradient_kernel(
     if LSE:
         slope += tl.load(g_lse_ptr + row)
     z = tl.load(logits_ptr, mask=mask, other=-float("inf")).to(tl.float32)
-    y = _transform(z, scale, softcap, HAS_SOFTCAP)
+    y = transform(z, scale, softcap, HAS_SOFTCAP)
     logp = y - tl.load(lse_ptr + row)
     p = tl.exp(logp)
     grad = p * slope
@@ -167,21 +160,9 @@ def _score_gradient_kernel(
 
 # --- launchers -------------------------------------------------------------------------------
 
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 # Columns and warps of a program (H200).
 _SCORE = (2048, 4)
 _GRADIENT = (2048, 4)
-
-
-def _block(vocab: int, largest: tuple[int, int]) -> dict[str, int]:
-    columns, warps = largest
-    block = min(columns, max(16, triton.next_power_of_2(vocab)))
-    return {"BLOCK": block, "num_warps": max(1, warps * block // columns)}
-
-
-def _runs_in_triton(logits: torch.Tensor) -> bool:
-    return logits.dtype in _TRITON_DTYPES and use_triton(logits)
 
 
 def score(
@@ -192,7 +173,7 @@ def score(
 ) -> TokenScores:
     """`log_probs`, `log_sum_exp` (always) and `outputs`, without autograd; logits are only read."""
     outputs = {*outputs, "log_sum_exp"}
-    if not _runs_in_triton(logits_NV):
+    if not runs_in_triton(logits_NV):
         with torch.no_grad():
             return log_probs_reference(logits_NV, labels_N, options, tuple(outputs))
     n, vocab = logits_NV.shape
@@ -214,7 +195,7 @@ def score(
             transform.softcap or 1.0,
             ENTROPY=entropy_N is not None, SQUARE=square_N is not None, MEAN=mean_N is not None,
             ARGMAX=wants_argmax, HAS_SOFTCAP=transform.softcap is not None,
-            **_block(vocab, _SCORE),
+            **block_sizes(vocab, _SCORE),
         )  # fmt: skip
     is_top1_N = None
     if "is_top1" in outputs:
@@ -236,11 +217,11 @@ def score_gradient_(
 
     `scores` holds log_sum_exp, and entropy if its gradient is given.
     """
-    if not _runs_in_triton(logits_NV):
+    if not runs_in_triton(logits_NV):
         _gradient_torch_(logits_NV, labels_N, scores.log_sum_exp, scores.entropy, grads, options)
         return
     n, vocab = logits_NV.shape
-    transform, sizes = options.transform, _block(vocab, _GRADIENT)
+    transform, sizes = options.transform, block_sizes(vocab, _GRADIENT)
     if n:
         _score_gradient_kernel[(n, triton.cdiv(vocab, sizes["BLOCK"]))](
             logits_NV, logits_NV.stride(0), labels_N, scores.log_sum_exp, scores.entropy,
@@ -313,7 +294,7 @@ def log_probs(
     check_labels(labels, logits.shape[:-1], logits.device)
     logits_NV = logits.reshape(-1, logits.shape[-1])
     labels_N = labels.reshape(-1).contiguous()
-    if _runs_in_triton(logits_NV):
+    if runs_in_triton(logits_NV):
         if logits_NV.stride(-1) != 1:
             logits_NV = logits_NV.contiguous()
         scores = TokenScores(*_LogProbs.apply(logits_NV, labels_N, options, outputs))

@@ -148,3 +148,16 @@ def num_sms(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def block_sizes(vocab: int, largest: tuple[int, int]) -> dict[str, int]:
+    """BLOCK and num_warps of a kernel over rows of logits, `largest` for a large vocabulary."""
+    columns, warps = largest
+    block = min(columns, max(16, triton.next_power_of_2(vocab)))
+    return {"BLOCK": block, "num_warps": max(1, warps * block // columns)}
+
+
+def runs_in_triton(logits: torch.Tensor) -> bool:
+    """Whether a kernel over rows of logits handles them; fp64 goes to the torch path."""
+    known = logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and use_triton(logits)

@@ -69,3 +69,14 @@ def kernel_device(device, poisoned):
     else:
         with runtime.interpreted():
             yield device
+
+
+@pytest.fixture(params=["torch", "interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
+def place(request, poisoned):
+    """The device, once for each path through the code: plain torch, and the Triton kernels."""
+    torch.manual_seed(0)
+    if request.param == "interpreted":
+        with runtime.interpreted():
+            yield "cpu"
+    else:
+        yield "cpu" if request.param == "torch" else "cuda"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from liger_trainer.kernels import linear_log_probs, runtime
+from liger_trainer.kernels import linear_log_probs
 
 TOKENS, WIDTH, VOCAB, FIRST = 12, 5, 33, 3
 
@@ -15,17 +15,6 @@ every_rows = pytest.mark.parametrize("rows", [16, 5], ids=["one workspace", "sev
 def small_first_part(monkeypatch):
     """The part that is queued before the token count is known, at the size of these problems."""
     monkeypatch.setattr(linear_log_probs, "FIRST_ROWS", FIRST)
-
-
-@pytest.fixture(params=["torch", "interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def place(request, poisoned):
-    """The device, once for each path through the code: plain torch, and the Triton kernels."""
-    torch.manual_seed(0)
-    if request.param == "interpreted":
-        with runtime.interpreted():
-            yield "cpu"
-    else:
-        yield "cpu" if request.param == "torch" else "cuda"
 
 
 def problem(device, dtype=torch.float32, ignored=3, tokens=TOKENS):

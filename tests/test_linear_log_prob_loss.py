@@ -19,7 +19,7 @@ from liger_trainer.kernels.linear_log_prob_loss import linear_log_prob_loss, pai
 from liger_trainer.kernels.linear_log_probs import linear_log_probs_reference
 from liger_trainer.kernels.scores import EXTRA, ScoreOptions
 
-place, small_first_part = heads.place, heads.small_first_part  # fixtures
+small_first_part = heads.small_first_part  # a fixture
 
 
 def compare(tensors, labels, loss=preference, rows=32, factor=3.0, **kwargs):

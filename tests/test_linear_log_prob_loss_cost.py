@@ -20,7 +20,7 @@ from shapes import Shapes
 from liger_trainer.kernels import linear_log_probs
 from liger_trainer.kernels.linear_log_prob_loss import linear_log_prob_loss, pairs
 
-place, small_first_part = heads.place, heads.small_first_part  # fixtures
+small_first_part = heads.small_first_part  # a fixture
 
 
 def products(device, rows, groups=None, *, frozen=False, grad=True):

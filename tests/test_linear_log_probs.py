@@ -14,7 +14,7 @@ from liger_trainer.kernels.scores import (
     log_probs_reference,
 )
 
-place, small_first_part = heads.place, heads.small_first_part  # fixtures
+small_first_part = heads.small_first_part  # a fixture
 
 BOTH = ("entropy", "log_sum_exp")
 ALL = ScoreOptions(scale=0.5, softcap=4.0, temperature=1.3)

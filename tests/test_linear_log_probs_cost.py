@@ -24,7 +24,7 @@ from liger_trainer.kernels.linear_log_probs import (
     linear_log_probs_reference,
 )
 
-place, small_first_part = heads.place, heads.small_first_part  # fixtures
+small_first_part = heads.small_first_part  # a fixture
 
 
 def products(device, rows, *, weighting=None, frozen=False, ignored=3, grad=True):
