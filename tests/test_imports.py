@@ -23,11 +23,11 @@ LAYERS = [
 ]
 # Within `runs`, likewise.
 RUNS_LAYERS = [
-    ["html", "throughput", "tokenize"],
-    ["collate", "load"],
+    ["loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
+    ["collate", "html", "load", "preference", "rewards", "summary"],
     ["data"],
     ["recipe"],
-    ["folder", "plan"],
+    ["build", "folder", "plan"],
     ["run"],
 ]
 LEAVES = ["report", "config"]
