@@ -111,11 +111,10 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
 
 def _summary(result: RunResult) -> str:
     """The closing lines of a run."""
+    from liger_trainer.runs.html import telling
+
     numbers = result.summary
-    lines = []
-    if "eval_loss_before" in numbers:
-        before, after = numbers["eval_loss_before"], numbers["eval_loss_after"]
-        lines.append(("held-out loss", f"{before:.4f} before, {after:.4f} after"))
+    lines = [(f"held-out {name}", f"{b} before, {a} after") for name, b, a in telling(numbers)]
     if numbers["tokens_per_second"]:
         lines.append(("speed", f"{numbers['tokens_per_second']:,.0f} tokens/s"))
     lines += [
@@ -125,7 +124,8 @@ def _summary(result: RunResult) -> str:
     ]
     if result.report:
         lines.append(("report", str(result.report)))
-    return "\n" + "\n".join(f"{name:<14} {value}" for name, value in lines)
+    width = max(len(name) for name, _ in lines)
+    return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -24,16 +24,18 @@ def minimal(tmp_path):
 
 
 def test_recipes_are_shipped():
-    assert len(RECIPES) >= 9
+    assert len(RECIPES) >= 20
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_shipped_recipe_fits_the_installed_dataclasses(path, monkeypatch):
     monkeypatch.setattr(recipe_module, "native_bf16", lambda: False)
     recipe = load_recipe(path, ["training.bf16=auto"])  # the others ask for a GPU
     args = recipe.training_arguments()
+    assert recipe.method == path.parent.name
     assert args.use_liger_kernel
-    assert args.output_dir == f"runs/{path.stem}"
+    stem = path.stem if recipe.method == "sft" else f"{recipe.method}-{path.stem}"
+    assert args.output_dir == f"runs/{stem}"
     assert recipe.data.eval_fraction or recipe.data.eval_split
     assert (recipe.peft_config() is not None) == path.stem.endswith("-lora")
 
@@ -87,7 +89,7 @@ def test_nested_keys_can_be_set(minimal):
         ("training.use_liger_kernel=1", "1 is a int, expected bool"),
         ("training.seed", "not of the form"),
         ("training.seed.x=1", "expected int"),
-        ("method=spo", "method: 'spo' is not one of sft"),
+        ("method=spo", "method: 'spo' is not one of sft, dpo, orpo, cpo, simpo, kto, grpo"),
         ("model.name_or_path=null", "model.name_or_path is missing"),
         ("data.packing=[", "not valid YAML"),
     ],
@@ -126,7 +128,9 @@ def test_a_broken_recipe_says_where(tmp_path, text, message):
 def test_bf16_auto_follows_the_machine(minimal, monkeypatch, native):
     monkeypatch.setattr(recipe_module, "native_bf16", lambda: native)
     given = {}
-    monkeypatch.setitem(recipe_module.METHODS, "sft", lambda: lambda **fields: given.update(fields))
+    monkeypatch.setattr(
+        recipe_module, "arguments_class", lambda method: lambda **fields: given.update(fields)
+    )
     monkeypatch.setattr(recipe_module, "_check", lambda values, method: values)
     load_recipe(minimal, ["training.bf16=auto"]).training_arguments()
     assert given["bf16"] is native

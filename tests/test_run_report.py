@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 import pytest
 
 from liger_trainer.report import InjectionReport, Row
-from liger_trainer.runs.html import plots, write_report
-from liger_trainer.runs.run import summarize
+from liger_trainer.runs import plots as plots_module
+from liger_trainer.runs.html import telling, write_report
+from liger_trainer.runs.plots import plots
+from liger_trainer.runs.summary import summarize
 
 LOG = [
     {"step": 0, "eval_loss": 2.0},
@@ -17,7 +19,7 @@ LOG = [
         "learning_rate": 1e-4,
         "tokens_per_second": 100.0,
         "peak_memory_gib": 1.5,
-        "num_input_tokens_seen": 200,
+        "tokens": 200,
     },
     {
         "step": 2,
@@ -25,7 +27,7 @@ LOG = [
         "learning_rate": 5e-5,
         "tokens_per_second": 300.0,
         "peak_memory_gib": 1.25,
-        "num_input_tokens_seen": 800,
+        "tokens": 600,
     },
     {"step": 2, "eval_loss": 1.25},
 ]
@@ -112,7 +114,7 @@ def test_speed_is_tokens_over_time_and_not_a_mean_of_speeds():
     summary = summarize(LOG)
     assert summary["tokens"] == 800
     assert summary["tokens_per_second"] == pytest.approx(800 / (200 / 100 + 600 / 300))
-    assert summary["eval_loss_before"], summary["eval_loss_after"] == (2.0, 1.25)
+    assert (summary["eval_loss_before"], summary["eval_loss_after"]) == (2.0, 1.25)
     assert summary["peak_memory_gib"] >= 1.5
 
 
@@ -128,3 +130,75 @@ def test_a_run_without_kernels_says_so(tmp_path):
         notes=[],
     )
     assert "use_liger_kernel is off" in path.read_text()
+
+
+def logged(**held_out):
+    """A log of two steps with metrics in training and, before and after, held out."""
+    first = {f"eval_{key}": values[0] for key, values in held_out.items()}
+    last = {f"eval_{key}": values[1] for key, values in held_out.items()}
+    timing = {"eval_runtime": 1.0, "eval_samples_per_second": 2.0, "eval_num_tokens": 0}
+    train = [
+        {"step": step, "loss": 1.0, **{key: values[0] for key, values in held_out.items()}}
+        for step in (1, 2)
+    ]
+    return [{"step": 0, **first, **timing}, *train, {"step": 2, **last, **timing}]
+
+
+PREFERENCE = {
+    "loss": (0.69, 0.5),
+    "rewards/chosen": (0.0, 0.1),
+    "rewards/rejected": (0.0, -0.4),
+    "rewards/margins": (0.0, 0.5),
+    "rewards/accuracies": (0.0, 0.75),
+    "kl": (0.0, 0.02),
+    "entropy": (1.5, 1.25),
+}
+GROUPS = {"loss": (0.0, 0.01), "reward": (0.25, 0.5), "rewards/parses/mean": (0.5, 0.75)}
+
+
+def test_held_out_metrics_are_kept_first_and_last_without_timing():
+    held_out = summarize(logged(**PREFERENCE))["held_out"]
+    assert held_out == {key: list(values) for key, values in PREFERENCE.items()}
+
+
+def test_what_tells_most_of_a_preference_run():
+    assert telling(summarize(logged(**PREFERENCE))) == [
+        ("loss", "0.690", "0.500"),
+        ("reward margin", "0.000", "0.500"),
+        ("reward accuracy", "0%", "75%"),
+        ("KL", "0.0000", "0.0200"),
+    ]
+
+
+def test_where_there_is_a_reward_the_loss_tells_nothing():
+    assert telling(summarize(logged(**GROUPS))) == [("reward", "0.250", "0.500")]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        (
+            PREFERENCE,
+            [
+                "Loss",
+                "Reward margin (chosen - rejected)",
+                "Share of pairs with the higher reward on chosen",
+                "Rewards",
+                "KL to the reference (nats)",
+                "Entropy (nats per token)",
+            ],
+        ),
+        (GROUPS, ["Loss", "Reward", "Reward: parses"]),
+        ({"loss": (2.0, 1.0)}, ["Loss (nats per token)"]),
+    ],
+)
+def test_there_is_a_plot_for_what_was_logged(monkeypatch, metrics, expected):
+    drawn = []
+    monkeypatch.setattr(plots_module, "_plot", lambda chart, lines: drawn.append((chart, lines)))
+    plots(logged(**metrics))
+    assert [chart.name for chart, _ in drawn] == expected
+    for chart, lines in drawn:
+        assert len(lines) == 2 * len(chart.keys)  # in training and held out
+        for points, label, _ in lines:
+            assert len(points) == 2
+            assert ("held out" in label) == (points[0][0] == 0)

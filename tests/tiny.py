@@ -86,6 +86,56 @@ def chat_file(path: Path, count: int = 24) -> Path:
     return path
 
 
+def pairs_file(path: Path, count: int = 16) -> Path:
+    """Preference pairs: four prompts, what is chosen always ends on the same word."""
+    numbers = ["one", "two", "three", "four"]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"what is {numbers[i % 4]} plus {i} ?"}],
+            "chosen": [{"role": "assistant", "content": f"the cat {i} sat"}],
+            "rejected": [{"role": "assistant", "content": f"the cat {i} mat ?"}],
+            "group": numbers[i % 4],
+        }
+        for i in range(count)
+    ]
+    return json_lines(path, rows)
+
+
+def problems_file(path: Path, count: int = 8) -> Path:
+    """Prompts with the columns that the code rewards ask for."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"add {i} plus two"}],
+            "source": f'def add(x):\n    """x plus {i}"""\n',
+            "tests": f"def check(add):\n    assert add(1) == {i + 1}\n    assert add(2) == {i + 2}",
+            "entry_point": "add",
+        }
+        for i in range(count)
+    ]
+    return json_lines(path, rows)
+
+
+def json_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def alignment_values(folder: Path, method: str, **training) -> dict:
+    """A recipe of a TRL method that trains a tiny model for three steps, on a CPU."""
+    values = recipe_values(folder, max_steps=3, gradient_checkpointing=False, bf16=False)
+    values["method"] = method
+    values["training"] |= training
+    if method == "grpo":
+        values["data"] = {"path": str(problems_file(folder / "problems.jsonl"))}
+        values["reward"] = {"functions": ["parses", "passes_tests"]}
+        generated = {"num_generations": 2, "max_completion_length": 8}
+        values["training"] = {**generated, "per_device_eval_batch_size": 2, **values["training"]}
+    else:
+        values["data"] = {"path": str(pairs_file(folder / "pairs.jsonl")), "max_length": 64}
+    values["data"]["eval_fraction"] = 0.25
+    return values
+
+
 def recipe_values(folder: Path, **training) -> dict:
     """The sections of a recipe that trains a tiny model for six steps, on a CPU."""
     return {

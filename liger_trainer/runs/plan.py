@@ -12,7 +12,7 @@ import yaml
 from liger_trainer.injection import inject
 from liger_trainer.report import InjectionReport
 from liger_trainer.runs.load import ModelArguments, load_config, meta_model
-from liger_trainer.runs.recipe import TRAINING_DEFAULTS, Recipe
+from liger_trainer.runs.recipe import Recipe
 
 
 def injection_plan(
@@ -27,16 +27,23 @@ def resolved_yaml(recipe: Recipe) -> str:
     sections: dict[str, Any] = {
         "method": recipe.method,
         "model": _set_fields(recipe.model),
-        "data": _set_fields(recipe.data),
-        "training": {**TRAINING_DEFAULTS, **recipe.values["training"]},
+        "data": {
+            key: value
+            for key, value in _set_fields(recipe.data).items()
+            if key not in recipe.kind.unused_data
+        },
+        "training": {key: value for key, (value, _) in recipe.training_fields().items()},
     }
-    if recipe.values.get("peft") is not None:
-        sections["peft"] = recipe.values["peft"]
+    for section in ("peft", "reward"):
+        if recipe.values.get(section) is not None:
+            sections[section] = recipe.values[section]
+    origins = {f"training.{key}": where for key, (_, where) in recipe.training_fields().items()}
     lines = [f"method: {sections.pop('method')}"]
     for section, fields in sections.items():
         lines.append(f"{section}:")
         for key, value in fields.items():
-            source = recipe.sources.get(f"{section}.{key}", "default")
+            name = f"{section}.{key}"
+            source = origins.get(name) or recipe.sources.get(name, "default")
             first, *more = yaml.safe_dump({key: value}, sort_keys=False).rstrip("\n").split("\n")
             lines += [f"  {first}  # {source}", *(f"  {line}" for line in more)]
     lines.append("# every field that is not listed has the default of the installed release")
@@ -52,7 +59,8 @@ def model_conflicts(recipe: Recipe) -> list[str]:
     """Conflicts with the model's configuration, which may have to be fetched from a hub."""
     config, found = load_config(recipe.model).get_text_config(), []
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and recipe.data.max_length > longest:
+    used = "max_length" not in recipe.kind.unused_data
+    if used and longest is not None and recipe.data.max_length > longest:
         found.append(
             f"data.max_length is {recipe.data.max_length}, the model has only {longest} positions"
         )

@@ -1,8 +1,8 @@
 """A recipe: YAML plus command-line overrides, checked key by key before anything is loaded.
 
 Precedence: command line, then YAML, then defaults. The keys of `training` are the fields of the
-*installed* `transformers.TrainingArguments`, those of `peft` the fields of `peft.LoraConfig`, so a
-key that a release has dropped is an error and not a silence.
+*installed* `transformers.TrainingArguments`, or of the method's TRL configuration, those of `peft`
+the fields of `peft.LoraConfig`, so a key that a release has dropped is an error and not a silence.
 """
 
 from __future__ import annotations
@@ -23,21 +23,15 @@ import yaml
 from liger_trainer.config import KernelConfig
 from liger_trainer.runs.data import DataArguments, near
 from liger_trainer.runs.load import ModelArguments
-
-TRAINING_DEFAULTS = {
-    "report_to": "none",
-    "include_num_input_tokens_seen": "non_padding",
-    "logging_steps": 10,
-}
-
-
-def _sft_arguments() -> type:
-    from transformers import TrainingArguments
-
-    return TrainingArguments
-
-
-METHODS = {"sft": _sft_arguments}  # method -> the dataclass that `training` fills
+from liger_trainer.runs.methods import (
+    METHODS,
+    Method,
+    arguments_class,
+    derived_fields,
+    refuse_unused,
+    training_defaults,
+)
+from liger_trainer.runs.rewards import RewardArguments
 
 
 class _Loader(yaml.SafeLoader):
@@ -70,22 +64,35 @@ class Recipe:
     data: DataArguments
     values: dict[str, Any]  # nested, as given: YAML and command line
     sources: dict[str, str]  # "training.learning_rate" -> "recipe", or "command line"
+    reward: RewardArguments | None = None
 
     @property
     def output_dir(self) -> Path:
         return Path(self.values["training"]["output_dir"])
 
-    def training_arguments(self):
-        """The filled `TrainingArguments`. `bf16: auto` is decided here, by the machine.
+    @property
+    def kind(self) -> Method:
+        """What the method takes and is given."""
+        return METHODS[self.method]
 
-        Raises ValueError with the section's name when the installed transformers refuses a value.
+    def training_fields(self) -> dict[str, tuple[Any, str]]:
+        """Every field of `training` that is set: its value, and where that comes from."""
+        fields = {k: (v, "default") for k, v in training_defaults(self.method).items()}
+        for key, value in self.values["training"].items():
+            fields[key] = (value, self.sources.get(f"training.{key}", "default"))
+        return fields | derived_fields(self.method, self.model, self.data)
+
+    def training_arguments(self):
+        """The filled configuration of the method. `bf16: auto` is decided by the machine.
+
+        Raises ValueError with the section's name when the installed release refuses a value.
         """
-        fields = {**TRAINING_DEFAULTS, **self.values["training"]}
+        fields = {key: value for key, (value, _) in self.training_fields().items()}
         fields.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
         if fields.get("bf16") == "auto":
-            fields["bf16"] = native_bf16()
+            fields["bf16"] = native_bf16() and not fields.get("fp16")
         try:
-            return METHODS[self.method]()(**fields)
+            return arguments_class(self.method)(**fields)
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"training: {error}") from error
 
@@ -119,11 +126,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if method not in METHODS:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
     training = values.setdefault("training", {}) or {}
-    training.setdefault("output_dir", f"runs/{path.stem}")
+    stem = path.stem if method == "sft" else f"{method}-{path.stem}"
+    training.setdefault("output_dir", f"runs/{stem}")
     values = _check(values, method)
     KernelConfig.from_dict(values["training"].get("liger_kernel_config") or {})
     model, data = ModelArguments(**values["model"]), DataArguments(**values["data"])
-    return Recipe(path, method, model, data, values, sources)
+    reward = RewardArguments(**values["reward"]) if "reward" in values else None
+    return Recipe(path, method, model, data, values, sources, reward)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -135,7 +144,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(
-            f"{path}: a recipe is a mapping of the sections model, data, training, peft"
+            f"{path}: a recipe is a mapping of the sections model, data, training, peft, reward"
         )
     return values
 
@@ -165,10 +174,16 @@ def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> No
 
 def _check(values: dict[str, Any], method: str) -> dict[str, Any]:
     """`values` with every section checked against its dataclass and numbers in their type."""
-    sections = {"model": ModelArguments, "data": DataArguments, "training": METHODS[method]()}
+    sections = {
+        "model": ModelArguments,
+        "data": DataArguments,
+        "training": arguments_class(method),
+    }
     if values.get("peft") is not None:
         sections["peft"] = _lora_class()
-    _known("recipe", values, ["method", *sections, "peft"])
+    if values.get("reward") is not None:
+        sections["reward"] = RewardArguments
+    _known("recipe", values, ["method", *sections, "peft", "reward"])
     checked = {"method": method}
     for section, cls in sections.items():
         given = values.get(section) or {}
@@ -182,6 +197,7 @@ def _check(values: dict[str, Any], method: str) -> dict[str, Any]:
             for k, v in given.items()
             if v is not None or _admits(hints[k], None)  # null elsewhere means the default
         }
+    refuse_unused(method, checked)
     return checked
 
 

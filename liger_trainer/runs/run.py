@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-import platform
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from transformers import ProgressCallback
-
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.collate import Collator
-from liger_trainer.runs.data import Prepared, prepare
+from liger_trainer.runs.build import build_trainer
+from liger_trainer.runs.data import Prepared
 from liger_trainer.runs.html import write_report
-from liger_trainer.runs.load import load_model, load_tokenizer
 from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.throughput import Progress, StopOnSignal, Throughput, peak_memory_gib
-from liger_trainer.trainer import LigerTrainer
-
-_REPORTED_PACKAGES = (
-    "liger-trainer",
-    "torch",
-    "triton",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "peft",
-)
+from liger_trainer.runs.summary import machine, summarize
+from liger_trainer.runs.throughput import StopOnSignal
 
 
 @dataclass(frozen=True)
@@ -48,8 +30,8 @@ class RunResult:
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunResult:
     """Trains as the recipe says.
 
-    Raises ValueError for an output folder that holds another run, data without labels, packing on a
-    model that cannot separate sequences; FileNotFoundError for missing files.
+    Raises ValueError for an output folder that holds another run, data that cannot be trained on,
+    packing on a model that cannot separate sequences; FileNotFoundError for missing files.
     """
     started = time.perf_counter()
     args = recipe.training_arguments()
@@ -80,78 +62,6 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Run
     return RunResult(recipe.output_dir, interrupted, summary, report)
 
 
-def build_trainer(recipe: Recipe, args) -> tuple[LigerTrainer, Prepared]:
-    """The trainer of a recipe with its data, ready for `.train()`."""
-    seed = args.seed if args.data_seed is None else args.data_seed
-    tokenizer = load_tokenizer(recipe.model)
-    with args.main_process_first(desc="data"):
-        prepared = prepare(recipe.data, tokenizer, seed=seed)
-    for note in prepared.notes:
-        print(f"data: {note}")
-    transformers.set_seed(args.seed)
-    model = load_model(recipe.model)
-    if recipe.data.packing:
-        _require_separation(model, args)
-    peft_config = recipe.peft_config()
-    if peft_config is not None:
-        import peft
-
-        model = peft.get_peft_model(model, peft_config)
-    flash = "flash" in (model.config._attn_implementation or "")
-    trainer = LigerTrainer(
-        model=model,
-        args=args,
-        train_dataset=prepared.train,
-        eval_dataset=prepared.eval,
-        data_collator=Collator(tokenizer.pad_token_id, flatten=flash),
-        processing_class=tokenizer,
-        callbacks=[Throughput()],
-    )
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress)
-    return trainer, prepared
-
-
-def summarize(log_history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss before and after, mean tokens per second and peak memory, from the trainer's log."""
-    held_out = [e["eval_loss"] for e in log_history if "eval_loss" in e]
-    train = [e for e in log_history if "tokens_per_second" in e]
-    losses = (
-        {"train_loss_first": train[0]["loss"], "train_loss_last": train[-1]["loss"]}
-        if train
-        else {}
-    )
-    if held_out:
-        losses |= {"eval_loss_before": held_out[0], "eval_loss_after": held_out[-1]}
-    tokens, seconds, before = 0, 0.0, 0
-    for entry in train:
-        new = entry["num_input_tokens_seen"] - before
-        before = entry["num_input_tokens_seen"]
-        if new > 0 and entry["tokens_per_second"] > 0:
-            tokens, seconds = tokens + new, seconds + new / entry["tokens_per_second"]
-    return losses | {
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds if seconds else None,
-        "peak_memory_gib": max([peak_memory_gib(), *(e["peak_memory_gib"] for e in train)]),
-    }
-
-
-def machine() -> dict[str, str]:
-    """Versions and hardware, for the report."""
-    if torch.cuda.is_available():
-        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    else:
-        device = f"CPU, {torch.get_num_threads()} threads"
-    facts = {"Device": device, "Python": platform.python_version()}
-    for package in _REPORTED_PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "not installed"
-    return facts
-
-
 def _claim(recipe: Recipe, args, *, resume: bool, overwrite: bool) -> str | None:
     """Every process asks for the folder; the first one takes it, the others find it taken."""
     if args.process_index == 0:
@@ -159,23 +69,9 @@ def _claim(recipe: Recipe, args, *, resume: bool, overwrite: bool) -> str | None
     return run_folder.get_last_checkpoint(str(recipe.output_dir)) if resume else None
 
 
-def _require_separation(model, args) -> None:
-    """Packed examples are told apart by their position ids, and only where no cache is kept."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"data.packing: {type(model).__name__} takes no position_ids, so packed examples would "
-            "see each other. Set data.packing to false"
-        )
-    if args.use_cache:
-        raise ValueError(
-            "data.packing: with training.use_cache packed examples would see each other. "
-            "Set one of the two to false"
-        )
-
-
 def _evaluated_now(state) -> bool:
     """Whether the last evaluation was of the model as it is."""
-    steps = [e["step"] for e in state.log_history if "eval_loss" in e]
+    steps = [e["step"] for e in state.log_history if "eval_runtime" in e]
     return bool(steps) and steps[-1] == state.global_step
 
 

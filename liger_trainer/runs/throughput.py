@@ -25,10 +25,11 @@ def peak_memory_gib() -> float:
 
 
 class Throughput(TrainerCallback):
-    """Adds `tokens_per_second` and `peak_memory_gib` to every training log.
+    """Adds `tokens` (since the log before), `tokens_per_second` and `peak_memory_gib` to every
+    training log.
 
-    Tokens are the real ones (no padding) of all devices; time excludes evaluation and saving. Both
-    numbers land in `state.log_history`, which checkpoints keep.
+    Tokens are the real ones (no padding) of all devices that the policy was trained on; time
+    excludes evaluation and saving. The numbers land in `state.log_history`, which checkpoints keep.
     """
 
     def __init__(self):
@@ -53,14 +54,18 @@ class Throughput(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         self._lap(counts=True)  # reading the loss has waited for the device
-        tokens = state.num_input_tokens_seen - self._tokens
+        # TRL's trainers count themselves. Some begin at 0 with every `train`, and the state, which
+        # they leave alone, is then 0 too; the others begin with what the state has.
+        seen = int(logs.get("num_tokens", state.num_input_tokens_seen))
+        tokens = seen - self._tokens
         measured = {
+            "tokens": tokens,
             "tokens_per_second": round(tokens / max(self._seconds, 1e-9), 1),
             "peak_memory_gib": round(peak_memory_gib(), 3),
         }
         logs.update(measured)
         state.log_history[-1].update(measured)
-        self._seconds, self._tokens = 0.0, state.num_input_tokens_seen
+        self._seconds, self._tokens = 0.0, seen
 
     def _lap(self, *, counts: bool) -> None:
         now = time.perf_counter()
@@ -69,12 +74,39 @@ class Throughput(TrainerCallback):
         self._mark = now
 
 
+def count_tokens(trainer) -> None:
+    """Makes a trainer count the tokens of pairs, in `state.num_input_tokens_seen`.
+
+    For the trainers of ORPO and CPO, which do not count themselves: their batches hold chosen and
+    rejected sequences with a mask each, and transformers counts only `input_ids`.
+    """
+    step = trainer.training_step
+
+    def training_step(model, inputs, *args, **kwargs):
+        masks = (inputs["chosen_attention_mask"], inputs["rejected_attention_mask"])
+        count = sum(mask.sum() for mask in masks).to(trainer.args.device)
+        trainer.state.num_input_tokens_seen += int(trainer.accelerator.gather(count).sum())
+        return step(model, inputs, *args, **kwargs)
+
+    trainer.training_step = training_step
+
+
 class Progress(ProgressCallback):
     """The trainer's progress bar, with one short line per log above it."""
 
     COLUMNS = (
         ("loss", "loss {:.4f}"),
         ("eval_loss", "held-out loss {:.4f}"),
+        *(
+            (prefix + key, told + text)
+            for prefix, told in (("", ""), ("eval_", "held-out "))
+            for key, text in (
+                ("reward", "reward {:.3f}"),
+                ("rewards/margins", "margin {:.3f}"),
+                ("rewards/accuracies", "accuracy {:.2f}"),
+                ("kl", "KL {:.4f}"),
+            )
+        ),
         ("grad_norm", "gradient norm {:.2f}"),
         ("learning_rate", "learning rate {:.2e}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),

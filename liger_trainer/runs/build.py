@@ -1,0 +1,133 @@
+"""The trainer of a recipe, with its model, its data and its callbacks."""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+import transformers
+from transformers import ProgressCallback
+
+from liger_trainer.runs.collate import Collator
+from liger_trainer.runs.data import Prepared, prepare
+from liger_trainer.runs.load import load_model, load_tokenizer
+from liger_trainer.runs.methods import trainer_class
+from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.rewards import columns_of
+from liger_trainer.runs.throughput import Progress, Throughput, count_tokens
+
+
+def build_trainer(recipe: Recipe, args):
+    """The trainer of a recipe, ready for `.train()`, and its data.
+
+    Raises ValueError for data and models that the method cannot train on.
+    """
+    seed = args.seed if args.data_seed is None else args.data_seed
+    tokenizer = load_tokenizer(recipe.model)
+    rewards = recipe.reward.load() if recipe.reward else []
+    with args.main_process_first(desc="data"):
+        prepared = prepare(
+            recipe.data,
+            tokenizer,
+            seed=seed,
+            examples=recipe.kind.examples,
+            needed=columns_of(rewards),
+        )
+    for note in prepared.notes:
+        print(f"data: {note}")
+    transformers.set_seed(args.seed)
+    build = _sft_trainer if recipe.kind.trainer is None else _trl_trainer
+    trainer = build(recipe, args, tokenizer, prepared, rewards)
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress)
+    return trainer, prepared
+
+
+def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: list):
+    model = load_model(recipe.model)
+    if recipe.data.packing:
+        _require_separation(model, args)
+    peft_config = recipe.peft_config()
+    if peft_config is not None:
+        import peft
+
+        model = peft.get_peft_model(model, peft_config)
+    flash = "flash" in (model.config._attn_implementation or "")
+    return trainer_class(recipe.method)(
+        model=model,
+        args=args,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.eval,
+        data_collator=Collator(tokenizer.pad_token_id, flatten=flash),
+        processing_class=tokenizer,
+        callbacks=[Throughput()],
+    )
+
+
+def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: list):
+    """A trainer of TRL, which tokenizes and collates itself.
+
+    TRL would load the reference by the policy's name alone: not possible for a GGUF file in a
+    package, and silently another model where the recipe names a revision or changes the
+    configuration. So it is built as the policy is, unless nothing needs one: with an adapter the
+    reference is the model without it, and precomputed log-probabilities come from the policy before
+    its first step.
+    """
+    _check_generations(args, prepared)
+    given = {"reward_funcs": rewards} if rewards else {}
+    peft_config = recipe.peft_config()
+    precomputed = getattr(args, "precompute_ref_log_probs", False)
+    # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so there TRL
+    # wants a model of its own for them.
+    if recipe.kind.reference and peft_config is None and not (precomputed and not _sharded(args)):
+        given["ref_model"] = load_model(recipe.model)
+    try:
+        trainer = trainer_class(recipe.method)(
+            model=load_model(recipe.model),
+            args=args,
+            train_dataset=prepared.train,
+            eval_dataset=prepared.eval,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=[Throughput()],
+            **given,
+        )
+    except NotImplementedError as error:  # TRL's word for options that exclude each other
+        raise ValueError(f"training: {error}") from error
+    if precomputed:
+        trainer.ref_model = None  # its work is done
+    if not recipe.kind.counts_tokens:
+        count_tokens(trainer)
+    return trainer
+
+
+def _sharded(args) -> bool:
+    """Whether FSDP is on, by the recipe or by `accelerate launch`."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def _require_separation(model, args) -> None:
+    """Packed examples are told apart by their position ids, and only where no cache is kept."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"data.packing: {type(model).__name__} takes no position_ids, so packed examples would "
+            "see each other. Set data.packing to false"
+        )
+    if args.use_cache:
+        raise ValueError(
+            "data.packing: with training.use_cache packed examples would see each other. "
+            "Set one of the two to false"
+        )
+
+
+def _check_generations(args, prepared: Prepared) -> None:
+    """TRL checks this only for a recipe that evaluates on the way; every run does at its ends."""
+    count = getattr(args, "num_generations_eval", None) or getattr(args, "num_generations", None)
+    batch = args.per_device_eval_batch_size * args.world_size
+    if count and prepared.eval is not None and batch % count:
+        raise ValueError(
+            f"training.per_device_eval_batch_size: the {batch} completions of a batch are not a "
+            f"multiple of the {count} that each held-out prompt gets; change it, or "
+            "training.num_generations_eval"
+        )

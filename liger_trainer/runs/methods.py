@@ -1,0 +1,171 @@
+"""The methods of training: trainer and configuration of each, and what its examples look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One value of `method` in a recipe."""
+
+    trainer: str | None = None  # `DPO` for DPOTrainer and DPOConfig of liger_trainer.trl
+    examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see preference.py
+    reference: bool = False  # whether the trainer is given a reference model
+    counts_tokens: bool = True  # whether the trainer does so itself
+    # Fields of the configuration that make it this method.
+    fixed: dict[str, Any] = field(default_factory=dict)
+    # Keys of the section `data` that the method has no use for, and what to do instead.
+    unused_data: dict[str, str] = field(default_factory=dict)
+
+
+_PACKING = "remove the key: examples are never packed, because each one has a loss of its own"
+_ASSISTANT = "remove the key: completions alone are trained on"
+_PREFERENCE = {"packing": _PACKING, "assistant_only": _ASSISTANT}
+_ONLINE = {
+    "max_length": "remove the key: prompts are never cut, and training.max_completion_length "
+    "limits what is generated",
+    "num_proc": "remove the key: prompts are tokenized while training",
+}
+
+METHODS = {
+    "sft": Method(unused_data={"invalid": "remove the key: it is for preference data"}),
+    "dpo": Method("DPO", "pairs", reference=True, unused_data=_PREFERENCE),
+    "orpo": Method("ORPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
+    "cpo": Method("CPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
+    # SimPO (Meng et al. 2024, arXiv:2405.14734) is CPO with another margin and no likelihood term.
+    "simpo": Method(
+        "CPO",
+        "pairs",
+        counts_tokens=False,
+        fixed={"loss_type": "simpo", "cpo_alpha": 0.0},
+        unused_data=_PREFERENCE,
+    ),
+    "kto": Method("KTO", "labelled", reference=True, unused_data=_PREFERENCE),
+    "grpo": Method("GRPO", "prompts", unused_data={**_PREFERENCE, **_ONLINE}),
+}
+
+# Fields of TRL's configurations that a recipe leaves alone, so that no value has two sources.
+_ELSEWHERE = {
+    "max_length": "set data.max_length instead",
+    "dataset_num_proc": "set data.num_proc instead",
+    "model_init_kwargs": "set the keys of the section model instead",
+    "trust_remote_code": "set model.trust_remote_code instead",
+    "include_num_input_tokens_seen": "remove the key: tokens are counted anyway",
+}
+# What `from_pretrained` of a name alone would miss. TRL loads the reference of GRPO that way.
+_BEYOND_NAME = (
+    "package", "gguf_file", "config", "quantization", "revision", "subfolder", "variant",
+    "cache_dir", "token", "device_map",
+)  # fmt: skip
+
+
+def arguments_class(method: str) -> type:
+    """The dataclass that the section `training` fills.
+
+    Raises ValueError when the method needs TRL and it is not installed.
+    """
+
+    def stock():
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+
+    return _home(method, "Config", stock)
+
+
+def trainer_class(method: str) -> type:
+    """The trainer of a method. Raises ValueError when it needs TRL and it is not installed."""
+
+    def own():
+        from liger_trainer.trainer import LigerTrainer
+
+        return LigerTrainer
+
+    return _home(method, "Trainer", own)
+
+
+def _home(method: str, suffix: str, without_trl: Callable[[], type]) -> type:
+    name = METHODS[method].trainer
+    if name is None:
+        return without_trl()
+    from liger_trainer import trl
+
+    try:
+        return getattr(trl, name + suffix)
+    except ImportError as error:
+        raise ValueError(
+            f"method: {method} needs TRL, which cannot be imported ({error}): `pip install trl`"
+        ) from error
+
+
+def training_defaults(method: str) -> dict[str, Any]:
+    """Where a recipe that says nothing differs from the dataclass."""
+    defaults = {"report_to": "none", "logging_steps": 10}
+    if METHODS[method].trainer is None:
+        return defaults | {"include_num_input_tokens_seen": "non_padding"}
+    defaults["bf16"] = "auto"  # TRL's own default is bf16 wherever it runs, even emulated
+    if METHODS[method].trainer in ("ORPO", "CPO"):
+        defaults["remove_unused_columns"] = False  # which these set themselves, with a warning
+    return defaults
+
+
+def derived_fields(method: str, model, data) -> dict[str, tuple[Any, str]]:
+    """Fields of the configuration that follow from elsewhere: their value, and from where."""
+    chosen = METHODS[method]
+    derived = {name: (value, f"method {method}") for name, value in chosen.fixed.items()}
+    if chosen.trainer is None:
+        return derived
+    if "max_length" not in chosen.unused_data:
+        derived["max_length"] = (data.max_length, "data.max_length")
+        if data.num_proc is not None:
+            derived["dataset_num_proc"] = (data.num_proc, "data.num_proc")
+    if model.trust_remote_code:
+        derived["trust_remote_code"] = (True, "model.trust_remote_code")
+    return derived
+
+
+def refuse_unused(method: str, values: dict[str, Any]) -> None:
+    """Raises ValueError for what the method would have to ignore, and for what it lacks."""
+    chosen = METHODS[method]
+    for key in values["data"]:
+        if key in chosen.unused_data:
+            raise ValueError(f"data.{key}: not for {method}; {chosen.unused_data[key]}")
+    for key in values["training"] if chosen.trainer else ():
+        if key in _ELSEWHERE:
+            raise ValueError(f"training.{key}: {_ELSEWHERE[key]}")
+    for key, value in chosen.fixed.items():
+        if values["training"].get(key, value) != value:
+            raise ValueError(
+                f"training.{key}: {method} means {value!r}; remove the key, or use method: cpo"
+            )
+    if method == "grpo":
+        _check_grpo(values)
+    elif values.get("reward") is not None:
+        raise ValueError(f"reward: not for {method}; remove the section, or use method: grpo")
+
+
+def _check_grpo(values: dict[str, Any]) -> None:
+    functions = (values.get("reward") or {}).get("functions")
+    if not functions:
+        raise ValueError(
+            "reward: grpo needs a reward; name one or more functions, for example "
+            "`reward: {functions: [parses, passes_tests]}`"
+        )
+    weights = values["training"].get("reward_weights")
+    if weights is not None and len(weights) != len(functions):
+        raise ValueError(
+            f"training.reward_weights: {len(weights)} weights for {len(functions)} functions in "
+            "reward.functions; give each its own"
+        )
+    beta, given = values["training"].get("beta", 0.0), values["model"]
+    missed = [f"model.{key}" for key in _BEYOND_NAME if given.get(key) is not None]
+    if beta and missed and values.get("peft") is None:
+        raise ValueError(
+            f"training.beta is {beta}, so a reference model is needed. TRL loads that of GRPO by "
+            f"model.name_or_path alone, without {', '.join(missed)}. Set training.beta to 0, add a "
+            "peft section (the reference is then the model without adapter), or save the model to "
+            "a folder first"
+        )

@@ -1,0 +1,116 @@
+"""The figures of a run's report: inline SVG, of whatever the log holds. A leaf."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#ea580c", "#16a34a", "#dc2626", "#64748b"
+
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of one or more keys of the log, each in training and held out."""
+
+    name: str
+    keys: tuple[tuple[str, str], ...]  # (key, what it is in the legend; empty if it is alone)
+    from_zero: bool = False
+    limits: tuple[float, float] | None = None
+
+
+_LIKELIHOOD = Chart("Loss (nats per token)", (("loss", ""),))
+_CHARTS = (
+    Chart("Loss", (("loss", ""),)),
+    Chart("Reward", (("reward", ""),)),
+    Chart("Reward margin (chosen - rejected)", (("rewards/margins", ""),)),
+    Chart(
+        "Share of pairs with the higher reward on chosen",
+        (("rewards/accuracies", ""),),
+        limits=(0, 1.02),
+    ),
+    Chart("Rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+    Chart("Log-probability", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
+    Chart("KL to the reference (nats)", (("kl", ""),)),
+    Chart("Entropy (nats per token)", (("entropy", ""),), from_zero=True),
+    Chart("Likelihood loss of chosen (nats per token)", (("nll_loss", ""),)),
+    Chart("Log odds, chosen over rejected", (("log_odds_chosen", ""),)),
+    Chart("Reward, standard deviation", (("reward_std", ""),), from_zero=True),
+    Chart("Groups whose rewards are all equal", (("frac_reward_zero_std", ""),), limits=(0, 1.02)),
+    Chart("Completion length (tokens)", (("completions/mean_length", ""),), from_zero=True),
+    Chart("Share of completions cut off", (("completions/clipped_ratio", ""),), limits=(0, 1.02)),
+)
+_RUN_CHARTS = (
+    Chart("Gradient norm", (("grad_norm", ""),), from_zero=True),
+    Chart("Learning rate", (("learning_rate", ""),), from_zero=True),
+    Chart("Tokens per second", (("tokens_per_second", ""),), from_zero=True),
+    Chart("Peak memory (GiB)", (("peak_memory_gib", ""),), from_zero=True),
+)
+_REWARD_FUNCTION = re.compile(r"rewards/(.+)/mean")
+
+
+def plots(log_history: list[dict[str, Any]]) -> list[str]:
+    """SVG figures of the loss, rewards, margins, accuracies, KL, entropy and speed, in that order;
+    those of which the log has a number."""
+    keys = {key for entry in log_history for key in entry}
+    functions = sorted(m[1] for m in map(_REWARD_FUNCTION.fullmatch, keys) if m)
+    rewards = tuple(Chart(f"Reward: {f}", ((f"rewards/{f}/mean", ""),)) for f in functions)
+    charts = (*_CHARTS, *rewards, *_RUN_CHARTS)
+    if not any("reward" in key for key in keys):
+        charts = (_LIKELIHOOD, *charts[1:])
+    figures = []
+    for chart in charts:
+        lines = list(_lines(chart, log_history))
+        if lines:
+            figures.append(f"<figure>{_plot(chart, lines)}</figure>")
+    return figures
+
+
+def _lines(chart: Chart, log_history: list[dict[str, Any]]):
+    """`(points, label, colour)` of everything in the chart that was logged."""
+    colours = ((BLUE, ORANGE), (RED, GREEN))
+    held_out_too = any(_series(log_history, f"eval_{key}") for key, _ in chart.keys)
+    for (key, what), pair in zip(chart.keys, colours, strict=False):
+        for prefix, where, colour in (("", "training", pair[0]), ("eval_", "held out", pair[1])):
+            points = _series(log_history, prefix + key)
+            words = [what, where if held_out_too else ""]
+            if points:
+                yield points, ", ".join(filter(None, words)), colour
+
+
+def _series(log_history: list[dict[str, Any]], key: str) -> Points:
+    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
+
+
+def _plot(chart: Chart, lines: list[tuple[Points, str, str]]) -> str:
+    """One line chart over optimizer steps, as inline SVG with ids of its own."""
+    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+    axes = figure.add_subplot()
+    for points, label, colour in lines:
+        marker = "o" if len(points) < 30 else None
+        axes.plot(
+            *zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=4
+        )
+    axes.set_title(chart.name, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("step", color=GREY)
+    axes.grid(axis="y", color="#e2e8f0")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=GREY, length=0)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 6))
+    if chart.limits:
+        axes.set_ylim(*chart.limits)
+    elif chart.from_zero:
+        axes.set_ylim(bottom=0)
+    if any(label for _, label, _ in lines):
+        axes.legend(frameon=False)
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": chart.name, "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]  # without the XML declaration

@@ -1,0 +1,72 @@
+"""What a run came to, in numbers: from the trainer's log, and from the machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from liger_trainer.runs.throughput import peak_memory_gib
+
+_REPORTED_PACKAGES = (
+    "liger-trainer",
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "trl",
+)
+# What every evaluation logs besides its metrics.
+_NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens")
+
+
+def summarize(log_history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Losses and held-out metrics first and last, mean tokens per second and peak memory.
+
+    `held_out` maps each metric, without `eval_`, to its first and its last value.
+    """
+    train = [e for e in log_history if "tokens_per_second" in e]
+    found: dict[str, Any] = {}
+    if train:
+        found |= {"train_loss_first": train[0]["loss"], "train_loss_last": train[-1]["loss"]}
+    held_out = _held_out(log_history)
+    if "loss" in held_out:
+        before, after = held_out["loss"]
+        found |= {"eval_loss_before": before, "eval_loss_after": after}
+    tokens = sum(e["tokens"] for e in train)
+    seconds = sum(e["tokens"] / e["tokens_per_second"] for e in train if e["tokens_per_second"])
+    return found | {
+        "held_out": held_out,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "peak_memory_gib": max([peak_memory_gib(), *(e["peak_memory_gib"] for e in train)]),
+    }
+
+
+def machine() -> dict[str, str]:
+    """Versions and hardware, for the report."""
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    else:
+        device = f"CPU, {torch.get_num_threads()} threads"
+    facts = {"Device": device, "Python": platform.python_version()}
+    for package in _REPORTED_PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    return facts
+
+
+def _held_out(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for entry in log_history:
+        for key, value in entry.items():
+            name = key.removeprefix("eval_")
+            if name != key and name not in _NOT_METRICS and isinstance(value, (int, float)):
+                found.setdefault(name, []).append(value)
+    return {name: [values[0], values[-1]] for name, values in found.items()}
