@@ -25,19 +25,15 @@ from liger_trainer.fused_head import attach_fused_head, defers_logits
 from liger_trainer.hook import handled_for, without_request
 from liger_trainer.injection import inject, is_injected
 from liger_trainer.report import InjectionReport
-from liger_trainer.trl_options import check_options
+from liger_trainer.trl_checks import check_examples, check_options, check_reference
 from liger_trainer.trl_overrides import overrides
 
 _HOMES = {
     **dict.fromkeys(("Distillation", "DPO", "GRPO", "KTO", "Reward", "RLOO", "SFT"), "trl"),
-    "A2PO": "trl.experimental.a2po",
     "CPO": "trl.experimental.cpo",
     "GKD": "trl.experimental.gkd",
     "GMPO": "trl.experimental.gmpo",
-    "OnlineDPO": "trl.experimental.online_dpo",
     "ORPO": "trl.experimental.orpo",
-    "SDFT": "trl.experimental.sdft",
-    "SDPO": "trl.experimental.sdpo",
     "TPO": "trl.experimental.tpo",
 }
 
@@ -104,6 +100,7 @@ class FusedTrainer:
             model = getattr(self, name, None)
             if isinstance(model, nn.Module) and not is_injected(model):
                 self._inject(model, config)
+        check_examples(self)
 
     def _inject(self, model: nn.Module, config: KernelConfig) -> None:
         report = inject(model, config)
@@ -116,10 +113,15 @@ class FusedTrainer:
 
         TRL refuses an adapter on the head, because its own head would ignore it; ours does not.
         """
-        weighting = self._weighting(args)
+        from trl.trainer import utils
+
+        original, weighting = utils.add_fused_lm_head, self._weighting(args)
+        models: list[nn.Module] = []  # the policy, then its reference
 
         def add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=()):
             original(model, temperature, cast_lm_head_to_fp32, outputs or ("log_probs",))
+            models.append(model)
+            check_reference(models[0], model)
             theirs = model.forward
             self._inject(model, config)
             if config.fused_linear_cross_entropy and not cast_lm_head_to_fp32:
@@ -141,7 +143,6 @@ class FusedTrainer:
         modules = [module for module in modules if hasattr(module, "add_fused_lm_head")]
         with contextlib.ExitStack() as stack:
             for module in modules:
-                original = module.add_fused_lm_head
                 stack.enter_context(_replaced(module, "add_fused_lm_head", add_fused_lm_head))
                 if not getattr(args, "cast_lm_head_to_fp32", False):
                     stack.enter_context(_replaced(module, "BaseTunerLayer", _Nothing))

@@ -15,7 +15,7 @@ LAYERS = [
     ["logits"],
     ["token_scores"],
     ["rules"],
-    ["injection", "hook", "fused_head", "trl_options", "trl_overrides"],
+    ["injection", "hook", "fused_head", "trl_checks", "trl_overrides"],
     ["trainer", "trl"],
     ["stock"],
     ["runs"],
