@@ -1,11 +1,13 @@
 """Input that TRL's trainers would pass over in silence is refused, before training."""
 
+from types import SimpleNamespace
+
 import pytest
 import trl_parity
 from datasets import Dataset
 
 from liger_trainer.trl import ORPOConfig, ORPOTrainer
-from liger_trainer.trl_checks import check_options
+from liger_trainer.trl_checks import check_examples, check_options
 
 PAIR = {"prompt": "what is two plus two ?", "chosen": " four .", "rejected": " the mat ."}
 
@@ -51,14 +53,15 @@ def test_unused_option_at_construction(tmp_path):
 @pytest.mark.parametrize("side", ["chosen_ids", "rejected_ids"])
 @pytest.mark.parametrize("dataset", ["training", "evaluation"])
 def test_empty_completion(side, dataset, tmp_path):
-    """A text always ends with a token of its own; prepared examples need not."""
     whole = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}
     sets = {"training": [whole, whole], "evaluation": [whole, whole]}
     sets[dataset] = [whole, {**whole, side: []}]
-    given = {"eval_dataset": Dataset.from_list(sets["evaluation"])}
-    made = build(sets["training"], ref_model=trl_parity.policy(1), **given)
-    with pytest.raises(ValueError, match=f"1 of 2 {dataset} examples .* row 1"):
-        trl_parity.trainer("DPO", tmp_path, made)
+    trainer = SimpleNamespace(
+        train_dataset=Dataset.from_list(sets["training"]),
+        eval_dataset=Dataset.from_list(sets["evaluation"]),
+    )
+    with pytest.raises(ValueError, match=rf"1 of 2 {dataset} examples .*row 1\)"):
+        check_examples(trainer)
 
 
 def test_completion_cut_off(tmp_path):
