@@ -132,7 +132,7 @@ def test_every_output_alone(kernel_device, name):
 def test_any_vocabulary(kernel_device, vocab):
     """Also of several blocks, where the sums of one are carried over to the next."""
     logits, labels = problem(kernel_device, tokens=3, vocab=vocab)
-    top = 40 if vocab > 16 else 4  # with two classes 60 apart, entropy is the rounding of e^-60
+    top = 40 if vocab > 16 else 1  # two classes far apart leave nothing but rounding
     logits[1] = torch.linspace(-top / 2, top, vocab)  # a new maximum in every block
     logits[2] = logits[1].flip(0)
     labels[2] = vocab - 1
