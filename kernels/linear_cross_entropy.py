@@ -33,7 +33,7 @@ from collections.abc import Sequence
 import torch
 
 from liger_trainer.kernels import head as chunks
-from liger_trainer.kernels.head import Head, Plan, Saved
+from liger_trainer.kernels.head import Plan, Saved
 from liger_trainer.kernels.loss import (
     REDUCTIONS,
     LossOptions,
@@ -45,9 +45,10 @@ from liger_trainer.kernels.loss import (
     reduce_loss,
     scale_sum,
 )
-from liger_trainer.kernels.runtime import on_device, register_op, use_triton
-from liger_trainer.kernels.supervised import FIRST_ROWS, HostStats, partition
-from liger_trainer.kernels.workspace import sum_dtype, workspace_rows
+from liger_trainer.kernels.operands import checked_operands, make_head, make_plan
+from liger_trainer.kernels.runtime import on_device, register_op
+from liger_trainer.kernels.supervised import HostStats, partition
+from liger_trainer.kernels.workspace import sum_dtype
 
 # --- torch reference -------------------------------------------------------------------------
 
@@ -68,20 +69,6 @@ def linear_cross_entropy_reference(
 
 
 # --- planning --------------------------------------------------------------------------------
-
-
-def _head(hidden, weight, bias, labels, class_weight, options, order, stats, host=None) -> Head:
-    dtype = hidden[0].dtype
-    return Head(
-        hidden=[h.to(dtype) for h in hidden],
-        weight=[w.to(dtype) for w in weight],
-        bias=None if bias is None else bias.to(dtype),
-        labels=labels,
-        class_weight=class_weight,
-        options=options,
-        order=order,
-        host=HostStats(stats) if host is None else host,
-    )
 
 
 def _partition(weight, labels, plan: Plan, options: LossOptions):
@@ -118,7 +105,7 @@ def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, split,
 def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
     plan, options = _unflatten(*static)
     order, stats = _partition(weight, labels, plan, options)
-    head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
+    head = make_head(hidden, weight, bias, labels, options, order, HostStats(stats), class_weight)
     loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight], static=True)
     filled = torch.tensor([saved.filled])
     return (loss, stats, order, filled, saved.dlogits, saved.dbias,
@@ -152,7 +139,7 @@ def _launch_bwd(
     g, stats, order, filled, dlogits, dbias, dhidden, dweight, *static,
 ):  # fmt: skip
     plan, options = _unflatten(*static)
-    head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
+    head = make_head(hidden, weight, bias, labels, options, order, HostStats(stats), class_weight)
     saved = Saved(int(filled), dlogits, dbias, list(dhidden), list(dweight))
     return chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
 
@@ -202,7 +189,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             with on_device(labels):
                 order, stats = _partition(weight, labels, plan, options)
-                head = _head(hidden, weight, bias, labels, class_weight, options, order, stats)
+                host = HostStats(stats)
+                head = make_head(hidden, weight, bias, labels, options, order, host, class_weight)
                 loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight])
             ctx.host, dlogits, dbias = head.host, saved.dlogits, saved.dbias
             dhidden, dweight, filled = saved.dhidden, saved.dweight, torch.tensor([saved.filled])
@@ -231,8 +219,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             saved = Saved(int(filled), dlogits, dbias, dhidden, dweight)
             with on_device(labels):
-                head = _head(
-                    hidden, weight, bias, labels, class_weight, ctx.options, order, stats, ctx.host
+                host = ctx.host or HostStats(stats)
+                head = make_head(
+                    hidden, weight, bias, labels, ctx.options, order, host, class_weight
                 )
                 grads = chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
         grad_hidden, grad_weight, grad_bias = grads
@@ -293,20 +282,7 @@ def linear_cross_entropy(
     # A weight that itself needs a gradient is applied outside, to the losses of the tokens.
     uniform = reduction != "none" and not (row_weight is not None and row_weight.requires_grad)
 
-    enabled = torch.is_grad_enabled()
-    want_weight = tuple(w.requires_grad and enabled for w in weight)
-    width = sum(w.shape[1] for w, want in zip(weight, want_weight, strict=True) if want)
-    rows = max_rows or workspace_rows(
-        labels_N.shape[0], vocab, width, hidden[0], workspaces=2 if uniform else 1
-    )
-    plan = Plan(
-        want_hidden=tuple(h.requires_grad and enabled for h in hidden),
-        want_weight=want_weight,
-        want_bias=bias is not None and bias.requires_grad and enabled,
-        uniform=uniform,
-        rows=rows,
-        first=min(rows, FIRST_ROWS) if use_triton(labels_N) else 0,  # a CPU knows the count at once
-    )
+    plan = make_plan(hidden, weight, bias, labels_N, uniform, max_rows)
     loss, stats = _LinearCrossEntropy.apply(
         plan, options, len(hidden), bias, labels_N, class_weight,
         row_weight if uniform else None, *hidden, *weight,
@@ -319,20 +295,3 @@ def linear_cross_entropy(
         return scale_sum(loss, reduction, count, num_items_in_batch)
     loss = reduce_loss(loss, reduction, count, row_weight, num_items_in_batch)
     return loss.reshape(shape) if reduction == "none" else loss
-
-
-def checked_operands(hidden, weight, bias):
-    hidden = [hidden] if torch.is_tensor(hidden) else list(hidden)
-    weight = [weight] if torch.is_tensor(weight) else list(weight)
-    if not hidden or len(hidden) != len(weight):
-        raise ValueError(f"{len(hidden)} hidden states for {len(weight)} weights")
-    for h, w in zip(hidden, weight, strict=True):
-        if not h.is_floating_point() or not w.is_floating_point():
-            raise ValueError(f"hidden and weight must be floating point: {h.dtype}, {w.dtype}")
-        if w.dim() != 2 or h.shape[-1] != w.shape[1] or w.shape[0] != weight[0].shape[0]:
-            raise ValueError(f"hidden {tuple(h.shape)} does not fit weight {tuple(w.shape)}")
-        if h.device != w.device or h.shape[:-1] != hidden[0].shape[:-1]:
-            raise ValueError("hidden states and weights must share device and leading shape")
-    if bias is not None and bias.shape != weight[0].shape[:1]:
-        raise ValueError(f"bias must have shape ({weight[0].shape[0]},), got {tuple(bias.shape)}")
-    return hidden, weight, bias

@@ -40,9 +40,8 @@ from liger_trainer.kernels.jensen_shannon import (
     check_vocabularies,
     divergence_reference,
 )
-from liger_trainer.kernels.linear_cross_entropy import checked_operands
-from liger_trainer.kernels.linear_log_probs import make_head, make_plan
 from liger_trainer.kernels.loss import REDUCTIONS, accumulate_dtype, scale_sum
+from liger_trainer.kernels.operands import checked_operands, make_head, make_plan
 from liger_trainer.kernels.runtime import on_device
 from liger_trainer.kernels.supervised import HostStats, partition
 from liger_trainer.kernels.workspace import grown, rounded, spans, sum_dtype, workspace_rows

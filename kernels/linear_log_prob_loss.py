@@ -25,9 +25,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from liger_trainer.kernels import scoring
-from liger_trainer.kernels.linear_cross_entropy import checked_operands
-from liger_trainer.kernels.linear_log_probs import make_head, make_plan, scaled
+from liger_trainer.kernels.linear_log_probs import scaled
 from liger_trainer.kernels.loss import check_labels
+from liger_trainer.kernels.operands import checked_operands, make_head, make_plan
 from liger_trainer.kernels.runtime import on_device
 from liger_trainer.kernels.scores import (
     DIFFERENTIABLE,

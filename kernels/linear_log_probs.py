@@ -28,10 +28,10 @@ from collections.abc import Sequence
 import torch
 
 from liger_trainer.kernels import scoring
-from liger_trainer.kernels.head import Head, Plan
-from liger_trainer.kernels.linear_cross_entropy import checked_operands
+from liger_trainer.kernels.head import Plan
 from liger_trainer.kernels.loss import check_labels
-from liger_trainer.kernels.runtime import on_device, use_triton
+from liger_trainer.kernels.operands import checked_operands, make_head, make_plan
+from liger_trainer.kernels.runtime import on_device
 from liger_trainer.kernels.scores import (
     DIFFERENTIABLE,
     ScoreGradients,
@@ -40,8 +40,7 @@ from liger_trainer.kernels.scores import (
     check_outputs,
     log_probs_reference,
 )
-from liger_trainer.kernels.supervised import FIRST_ROWS, HostStats, partition
-from liger_trainer.kernels.workspace import workspace_rows
+from liger_trainer.kernels.supervised import HostStats, partition
 
 WEIGHTINGS = ("uniform", "probability")
 
@@ -63,42 +62,7 @@ def linear_log_probs_reference(
     return log_probs_reference(logits_NV, labels_N, options, outputs)
 
 
-# --- operands and plan -----------------------------------------------------------------------
-
-
-def make_plan(
-    hidden, weight, bias, labels_N, uniform: bool, max_rows: int | None, split: bool = False
-) -> Plan:
-    """What the operands that require a gradient ask for."""
-    enabled = torch.is_grad_enabled()
-    want_weight = tuple(w.requires_grad and enabled for w in weight)
-    width = sum(w.shape[1] for w, want in zip(weight, want_weight, strict=True) if want)
-    rows = max_rows or workspace_rows(
-        labels_N.shape[0], weight[0].shape[0], width, hidden[0], workspaces=2 if uniform else 1
-    )
-    return Plan(
-        want_hidden=tuple(h.requires_grad and enabled for h in hidden),
-        want_weight=want_weight,
-        want_bias=bias is not None and bias.requires_grad and enabled,
-        uniform=uniform,
-        rows=rows,
-        first=min(rows, FIRST_ROWS) if use_triton(labels_N) else 0,  # a CPU knows the count at once
-        split=split and any(want_weight),
-    )
-
-
-def make_head(hidden, weight, bias, labels_N, options, order, host: HostStats) -> Head:
-    dtype = hidden[0].dtype
-    return Head(
-        hidden=[h.to(dtype) for h in hidden],
-        weight=[w.to(dtype) for w in weight],
-        bias=None if bias is None else bias.to(dtype),
-        labels=labels_N,
-        class_weight=None,
-        options=options,
-        order=order,
-        host=host,
-    )
+# --- the promised gradient -------------------------------------------------------------------
 
 
 def _weighted(labels_N: torch.Tensor, options: ScoreOptions, weighting: str):

@@ -7,7 +7,7 @@ from oracle import assert_matches
 from shapes import Shapes
 
 from liger_trainer.kernels import head as chunks
-from liger_trainer.kernels import linear_cross_entropy as module
+from liger_trainer.kernels import operands
 from liger_trainer.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -22,7 +22,7 @@ ALL = LossOptions(label_smoothing=0.1, z_loss=1e-2, scale=0.5, softcap=5.0)
 @pytest.fixture(autouse=True)
 def _small_first_part(monkeypatch):
     """The part that is queued before the token count is known, at the size of these problems."""
-    monkeypatch.setattr(module, "FIRST_ROWS", 8)
+    monkeypatch.setattr(operands, "FIRST_ROWS", 8)
 
 
 def problem(device, dtype=torch.float32, ignored=3, tokens=TOKENS):

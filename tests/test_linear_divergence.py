@@ -14,7 +14,7 @@ from distillation import (
     reduced,
 )
 
-from liger_trainer.kernels import linear_log_probs
+from liger_trainer.kernels import operands as head_operands
 from liger_trainer.kernels.jensen_shannon import DivergenceOptions
 from liger_trainer.kernels.linear_divergence import linear_divergence, linear_divergence_reference
 
@@ -22,7 +22,7 @@ from liger_trainer.kernels.linear_divergence import linear_divergence, linear_di
 @pytest.fixture(autouse=True)
 def _small_first_part(monkeypatch):
     """The part that is queued before the token count is known, at the size of these problems."""
-    monkeypatch.setattr(linear_log_probs, "FIRST_ROWS", 2)
+    monkeypatch.setattr(head_operands, "FIRST_ROWS", 2)
 
 
 @pytest.mark.parametrize("beta", BETAS)

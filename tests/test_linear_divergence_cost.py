@@ -7,7 +7,7 @@ from shapes import Shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_trainer.kernels import linear_divergence as module
-from liger_trainer.kernels import linear_log_probs
+from liger_trainer.kernels import operands as head_operands
 from liger_trainer.kernels.linear_divergence import linear_divergence, linear_divergence_reference
 from liger_trainer.kernels.workspace import workspace_rows
 
@@ -31,7 +31,7 @@ def test_never_builds_all_logits(device, reduction):
 
 
 def test_tokens_left_out_cost_nothing(device, monkeypatch):
-    monkeypatch.setattr(linear_log_probs, "FIRST_ROWS", 4)
+    monkeypatch.setattr(head_operands, "FIRST_ROWS", 4)
     student, teacher, mask = problem(device)
     mask[:] = False
     mask[5:9] = True

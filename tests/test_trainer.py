@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from liger_trainer import LigerTrainer, disable, enable
 from liger_trainer.injection import is_injected
-from liger_trainer.kernels import linear_cross_entropy
+from liger_trainer.kernels import operands
 from liger_trainer.logits import DeferredLogits
 
 pytestmark = pytest.mark.usefixtures("every_size")
@@ -145,7 +145,7 @@ def test_packed_sequences(tmp_path, device):
 
 
 def test_whole_training_step_builds_no_logits(tmp_path, device, monkeypatch):
-    monkeypatch.setattr(linear_cross_entropy, "workspace_rows", lambda *_, **__: 4)
+    monkeypatch.setattr(operands, "workspace_rows", lambda *_, **__: 4)
     with Shapes() as shapes:
         trainer = train(LigerTrainer, tmp_path, device, tiny_model("llama", device, vocab_size=130))
     assert shapes.largest(130) <= 64  # the head's transposed weight
