@@ -72,8 +72,9 @@ def divergence(
     temperature: float = 1.0,
     reduction: str = "mean",
     num_items_in_batch: torch.Tensor | int | None = None,
-) -> torch.Tensor:
-    """Generalised Jensen-Shannon divergence of deferred logits, over the tokens of `mask`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised Jensen-Shannon divergence of deferred logits, over the tokens of `mask`, and the
+    student's entropy of each token; both `student` and `teacher` must be `fusable`."""
     heads = [fusable(student), fusable(teacher)]
     (scale, softcap), (teacher_scale, teacher_softcap) = (summarise(head.ops) for head in heads)
     for head in heads:
@@ -81,7 +82,7 @@ def divergence(
     hidden, teacher_hidden = ([term.hidden.to(head.dtype) for term in head.terms] for head in heads)
     weight, teacher_weight = ([term.weight for term in head.terms] for head in heads)
     with torch.autocast(student.device.type, enabled=False):
-        value, _ = linear_divergence(
+        return linear_divergence(
             hidden, weight, teacher_hidden, teacher_weight, mask, heads[0].bias, heads[1].bias,
             options=DivergenceOptions(
                 float(beta), float(temperature), scale, softcap, teacher_scale, teacher_softcap
@@ -89,7 +90,6 @@ def divergence(
             reduction=reduction,
             num_items_in_batch=num_items_in_batch,
         )  # fmt: skip
-    return value
 
 
 # --- what deferred logits answer themselves ---------------------------------------------------

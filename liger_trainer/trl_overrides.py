@@ -13,11 +13,8 @@ from collections.abc import Callable
 from types import FunctionType
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from liger_trainer.fused_head import defers_logits
-from liger_trainer.kernels.jensen_shannon import DivergenceOptions
-from liger_trainer.kernels.linear_divergence import linear_divergence
 from liger_trainer.swap import rebind
 from liger_trainer.token_scores import divergence, fusable, token_scores
 
@@ -95,47 +92,29 @@ def _selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
 
 
 def _chunked_divergence_loss(theirs: Callable) -> Callable:
+    """Takes the logits that the hidden states came from (`_hidden_with_logits`), not what TRL reads
+    about them in the configurations."""
+
     @functools.wraps(theirs)
     def chunked_divergence_loss(
-        student_hidden,
-        teacher_hidden,
-        student_weight,
-        teacher_weight,
-        mask,
-        beta,
-        num_items_in_batch=None,
-        student_lm_head_bias=None,
-        teacher_lm_head_bias=None,
-        student_logit_scale=1.0,
-        teacher_logit_scale=1.0,
-        student_final_logit_softcapping=None,
-        teacher_final_logit_softcapping=None,
-        temperature=1.0,
+        student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta, *args, **kwargs
     ):
-        if isinstance(student_weight, DTensor) or isinstance(teacher_weight, DTensor):
-            raise ValueError(
-                "distillation with a sharded head is TRL's own: set fused_linear_cross_entropy to "
-                "false in liger_kernel_config"
-            )
-        options = DivergenceOptions(
-            beta=float(beta),
-            temperature=float(temperature),
-            scale=float(student_logit_scale),
-            softcap=student_final_logit_softcapping,
-            teacher_scale=float(teacher_logit_scale),
-            teacher_softcap=teacher_final_logit_softcapping,
+        student, teacher = (
+            getattr(hidden, "_liger_logits", None) for hidden in (student_hidden, teacher_hidden)
         )
+        if student is None or teacher is None:
+            return theirs(
+                student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta,
+                *args, **kwargs,
+            )  # fmt: skip
         mask = mask != 0
-        loss, entropy = linear_divergence(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
+        loss, entropy = divergence(
+            student,
+            teacher,
             mask,
-            student_lm_head_bias,
-            teacher_lm_head_bias,
-            options=options,
-            num_items_in_batch=num_items_in_batch,
+            beta=beta,
+            temperature=kwargs.get("temperature", 1.0),
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
         )
         return loss, entropy.sum(), mask.sum()
 
@@ -233,6 +212,33 @@ def _paired_forward(self, model, batch, padding_value, nll_labels):
     return chosen, sums, counts, nll, logits, (outputs.aux_loss,) if router else ()
 
 
+def _hidden_with_logits(theirs: Callable) -> Callable:
+    """Hidden states out of the model's own forward; they carry the deferred logits with them."""
+
+    @functools.wraps(theirs)
+    def get_last_hidden_state(
+        self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images
+    ):
+        inner = getattr(unwrapped_model, "get_base_model", None)
+        model = inner() if callable(inner) else unwrapped_model
+        if defers_logits(model):
+            given = {name: value for name, value in images.items() if value is not None}
+            outputs = model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given
+            )
+            logits = outputs.logits[:, :-1][:, -logits_to_keep:]
+            head = fusable(logits)
+            if head is not None:
+                hidden = head.terms[0].hidden
+                # A view of its own: an attribute of what the logits hold would never be freed.
+                carrier = hidden.view_as(hidden)
+                carrier._liger_logits = logits
+                return carrier
+        return theirs(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images)
+
+    return get_last_hidden_state
+
+
 def _generalized_jsd(theirs: staticmethod) -> staticmethod:
     function = theirs.__func__
 
@@ -252,7 +258,7 @@ def _generalized_jsd(theirs: staticmethod) -> staticmethod:
                 student_logits, teacher_logits, labels, beta, temperature, reduction,
                 num_items_in_batch,
             )  # fmt: skip
-        return divergence(
+        loss, _ = divergence(
             student_logits,
             teacher_logits,
             labels != -100,
@@ -261,6 +267,7 @@ def _generalized_jsd(theirs: staticmethod) -> staticmethod:
             reduction="mean" if reduction == "batchmean" else reduction,
             num_items_in_batch=num_items_in_batch,
         )
+        return loss
 
     return staticmethod(generalized_jsd_loss)
 
@@ -268,5 +275,6 @@ def _generalized_jsd(theirs: staticmethod) -> staticmethod:
 _METHODS: dict[str, dict[str, Callable]] = {
     "ORPOTrainer": {"concatenated_forward": _orpo_forward},
     "CPOTrainer": {"concatenated_forward": _cpo_forward},
+    "DistillationTrainer": {"_get_last_hidden_state": _hidden_with_logits},
     "GKDTrainer": {"generalized_jsd_loss": _generalized_jsd},
 }
