@@ -30,7 +30,6 @@ class Plan:
     uniform: bool  # g is one number for all tokens, up to the row weights given to forward
     rows: int  # the most rows of logits in the workspace
     first: int  # rows queued before the number of supervised tokens is known; at most `rows`
-    split: bool = False  # two workspaces of half the size rather than one
 
     @property
     def want_head(self) -> bool:
@@ -42,7 +41,7 @@ class Plan:
 
     def workspace(self, n: int) -> int:
         """Rows of the workspaces that n rows pass through."""
-        return workspace(n, self.rows, self.split)
+        return workspace(n, self.rows)
 
 
 @dataclasses.dataclass

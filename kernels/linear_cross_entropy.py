@@ -83,7 +83,7 @@ def _partition(weight, labels, plan: Plan, options: LossOptions):
 
 _STATIC = (
     "bool[] want_hidden, bool[] want_weight, bool want_bias, bool uniform, int rows, int first,"
-    " bool split, int ignore_index, float label_smoothing, float z_loss, float scale,"
+    " int ignore_index, float label_smoothing, float z_loss, float scale,"
     " float? softcap"
 )
 _OPERANDS = (
@@ -97,8 +97,8 @@ def _flatten(plan: Plan, options: LossOptions) -> list:
     return flat + list(dataclasses.astuple(options))
 
 
-def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, split, *options):
-    plan = Plan(tuple(want_hidden), tuple(want_weight), want_bias, uniform, rows, first, split)
+def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, *options):
+    plan = Plan(tuple(want_hidden), tuple(want_weight), want_bias, uniform, rows, first)
     return plan, LossOptions(*options)
 
 

@@ -211,7 +211,7 @@ def linear_log_prob_loss(
     evaluation = _Groups(loss, labels, members, options)
     labels_N = labels.reshape(-1).contiguous()
     hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
-    plan = make_plan(hidden, weight, bias, labels_N, True, max_rows, split=True)
+    plan = make_plan(hidden, weight, bias, labels_N, True, max_rows)
     total, *fields = _LinearLogProbLoss.apply(
         plan, options, outputs, evaluation, order, host, len(hidden), bias, labels_N,
         *hidden, *weight,

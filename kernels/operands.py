@@ -28,9 +28,7 @@ def checked_operands(hidden, weight, bias):
     return hidden, weight, bias
 
 
-def make_plan(
-    hidden, weight, bias, labels_N, uniform: bool, max_rows: int | None, split: bool = False
-) -> Plan:
+def make_plan(hidden, weight, bias, labels_N, uniform: bool, max_rows: int | None) -> Plan:
     """What the operands that require a gradient ask for."""
     enabled = torch.is_grad_enabled()
     want_weight = tuple(w.requires_grad and enabled for w in weight)
@@ -45,7 +43,6 @@ def make_plan(
         uniform=uniform,
         rows=rows,
         first=min(rows, FIRST_ROWS) if use_triton(labels_N) else 0,  # a CPU knows the count at once
-        split=split and any(want_weight),
     )
 
 

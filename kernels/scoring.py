@@ -189,7 +189,7 @@ def forward_with_gradient(
     scoring.make_room(queued)
     scoring.logits_(0, 0, queued)
     units = ends()
-    rows = unit_rows(units, plan.rows, plan.split)
+    rows = unit_rows(units, plan.rows)
     scoring.make_room(rounded(rows, min(n, plan.rows)))
     parts = list(pack(units, scoring.rows))
     few = sum(-(-(stop - begin) // scoring.rows) for _, _, begin, stop in parts) <= 2

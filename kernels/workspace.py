@@ -35,21 +35,18 @@ def workspace_rows(
     return without_buffer if tokens <= workspaces * without_buffer else max(256, budget // row)
 
 
-def workspace(n: int, most: int, split: bool = False) -> int:
-    """Rows of a workspace of at most `most` rows, such that n rows make equal ones; `split` asks
-    for two where one would do."""
-    parts = math.ceil(n / most)
-    if split and n >= SPLIT_ROWS:
-        parts = max(parts, 2)
-    if parts <= 1:
+def workspace(n: int, most: int) -> int:
+    """Rows of a workspace of at most `most` rows, such that n rows make equal ones."""
+    if n <= most:
         return max(n, 1)
-    return min(most, math.ceil(n / parts / 64) * 64)
+    return min(most, math.ceil(n / math.ceil(n / most) / 64) * 64)
 
 
-def unit_rows(ends: list[int], most: int, split: bool) -> int:
-    """As `workspace`, for rows that come in units; `split` cuts them in two between units."""
+def unit_rows(ends: list[int], most: int) -> int:
+    """As `workspace`, for rows that come in units; where they can be cut in two, two workspaces
+    of half the size replace a large one."""
     total = ends[-1] if ends else 0
-    if split and total >= SPLIT_ROWS:
+    if total >= SPLIT_ROWS:
         halves = min(max(end, total - end) for end in ends)
         if halves <= most:
             return halves

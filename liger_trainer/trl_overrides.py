@@ -102,7 +102,7 @@ def _chunked_divergence_loss(theirs: Callable) -> Callable:
         student, teacher = (
             getattr(hidden, "_liger_logits", None) for hidden in (student_hidden, teacher_hidden)
         )
-        if student is None or teacher is None:
+        if student is None or teacher is None or args:
             return theirs(
                 student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta,
                 *args, **kwargs,

@@ -105,15 +105,12 @@ def test_pack_takes_whole_units_and_as_many_as_fit(seed):
 
 
 def test_equal_workspaces_within_the_limit():
-    for n, most, split in itertools.product(
-        (0, 1, 63, 64, 65, 4095, 4096, 30000), (1, 3, 64, 256, 5000, 40000), (False, True)
-    ):
-        rows = workspace(n, most, split)
+    counts, limits = (0, 1, 63, 64, 65, 4095, 4096, 30000), (1, 3, 64, 256, 5000, 40000)
+    for n, most in itertools.product(counts, limits):
+        rows = workspace(n, most)
         assert 1 <= rows <= max(most, 1)
-        parts, fewest = -(-n // rows), -(-n // most)
-        halves = split and n >= 4096
-        assert parts <= max(fewest, 2 if halves else 1)
-        assert not halves or parts >= 2
+        parts = -(-n // rows)
+        assert parts <= -(-n // most)
         assert parts <= 1 or rows == most or rows % 64 == 0
 
 
@@ -123,16 +120,15 @@ def test_units_are_cut_in_two_where_two_workspaces_hold_them(seed):
     for most in (1000, 4000, 20000):
         ends = list(itertools.accumulate(random.choice((0, 300, 700, 2500)) for _ in range(9)))
         total = ends[-1]
-        rows = unit_rows(ends, most, split=True)
+        rows = unit_rows(ends, most)
         assert 1 <= rows <= most
-        assert unit_rows(ends, most, split=False) == workspace(total, most)
         halves = min(max(end, total - end) for end in ends)
         if total >= SPLIT_ROWS and halves <= most:
             assert rows == halves
             assert len([1 for *_, begin, stop in pack(ends, rows) if stop > begin]) <= 2
         else:
             assert rows == workspace(total, most)
-    assert unit_rows([], 100, split=True) == 1
+    assert unit_rows([], 100) == 1
 
 
 def test_a_grown_workspace_begins_with_what_the_old_one_held():
