@@ -55,3 +55,5 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     train(sys.argv[1], Path(sys.argv[2]), bool(int(sys.argv[3])))
+    torch.distributed.barrier()  # one that leaves early takes the other's connection with it
+    torch.distributed.destroy_process_group()
