@@ -65,15 +65,9 @@ def linear_log_probs_reference(
 # --- the promised gradient -------------------------------------------------------------------
 
 
-def _weighted(labels_N: torch.Tensor, options: ScoreOptions, weighting: str):
-    """The promised gradient of log_probs, up to a factor, as `forward_with_gradient` wants it."""
-
-    def gradient_of(scores: TokenScores, first: int, last: int) -> ScoreGradients:
-        if weighting == "uniform":
-            return ScoreGradients(torch.ones_like(scores.log_probs))
-        return ScoreGradients(scores.log_probs.exp())
-
-    return gradient_of
+def _promised(log_probs_N: torch.Tensor, weighting: str) -> torch.Tensor:
+    """The promised gradient of log_probs, up to a factor; tokens without label are not meant."""
+    return torch.ones_like(log_probs_N) if weighting == "uniform" else log_probs_N.exp()
 
 
 def _factor(g_N: torch.Tensor, promised_N: torch.Tensor) -> torch.Tensor:
@@ -115,7 +109,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 swept = scoring.forward_with_gradient(
                     head, plan, outputs, ctx.dtypes,
                     lambda: _even_ends(head.supervised(), plan),
-                    _weighted(labels, options, weighting),
+                    lambda scores, *_: ScoreGradients(_promised(scores.log_probs, weighting)),
                 )  # fmt: skip
                 scores = swept.scores
                 finished = [*swept.dhidden, *swept.gradient.weight, swept.gradient.bias]
@@ -144,10 +138,8 @@ class _LinearLogProbs(torch.autograd.Function):
             if finished:
                 ctx.host.check(operands[terms].shape[0])
                 supervised_N = labels != ctx.options.ignore_index
-                promised_N = supervised_N.float()
-                if ctx.weighting == "probability":
-                    promised_N = promised_N * log_probs.exp()
-                factor = _factor(g_log_probs.where(supervised_N, 0.0), promised_N)
+                both = (g_log_probs, _promised(log_probs, ctx.weighting))
+                factor = _factor(*(x.where(supervised_N, 0.0) for x in both))
                 if g_entropy is not None or g_lse is not None:
                     factor = factor * float("nan")
                 dhidden, dweight, dbias = scaled(

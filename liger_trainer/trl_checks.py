@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import pyarrow.compute as pc
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -71,11 +72,18 @@ def check_examples(trainer: Trainer) -> None:
 def _without_completion(dataset: Dataset) -> Iterator[int]:
     for column in ("chosen_ids", "rejected_ids", "completion_ids"):
         if column in dataset.column_names:
-            yield from (i for i, ids in enumerate(dataset[column]) if not len(ids))
+            yield from (i for i, length in enumerate(_lengths(dataset, column)) if not length)
     for column in ("chosen_labels", "rejected_labels"):
         if column in dataset.column_names:
             rows = enumerate(dataset[column])
             yield from (i for i, labels in rows if all(label == -100 for label in labels))
+
+
+def _lengths(dataset: Dataset, column: str) -> Iterator[int]:
+    """Lengths of the lists in a column, of which no element becomes a Python object."""
+    tables = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
+    for table in tables:
+        yield from pc.list_value_length(table[column]).to_pylist()
 
 
 def check_reference(model: nn.Module, reference: nn.Module) -> None:
