@@ -19,21 +19,21 @@ def first_derivative_only(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad():
             found = backward(ctx, *grads)
-        if not differentiable:
-            return found
-        found = found if isinstance(found, tuple) else (found,)
-        marked = iter(_NoDerivative.apply(_anchor(), *(g for g in found if g is not None)))
-        return tuple(None if g is None else next(marked) for g in found)
+        return forbid_derivative(found if isinstance(found, tuple) else (found,))
 
     return wrapper
 
 
-def _anchor() -> torch.Tensor:
-    """An input that makes the outputs of an autograd function require a gradient."""
-    return torch.zeros(0, requires_grad=True)
+def forbid_derivative(grads: tuple) -> tuple:
+    """Return gradients whose own derivative raises, if `create_graph=True` asks for one."""
+    present = [g for g in grads if g is not None]
+    if not present or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grads
+    anchor = torch.zeros(0, requires_grad=True)  # makes the outputs require a gradient
+    marked = iter(_NoDerivative.apply(anchor, *present))
+    return tuple(None if g is None else next(marked) for g in grads)
 
 
 class _NoDerivative(torch.autograd.Function):

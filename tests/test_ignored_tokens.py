@@ -1,4 +1,4 @@
-"""Ignored tokens get a gradient of exactly 0, whatever arrives; a batch without labels is harmless."""
+"""Ignored tokens get a gradient of exactly 0, whatever arrives; a batch without any is harmless."""
 
 import math
 
