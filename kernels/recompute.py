@@ -240,7 +240,7 @@ def _recipe_of_cast(y: torch.Tensor) -> Recipe | None:
 
 
 def _widened(y: torch.Tensor, dtype: torch.dtype) -> Recipe | None:
-    """The recipe of an fp32 tensor that was cast from `dtype`: if that has 16 bits, they are kept."""
+    """The recipe of an fp32 tensor that was cast from `dtype`: its 16 bits are kept."""
     if dtype not in _NARROW:
         return None
     return Recipe(y, lambda t: t.to(torch.float32), (y.detach().to(dtype),))
