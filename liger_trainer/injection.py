@@ -10,13 +10,13 @@ from torch import nn
 
 from liger_trainer.config import KernelConfig
 from liger_trainer.report import InjectionReport
-from liger_trainer.rules import gated, head, norm, rotary
+from liger_trainer.rules import attention, gated, head, masks, norm, rotary
 from liger_trainer.rules.finding import Finding, Search
 from liger_trainer.swap import is_swapped, swap, unswap
 
 logger = logging.getLogger(__name__)
 
-_RULES = (norm.examine, rotary.examine, gated.examine)
+_RULES = (norm.examine, rotary.examine, gated.examine, attention.examine, masks.examine)
 
 
 def inject(

@@ -25,11 +25,16 @@ class Swapped:
 
     def __reduce_ex__(self, protocol):
         _, _, *rest = super().__reduce_ex__(protocol)
-        return _new_instance, (self._liger_base, self._liger_mixin, *self._liger_key), *rest
+        cls, swaps = type(self), []
+        while issubclass(cls, Swapped):
+            swaps.insert(0, (cls._liger_mixin, *cls._liger_key))
+            cls = cls._liger_base
+        return _new_instance, (cls, *swaps), *rest
 
 
-def _new_instance(base: type, mixin: type, *key):
-    cls = swapped_class(base, mixin, *key)
+def _new_instance(cls: type, *swaps: tuple):
+    for mixin, *key in swaps:
+        cls = swapped_class(cls, mixin, *key)
     return cls.__new__(cls)
 
 
