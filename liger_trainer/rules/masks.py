@@ -176,13 +176,13 @@ def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
     if name != "sdpa":
         reason = f"attention implementation {name}: only sdpa is given masks that can be spared"
         return Finding(Row(site, "attention", False, reason, eligible=False))
-    reason = search.once(("masks", *makers), lambda: _difference(makers, config))
+    reason = search.once(("masks", *makers), lambda: difference(makers, config))
     if reason:
         return Finding(Row(site, "attention", False, reason))
     return Finding(Row(site, "attention", True, "no masks for causal rows"), module, LeanMasks)
 
 
-def _difference(makers: list[FunctionType], config) -> str | None:
+def difference(makers: list[FunctionType], config) -> str | None:
     """Where lean masks are not those of the installed transformers; None if nowhere."""
     config = copy.copy(config)
     config.sliding_window = 3
