@@ -21,6 +21,7 @@ class KernelConfig:
     rms_norm: bool = True
     layer_norm: bool = True
     rope: bool = True
+    attention: bool = True
     swiglu: bool = True
     geglu: bool = True
     cross_entropy: bool = True

@@ -10,13 +10,29 @@ from torch import nn
 
 from liger_trainer.config import KernelConfig
 from liger_trainer.report import InjectionReport
-from liger_trainer.rules import activation_memory, gated, head, lora, norm, rotary
+from liger_trainer.rules import (
+    activation_memory,
+    attention,
+    gated,
+    head,
+    lora,
+    masks,
+    norm,
+    rotary,
+)
 from liger_trainer.rules.finding import Finding, Search
 from liger_trainer.swap import is_swapped, swap, unswap
 
 logger = logging.getLogger(__name__)
 
-_RULES = (norm.examine, rotary.examine, gated.examine, lora.examine)
+_RULES = (
+    norm.examine,
+    rotary.examine,
+    gated.examine,
+    lora.examine,
+    attention.examine,
+    masks.examine,
+)
 
 
 def inject(
