@@ -19,15 +19,18 @@ LAYERS = [
     ["trainer", "trl"],
     ["stock"],
     ["runs"],
+    ["commands"],
     ["cli"],
 ]
 # Within `runs`, likewise.
 RUNS_LAYERS = [
-    ["loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
+    ["errors", "secrets", "parse", "packages", "signals", "health", "rows"],
+    ["checkpoints", "loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
     ["collate", "html", "load", "preference", "rewards", "summary"],
     ["data"],
     ["recipe"],
-    ["build", "folder", "plan"],
+    ["build", "compare", "plan"],
+    ["checks", "folder"],
     ["run"],
 ]
 LEAVES = ["report", "config"]
