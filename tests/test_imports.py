@@ -11,9 +11,8 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
     ["kernels", "report", "config"],
-    ["probe", "head_state", "deferred", "swap"],
-    ["logits"],
-    ["token_scores"],
+    ["probe", "swap"],
+    ["deferred"],
     ["rules"],
     ["injection", "hook", "fused_head", "trl_checks", "trl_overrides"],
     ["trainer", "trl"],

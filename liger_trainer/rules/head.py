@@ -41,7 +41,8 @@ class DeferredHead(CallableHead):
 
     @classmethod
     def namespace(cls, base: type, fused: bool) -> dict[str, object]:
-        return {"__call__": _uncompiled(cls.call) if fused else cls.call}
+        call = _uncompiled(cls.call) if fused else cls.call
+        return {"__call__": call, "_liger_fused": fused}
 
     def call(self, *args, **kwargs):
         where = scope.scope_of(self)
@@ -49,7 +50,7 @@ class DeferredHead(CallableHead):
             where = scope.RECORDED
         if where is None or kwargs or len(args) != 1 or not _can_defer(self, args[0]):
             return super().__call__(*args, **kwargs)
-        return defer_call(self, args[0], vocabulary(self), self._liger_key[0], where)
+        return defer_call(self, args[0], vocabulary(self), self._liger_fused, where)
 
 
 def _can_defer(head: nn.Module, hidden_states: torch.Tensor) -> bool:
@@ -95,8 +96,9 @@ class DeferringModel(Swapped):
                 return original(self, *args, **kwargs)
 
         if not fused:
-            return {"forward": forward}
-        names = {"forward": functools.wraps(original)(_uncompiled(forward, recursive=False))}
+            return {"forward": forward, "_liger_fused": False}
+        forward = functools.wraps(original)(_uncompiled(forward, recursive=False))
+        names = {"forward": forward, "_liger_fused": True}
         loss_function = getattr(base, "loss_function", None)
         if isinstance(loss_function, property):
             getter = _uncompiled(lambda self: _uncompiled(loss_function.fget(self)))
@@ -122,7 +124,7 @@ def current_head(model: nn.Module) -> DeferredHead | None:
     if reason is None:
         for layer in layers:
             if not isinstance(layer, DeferredHead):
-                swap(layer, DeferredHead, model._liger_key[0])
+                swap(layer, DeferredHead, model._liger_fused)
         return head
     model._liger_not_deferred = head
     logger.warning(
@@ -135,7 +137,7 @@ def current_head(model: nn.Module) -> DeferredHead | None:
 
 def defers_logits(model: nn.Module) -> bool:
     """Whether the loss of `model`'s logits is fused with its head."""
-    fused = isinstance(model, DeferringModel) and model._liger_key[0]
+    fused = isinstance(model, DeferringModel) and model._liger_fused
     return fused and current_head(model) is not None
 
 

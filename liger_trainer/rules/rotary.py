@@ -144,7 +144,7 @@ def _call_of(function: FunctionType) -> RotaryCall | None:
     sin = next((n for n in names if "sin" in n and "cos" not in n), None)  # cosine has both
     states = [n for n in names if n not in (cos, sin)][:2]
     tensors = (*states, cos, sin)
-    if len(set(tensors) - {None}) != 4 or not set(names[:4]) == set(tensors):
+    if len(set(tensors) - {None}) != 4 or set(names[:4]) != set(tensors):
         return None
     options = [p for p in parameters if p.name not in tensors]
     if any(p.default is p.empty for p in options):
