@@ -88,7 +88,7 @@ def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
                 documents, window = attention_mask.documents, attention_mask.window
                 out = packed_attention(query, key, value, documents, window=window, scale=scaling)
                 return out, None
-            attention_mask = attention_mask.materialise()
+            attention_mask = attention_mask.materialize()
         return sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
 
     return attend
