@@ -17,7 +17,6 @@ its plain logits. A row that the plain model cannot run either says so.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import subprocess

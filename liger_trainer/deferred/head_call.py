@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.modules import module as _global_hooks
 
 from liger_trainer.deferred.scope import recording
@@ -52,7 +54,34 @@ class CallableHead(Swapped):
 
     def forward(self, *args, **kwargs):
         body = _pending.take(self)
-        return super().forward(*args, **kwargs) if body is None else body(*args, **kwargs)
+        if body is not None:
+            return body(*args, **kwargs)
+        if isinstance(self, nn.Linear) and isinstance(self.weight, DTensor):
+            operands = weights_of(self)
+            if not isinstance(args[0], DTensor):
+                return F.linear(args[0], *operands)
+        return super().forward(*args, **kwargs)
+
+
+def weights_of(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weight and bias, gathered if they are shards.
+
+    Shards appear where logits are consumed after the forward of the module that holds them, if that
+    frees its weights at its end (FSDP2 with a resharded root). The gradient is averaged over the
+    ranks and scattered, as it would be for any other weight there.
+    """
+    weight, bias = layer.weight, layer.bias
+    return _whole(weight), None if bias is None else _whole(bias)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / mesh.size())
+    return whole
 
 
 class _Pending(threading.local):
@@ -85,7 +114,7 @@ def consume(terms: Sequence[Term], consumer: Consumer) -> Results | torch.Tensor
 
         def body(x, *_):
             if isinstance(layer, nn.Linear):
-                found = Operands(x, layer.weight, layer.bias)
+                found = Operands(x, *weights_of(layer))
                 return enter(index + 1, [*gathered, found])
             return _inside_composite(layer, x, lambda own: enter(index + 1, [*gathered, *own]))
 
@@ -96,6 +125,13 @@ def consume(terms: Sequence[Term], consumer: Consumer) -> Results | torch.Tensor
 
 def _inside_composite(head: nn.Module, hidden: torch.Tensor, consumer: Consumer):
     """Run a composite head (an adapter around a linear layer) to see of which terms it consists."""
+    if any(isinstance(p, DTensor) for p in head.parameters()):
+        raise RuntimeError(
+            "The adapter on the output head lies in shards here: its logits are consumed after the "
+            "forward of the module that holds it. Keep the weights of that module after its "
+            "forward (reshard_after_forward=False for the root), or compute the loss in the "
+            "model's forward, by giving it labels."
+        )
     with recording():
         logits = head._liger_base.forward(head, hidden)
     terms = getattr(logits, "linear_terms", None)

@@ -428,7 +428,9 @@ class _Results(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.like = _Like(logits.shape, logits.dtype, logits.device)
         ctx.true_gradient = true_gradient
-        return tuple(r.clone() for r in results)  # views could not be changed in place (loss += ...)
+        return tuple(
+            r.clone() for r in results
+        )  # views could not be changed in place (loss += ...)
 
     @staticmethod
     def backward(ctx, *grads):
