@@ -214,7 +214,7 @@ def _products(x_NI: torch.Tensor, y_NO: torch.Tensor, A: torch.Tensor):
         return _OneDtype
     splits = x_NI.dtype == y_NO.dtype == torch.bfloat16 and A.dtype == torch.float32
     smaller = min(x_NI, y_NO, key=torch.numel)
-    if splits and use_triton(x_NI) and pays(smaller, MIN_ELEMENTS):
+    if splits and use_triton(x_NI) and smaller.numel() and pays(smaller, MIN_ELEMENTS):
         return _Split
     return _Widened
 
