@@ -106,9 +106,9 @@ def test_under_gradient_checkpointing(every_size, use_reentrant):
 
 
 def test_under_compile(every_size):
-    models = prepared("keep"), prepared("lean")
-    results = [step(torch.compile(model, backend="aot_eager")) for model in models]
-    for a, b in zip(*results, strict=True):
+    model = prepared("lean", num_hidden_layers=1)
+    expected = step(copy.deepcopy(model))
+    for a, b in zip(step(torch.compile(model, backend="aot_eager")), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
