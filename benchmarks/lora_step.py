@@ -102,10 +102,7 @@ def run(name: str, contender: str, smoke: bool, profile: bool) -> str:
     losses = []
 
     def step():
-        scope = (
-            torch.autocast(device, torch.bfloat16) if case.autocast else contextlib.nullcontext()
-        )
-        with scope:
+        with torch.autocast(device, torch.bfloat16, enabled=case.autocast):
             loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()

@@ -19,22 +19,23 @@ What the adapters' products are computed in:
   other narrow and fp32. The narrow one is split into three bf16 parts, which together hold its 24
   bits, so one bf16 product of three times the rank is exact up to the fp32 sum. Where the result
   is rounded to bf16 anyway (y and dx), 16 bits of both operands suffice.
-- otherwise, or where that does not pay: in the adapters' dtype.
+- otherwise, and without Triton: in the adapters' dtype.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from liger_trainer.kernels.runtime import as_rows, on_device, pays, tl, triton, use_triton
+from liger_trainer.kernels.runtime import as_rows, on_device, tl, triton, use_triton
 
-MIN_ELEMENTS = 1 << 22  # of the wide operand: below, widening it costs less than the launches
+MIN_ELEMENTS = 1 << 22  # of x: below, the launches take longer than the products
 _BLOCK = 1024
 
 
@@ -213,10 +214,7 @@ def _products(x_NI: torch.Tensor, y_NO: torch.Tensor, A: torch.Tensor):
     if x_NI.dtype == y_NO.dtype == A.dtype:
         return _OneDtype
     splits = x_NI.dtype == y_NO.dtype == torch.bfloat16 and A.dtype == torch.float32
-    smaller = min(x_NI, y_NO, key=torch.numel)
-    if splits and use_triton(x_NI) and pays(smaller, MIN_ELEMENTS):
-        return _Split
-    return _Widened
+    return _Split if splits and use_triton(x_NI) and x_NI.numel() else _Widened
 
 
 def dropout_mask(x: torch.Tensor, seed: int, probability: float) -> torch.Tensor:
@@ -244,7 +242,9 @@ def _cast(matrices: Sequence[torch.Tensor], dtype: torch.dtype | None) -> Iterat
     return (m if dtype is None else m.to(dtype) for m in matrices)
 
 
-def _without_autocast(x: torch.Tensor) -> torch.autocast:
+def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    if _autocast_dtype(x) is None:
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from liger_trainer import probe
-from liger_trainer.kernels.lora_linear import Adapter, add_adapters, lora_linear
+from liger_trainer.kernels.lora_linear import MIN_ELEMENTS, Adapter, add_adapters, lora_linear
+from liger_trainer.kernels.runtime import every_size, pays
 from liger_trainer.report import Row
 from liger_trainer.rules.finding import SWITCHED_OFF, Finding, Search
 from liger_trainer.swap import Swapped, swap
@@ -30,10 +31,11 @@ _TOLERANCE_FP64 = 1e-10
 
 
 class FusedLoRA(Swapped):
-    """forward(x) as one operation; with more than x, or where that does not apply, as before."""
+    """forward(x) as one operation; small inputs, and where that does not apply, as before."""
 
     def forward(self, x, *args, **kwargs):
-        adapters = None if args or kwargs else active_adapters(self, x)
+        usual = not (args or kwargs) and pays(x, MIN_ELEMENTS)
+        adapters = active_adapters(self, x) if usual else None
         if not adapters:
             return self._liger_base.forward(self, x, *args, **kwargs)
         base = self.base_layer
@@ -166,7 +168,9 @@ def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Ve
             expected = probe.evaluate(original, case)
         except Exception as error:  # whatever a stranger's module raises: it cannot be probed
             return probe.Verdict(False, None, f"cannot be run on its own: {error}"[:100])
-        worst = max(worst, *map(probe.relative_error, probe.evaluate(candidate, case), expected))
+        with every_size():
+            got = probe.evaluate(candidate, case)
+        worst = max(worst, *map(probe.relative_error, got, expected))
         if not worst <= _TOLERANCE_FP64:
             return probe.Verdict(False, worst, f"differs by {worst:.1e} for {case.label}")
     low = torch.bfloat16
