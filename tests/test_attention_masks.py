@@ -45,7 +45,7 @@ def attended(monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """Shapes of the masks that transformers makes."""
+    """Shapes of the masks that transformers makes; an injection compares some of 7 x 7."""
     shapes, real = [], masking_utils.sdpa_mask
 
     def spy(*args, **kwargs):
@@ -65,11 +65,12 @@ def test_packed_rows_attend_by_bounds_and_give_the_plain_models_gradients(
     model = tiny_model(family)
     plain = copy.deepcopy(model)
     report = inject(model, strict=True)
+    made.clear()
     layers = model.config.num_hidden_layers
     assert report.coverage["attention"] == (layers + 1, layers + 1)
     loss, gradients = loss_and_gradients(model, batch(**PACKED))
     assert [n for n, _ in attended] == [5] * layers
-    assert made == [], "no mask was made"
+    assert not made, "no mask was made"
     expected_loss, expected = loss_and_gradients(plain, batch(**PACKED))
     torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=2e-6)
     for name, gradient in expected.items():
@@ -89,6 +90,7 @@ def test_a_model_on_another_implementation_says_so():
 def test_plain_rows_need_no_mask_and_no_bounds(inputs, every_size, attended, made):
     model = tiny_model("llama")
     inject(model)
+    made.clear()
     model(**batch(**inputs)).loss.backward()
     assert attended == []
     assert made == []
@@ -98,6 +100,7 @@ def test_windows_of_plain_rows_go_by_bounds_too(every_size, attended, made):
     model = tiny_model("mistral")
     plain = copy.deepcopy(model)
     inject(model)
+    made.clear()
     loss, gradients = loss_and_gradients(model, batch())
     assert attended == [(2, 8)] * 2
     assert made == []
@@ -113,6 +116,7 @@ def test_windows_of_plain_rows_go_by_bounds_too(every_size, attended, made):
 def test_on_a_cpu_packed_rows_keep_their_mask(attended, made):
     model = tiny_model("llama")
     report = inject(model)
+    made.clear()
     assert report.coverage["attention"] == (1, 1)
     model(**batch(**PACKED))
     assert attended == []
@@ -194,6 +198,7 @@ def test_checkpointed_layers_attend_by_bounds(reentrant, every_size, attended, m
     model = tiny_model("llama")
     plain = copy.deepcopy(model)
     inject(model)
+    made.clear()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     _, gradients = loss_and_gradients(model, batch(**PACKED))
     assert len(attended) == 4
@@ -210,6 +215,7 @@ def test_under_peft_and_in_evaluation(every_size, attended, made):
     expected = copy.deepcopy(model)(**batch(**PACKED)).logits
     made.clear()
     inject(model)
+    made.clear()
     with torch.no_grad():
         got = model(**batch(**PACKED)).logits
     torch.testing.assert_close(got + 0, expected, rtol=1e-5, atol=1e-5)
@@ -221,6 +227,7 @@ def test_restored_copied_pickled(every_size, attended, made):
     model = tiny_model("llama")
     before = [type(m) for m in model.modules()]
     inject(model)
+    made.clear()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         attended.clear()
         twin(**batch(**PACKED))
@@ -238,6 +245,7 @@ def test_another_implementation_chosen_later_is_followed(every_size, attended, m
     expected = model(**batch(**PACKED)).logits
     made.clear()
     inject(model)
+    made.clear()
     model.set_attn_implementation("eager")
     got = model(**batch(**PACKED)).logits
     torch.testing.assert_close(got + 0, expected, rtol=1e-5, atol=1e-5)
@@ -269,6 +277,7 @@ def test_packed_rows_on_the_gpu(family, attended, made):
     exact.load_state_dict(plain.state_dict())
     model = copy.deepcopy(plain)
     inject(model, strict=True)
+    made.clear()
     inputs = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch(**PACKED).items()}
     _, got = loss_and_gradients(model, inputs)
     assert len(attended) == 2

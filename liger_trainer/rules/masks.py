@@ -37,7 +37,14 @@ from liger_trainer.swap import Swapped, rebind, referenced_globals
 _HOME = "transformers.masking_utils"
 _MAKERS = {"create_causal_mask": False, "create_sliding_window_causal_mask": True}
 # What a maker may be given beside the batch without its rows being anything but causal.
-_ORDINARY = {"config", "inputs_embeds", "position_ids", "allow_is_causal_skip", "layer_idx"}
+_ORDINARY = {
+    "config",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "allow_is_causal_skip",
+    "layer_idx",
+}
 
 
 class PackedMask(Deferred):
@@ -103,7 +110,7 @@ def lean(maker: FunctionType, packs: bool) -> FunctionType:
             own, which count on.
 
     It does as `maker` does for padding, a cache, overlays, attention other than sdpa, and while it
-    is traced also for what depends on the values of position ids.
+    is traced also for what depends on values.
     """
     sliding = _MAKERS[maker.__name__]
 
@@ -111,45 +118,73 @@ def lean(maker: FunctionType, packs: bool) -> FunctionType:
     def make(*args, **kwargs):
         if args or not _is_causal(kwargs):
             return maker(*args, **kwargs)
-        config, inputs_embeds = kwargs["config"], kwargs["inputs_embeds"]
-        B, T = inputs_embeds.shape[:2]
-        window = config.sliding_window if sliding else None
+        embeddings, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
+        B, T = embeddings.shape[:2]
+        window = kwargs["config"].sliding_window if sliding else None
         if sliding and window is None:
             return maker(**kwargs)
         documents = None
-        if not packs:
-            kwargs["position_ids"] = None
-        elif kwargs.get("position_ids") is not None:
-            if torch.compiler.is_compiling():
+        if kwargs.get("attention_mask") is not None:
+            if not _is_full(kwargs["attention_mask"], T):
                 return maker(**kwargs)
-            documents = _documents(kwargs["position_ids"], B)
+            kwargs["attention_mask"] = kwargs["position_ids"] = None  # a mask forbids packing
+        elif not packs:
+            kwargs["position_ids"] = None
+        elif positions is not None:
+            if not _readable(positions):
+                return maker(**kwargs)
+            documents = _documents(positions, B)
             if len(documents.bounds) == B + 1:
                 documents = None
         if documents is None and (window is None or window >= T):
             return None
-        if torch.compiler.is_compiling() or not runs_here(inputs_embeds):
+        if torch.compiler.is_compiling() or not runs_here(embeddings):
             return maker(**kwargs)
         if documents is None:
-            documents = one_per_row(B, T, inputs_embeds.device)
-        kwargs["inputs_embeds"] = inputs_embeds.new_empty(B, T, 0)  # its shape is all that counts
-        return PackedMask.of(inputs_embeds, documents, window, functools.partial(maker, **kwargs))
+            documents = one_per_row(B, T, embeddings.device)
+        kwargs["inputs_embeds"] = embeddings.new_empty(B, T, 0)  # its shape is all that counts
+        return PackedMask.of(embeddings, documents, window, functools.partial(maker, **kwargs))
 
     return make
 
 
 def _is_causal(kwargs: dict) -> bool:
-    """Whether a maker is asked for a causal mask of whole rows, without padding or overlays."""
+    """Whether a maker is asked for the causal mask of a batch that begins with these tokens."""
     config, embeddings = kwargs.get("config"), kwargs.get("inputs_embeds")
     positions = kwargs.get("position_ids")
     return (
         embeddings is not None
+        and embeddings.shape[1] > 1
         and getattr(config, "_attn_implementation", None) == "sdpa"
         and getattr(config, "is_causal", True)
         and kwargs.get("allow_is_causal_skip", True)
         and all(value is None for name, value in kwargs.items() if name not in _ORDINARY)
         and (positions is None or positions.dim() == 2)
-        and embeddings.shape[1] > 1
     )
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    """Whether values may be looked at: not while a graph is traced or captured."""
+    tracing = torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.is_meta
+    return not (tracing or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+
+def note_full(attention_mask: torch.Tensor | None) -> None:
+    """Read whether a batch [B, T] is without padding, for a compiled forward, which cannot.
+
+    The host waits for the device. To be called outside of what is compiled, before every forward.
+    """
+    if attention_mask is not None and attention_mask.dim() == 2 and _readable(attention_mask):
+        attention_mask._liger_full = bool(attention_mask.all())
+
+
+def _is_full(attention_mask: torch.Tensor, length: int) -> bool:
+    """Whether a mask is known to let every token of rows of `length` through."""
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != length:
+        return False
+    if _readable(attention_mask):
+        return bool(attention_mask.all())
+    return getattr(attention_mask, "_liger_full", False)
 
 
 def _documents(position_ids: torch.Tensor, rows: int) -> Documents:
