@@ -322,7 +322,9 @@ def cross_entropy(
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     check_labels(labels, logits.shape[:-1], logits.device)
-    class_weight, weight_N = checked_weights(class_weight, token_weight, labels, logits.shape[-1])
+    class_weight, weight_N = checked_weights(
+        class_weight, token_weight, labels, logits.shape[-1], accumulate_dtype(logits)
+    )
     logits_NV = logits.reshape(-1, logits.shape[-1])
     labels_N = labels.reshape(-1)
     if runs_in_triton(logits_NV):

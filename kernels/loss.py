@@ -93,8 +93,9 @@ def checked_weights(
     token_weight: torch.Tensor | None,
     labels: torch.Tensor,
     vocab: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(class weights [V], token weights [N]), contiguous; ValueError if one does not fit."""
+    """(class weights [V], token weights [N] in `dtype`); ValueError if one does not fit."""
     if class_weight is not None:
         if class_weight.shape != (vocab,) or class_weight.device != labels.device:
             raise ValueError(
@@ -108,7 +109,7 @@ def checked_weights(
                 f"token_weight must be {tuple(labels.shape)} like the labels, on {labels.device}, "
                 f"got {tuple(token_weight.shape)} on {token_weight.device}"
             )
-        token_weight = token_weight.reshape(-1).float()
+        token_weight = token_weight.reshape(-1).to(dtype)
     return class_weight, token_weight
 
 
@@ -133,7 +134,7 @@ def scale_sum(total, reduction, count, num_items_in_batch):
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
-    return total / count if reduction == "mean" else total
+    return total / count.to(total.dtype) if reduction == "mean" else total
 
 
 def mean_denominator(
@@ -144,6 +145,6 @@ def mean_denominator(
     if class_weight_V is None:
         return supervised_N.sum().clamp_min(1)
     in_range_N = supervised_N & (labels_N >= 0) & (labels_N < class_weight_V.shape[0])
-    weights_N = class_weight_V.float()[labels_N.where(in_range_N, 0)].where(in_range_N, 0.0)
+    weights_N = class_weight_V.double()[labels_N.where(in_range_N, 0)].where(in_range_N, 0.0)
     total = weights_N.sum()
     return total.where(supervised_N.any(), 1.0)
