@@ -17,7 +17,6 @@ Tokens per second, peak GiB allocated, loss of the last step; each contender in 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import subprocess

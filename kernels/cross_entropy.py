@@ -331,7 +331,12 @@ def cross_entropy(
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     check_labels(labels, logits.shape[:-1], logits.device)
     class_weight, weight_N = checked_weights(
-        class_weight, token_weight, labels, logits.shape[-1], options.ignore_index
+        class_weight,
+        token_weight,
+        labels,
+        logits.shape[-1],
+        options.ignore_index,
+        accumulate_dtype(logits),
     )
     logits_NV = logits.reshape(-1, logits.shape[-1])
     labels_N = labels.reshape(-1)

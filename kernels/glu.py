@@ -9,9 +9,9 @@
     gelu_tanh(x) = x σ(2u), u = √(2/π) (x + 0.044715 x³)
                    since (1 + tanh u) / 2 = σ(2u), which neither overflows nor cancels
 
-Shapes: gate, up, y [..., I], floating point. The activation is computed in fp32 and rounded to the
-gate's dtype before the product, as torch does in `F.silu(gate) * up`. Only gate and up are saved;
-the backward recomputes the activation.
+Shapes: gate, up, y [..., I], floating point. The activation is computed in fp32 and rounded to y's
+dtype before the product, as torch does in `F.silu(gate) * up` for one dtype. Only gate and up are
+saved; the backward recomputes the activation.
 
 Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202; Hendrycks and Gimpel, "Gaussian Error
 Linear Units", arXiv:1606.08415.
@@ -19,10 +19,13 @@ Linear Units", arXiv:1606.08415.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from liger_trainer.kernels.recompute import by_torch, recomputable
 from liger_trainer.kernels.runtime import as_rows, pays, register_op, tl, triton, use_triton
+from liger_trainer.kernels.second_derivative import twice_differentiable
 
 # One 16-byte load of bf16 per thread and tensor: enough programs are resident to fill the bus.
 MIN_ELEMENTS = 1 << 24  # below, two torch kernels take less time (H200, host included)
@@ -30,15 +33,20 @@ _BLOCK = 1024
 _NUM_WARPS = 4
 
 
+def _y_dtype(gate: torch.Tensor, up: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(gate.dtype, up.dtype)
+
+
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`swiglu` in plain torch."""
-    return torch.nn.functional.silu(gate) * up
+    return torch.nn.functional.silu(gate.to(_y_dtype(gate, up))) * up
 
 
 def geglu_reference(
     gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "none"
 ) -> torch.Tensor:
     """`geglu` in plain torch."""
+    gate = gate.to(_y_dtype(gate, up))
     return torch.nn.functional.gelu(gate, approximate=approximate) * up
 
 
@@ -78,7 +86,7 @@ def _glu_fwd_kernel(
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask)
     up = tl.load(up_ptr + row * up_stride + col, mask=mask).to(tl.float32)
     activated, _ = _activation_and_slope(gate.to(tl.float32), ACTIVATION)
-    y = activated.to(gate.dtype).to(tl.float32) * up
+    y = activated.to(y_ptr.dtype.element_ty).to(tl.float32) * up
     tl.store(y_ptr + row * cols + col, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -89,12 +97,13 @@ def _glu_bwd_kernel(
 ):  # fmt: skip
     row, col = _row_and_columns(cols, BLOCK)
     mask = col < cols
-    dy = tl.load(dy_ptr + row * dy_stride + col, mask=mask).to(tl.float32)
+    dy_in = tl.load(dy_ptr + row * dy_stride + col, mask=mask)
+    dy = dy_in.to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_stride + col, mask=mask)
     up = tl.load(up_ptr + row * up_stride + col, mask=mask).to(tl.float32)
     activated, slope = _activation_and_slope(gate.to(tl.float32), ACTIVATION)
     d_gate = dy * up * slope
-    d_up = dy * activated.to(gate.dtype).to(tl.float32)
+    d_up = dy * activated.to(dy_in.dtype).to(tl.float32)  # dy has the dtype of y
     tl.store(d_gate_ptr + row * cols + col, d_gate.to(d_gate_ptr.dtype.element_ty), mask=mask)
     tl.store(d_up_ptr + row * cols + col, d_up.to(d_up_ptr.dtype.element_ty), mask=mask)
 
@@ -127,7 +136,7 @@ def _bwd(dy, gate, up, activation):
 
 
 def _fwd_fake(gate, up, activation):
-    return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
+    return gate.new_empty(gate.shape, dtype=_y_dtype(gate, up))
 
 
 def _bwd_fake(dy, gate, up, activation):
@@ -142,6 +151,13 @@ _glu_bwd = register_op(
 )
 
 
+def _reference_of(ctx):
+    if ctx.activation == "silu":
+        return swiglu_reference, ctx.saved_tensors
+    approximate = "none" if ctx.activation == "gelu" else "tanh"
+    return functools.partial(geglu_reference, approximate=approximate), ctx.saved_tensors
+
+
 class _GLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up, activation):
@@ -150,7 +166,7 @@ class _GLU(torch.autograd.Function):
         return _glu_fwd(gate, up, activation)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @twice_differentiable(_reference_of)
     def backward(ctx, dy):
         return *_glu_bwd(dy, *ctx.saved_tensors, ctx.activation), None
 

@@ -18,6 +18,8 @@ Paper: Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -38,6 +40,7 @@ from liger_trainer.kernels.runtime import (
     tl,
     triton,
 )
+from liger_trainer.kernels.second_derivative import twice_differentiable
 
 # As FWD_TILES, then programs per SM, pipeline stages, whether weight stays in registers: beside x,
 # dy and the two partials the widest tiles have no room for it. Registers per thread allow that many
@@ -55,6 +58,11 @@ def layer_norm_reference(x, weight=None, bias=None, *, eps):
     """LayerNorm in differentiable torch; computes in fp32, or in fp64 for fp64 input."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    if x.shape[-1] == 1:  # torch's x * rstd - mean * rstd does not cancel where x is large
+        y = x.to(dtype) - x.to(dtype).mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square() + eps)
+        y = y if weight is None else y * weight
+        return (y if bias is None else y + bias).to(x.dtype)
     y = torch.nn.functional.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
     return y.to(x.dtype)
 
@@ -242,16 +250,24 @@ _layer_norm_bwd = register_op(
 )
 
 
+def _reference_of(ctx):
+    x, weight, *_ = ctx.saved_tensors
+    bias = None
+    if ctx.needs_input_grad[2]:  # its value plays no part in any gradient
+        bias = x.new_zeros(x.shape[-1:], dtype=ctx.bias_dtype).requires_grad_()
+    return functools.partial(layer_norm_reference, eps=ctx.eps), (x, weight, bias)
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         y, mean, rstd = _layer_norm_fwd(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias_dtype, ctx.eps = None if bias is None else bias.dtype, eps
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @twice_differentiable(_reference_of)
     def backward(ctx, dy):
         x, weight, mean, rstd = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
@@ -279,7 +295,7 @@ def layer_norm(
 
     Returns:
         y [..., H], of x's dtype, contiguous on the kernel path. fp64 and H > 65536 run on the torch
-        reference. Differentiable once.
+        reference. With `create_graph=True` the backward pass runs in torch.
 
     Raises:
         ValueError: a tensor is not floating point, weight or bias is not [H] or not where x is.
@@ -295,7 +311,7 @@ def layer_norm(
 
         return by_torch(again, (x,), parameters)
     one_dtype = all(t is None or t.dtype == x.dtype for t in parameters)
-    if one_dtype and not pays(x, MIN_ELEMENTS):
+    if one_dtype and x.shape[-1] > 1 and not pays(x, MIN_ELEMENTS):
 
         def again(x, weight, bias):
             return F.layer_norm(x, x.shape[-1:], weight, bias, eps)

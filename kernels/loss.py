@@ -94,8 +94,9 @@ def checked_weights(
     labels: torch.Tensor,
     vocab: int,
     ignore_index: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(class weights [V], token weights [N]), contiguous; ValueError if one does not fit.
+    """(class weights [V], token weights [N] in `dtype`); ValueError if one does not fit.
 
     Ignored tokens get the weight 0, so that a NaN there cannot reach the loss.
     """
@@ -112,7 +113,7 @@ def checked_weights(
                 f"token_weight must be {tuple(labels.shape)} like the labels, on {labels.device}, "
                 f"got {tuple(token_weight.shape)} on {token_weight.device}"
             )
-        token_weight = token_weight.reshape(-1).float()
+        token_weight = token_weight.reshape(-1).to(dtype)
         token_weight = token_weight.where(labels.reshape(-1) != ignore_index, 0.0)
     return class_weight, token_weight
 
@@ -138,7 +139,7 @@ def scale_sum(total, reduction, count, num_items_in_batch):
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
-    return total / count if reduction == "mean" else total
+    return total / count.to(total.dtype) if reduction == "mean" else total
 
 
 def mean_denominator(
@@ -149,6 +150,6 @@ def mean_denominator(
     if class_weight_V is None:
         return supervised_N.sum().clamp_min(1)
     in_range_N = supervised_N & (labels_N >= 0) & (labels_N < class_weight_V.shape[0])
-    weights_N = class_weight_V.float()[labels_N.where(in_range_N, 0)].where(in_range_N, 0.0)
+    weights_N = class_weight_V.double()[labels_N.where(in_range_N, 0)].where(in_range_N, 0.0)
     total = weights_N.sum()
     return total.where(supervised_N.any(), 1.0)

@@ -14,6 +14,8 @@ Paper: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -34,6 +36,7 @@ from liger_trainer.kernels.runtime import (
     tl,
     triton,
 )
+from liger_trainer.kernels.second_derivative import twice_differentiable
 
 # As FWD_TILES, then programs per SM, pipeline stages, whether weight stays in registers: beside x,
 # dy and the dweight partial a wide tile has no room for it, and L1 does. Registers per thread allow
@@ -224,16 +227,21 @@ _rms_norm_bwd = register_op(
 )
 
 
+def _reference_of(ctx):
+    options = {"eps": ctx.eps, "offset": ctx.offset, "cast_first": ctx.cast_first}
+    return functools.partial(rms_norm_reference, **options), ctx.saved_tensors[:2]
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, offset, cast_first):
         y, rstd = _rms_norm_fwd(x, weight, eps, offset, cast_first)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.offset, ctx.cast_first = offset, cast_first
+        ctx.eps, ctx.offset, ctx.cast_first = eps, offset, cast_first
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @twice_differentiable(_reference_of)
     def backward(ctx, dy):
         need_dx, need_dweight = ctx.needs_input_grad[:2]
         dx, dweight = _rms_norm_bwd(
@@ -264,7 +272,7 @@ def rms_norm(
 
     Returns:
         y [..., H], contiguous on the kernel path. fp64 and H > 65536 run on the torch reference.
-        Differentiable once.
+        With `create_graph=True` the backward pass runs in torch.
 
     Raises:
         ValueError: x or weight is not floating point, weight is not [H], or lies elsewhere than x.

@@ -22,6 +22,7 @@ import functools
 import torch
 
 from liger_trainer.kernels.runtime import register_op, tl, triton, use_triton
+from liger_trainer.kernels.second_derivative import twice_differentiable
 
 MIN_ELEMENTS = 1 << 22  # of q; below, a dozen torch kernels take no more time (H200, with host)
 # Elements of q that one program rotates, and per warp: four 16-byte loads of bf16 per thread.
@@ -223,11 +224,21 @@ _rope_op = register_op(
 )
 
 
+def _reference_of(ctx):
+    # A rotation is linear: where q and k lie does not matter to its gradients.
+    cos, sin = ctx.saved_tensors
+    needed = zip(ctx.shapes, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+    states = [cos.new_zeros(s, dtype=d).requires_grad_(need) for s, d, need in needed]
+    _, interleaved, half_table, inverse = ctx.options
+    options = interleaved, half_table, inverse, ctx.keep_dtype
+    return (lambda q, k: rope_reference(q, k, cos, sin, *options)), states
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, interleaved, half_table, inverse, keep_dtype):
         ctx.save_for_backward(cos, sin)
-        ctx.dtypes = q.dtype, k.dtype
+        ctx.dtypes, ctx.shapes, ctx.keep_dtype = (q.dtype, k.dtype), (q.shape, k.shape), keep_dtype
         # Gradients get the layout of q too, whatever attention hands back: the projection's
         # backward then views them instead of copying.
         ctx.options = q.stride(1) <= q.stride(2), interleaved, half_table, inverse
@@ -235,7 +246,7 @@ class _Rope(torch.autograd.Function):
         return _rope_op(q, k, cos, sin, *dtypes, *ctx.options, False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @twice_differentiable(_reference_of)
     def backward(ctx, dq, dk):
         grads = _rope_op(dq, dk, *ctx.saved_tensors, *ctx.dtypes, *ctx.options, True)
         return *grads, None, None, None, None, None, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -34,25 +35,25 @@ except ImportError:  # Windows, macOS: every function runs on its torch referenc
     HAS_TRITON = False
 
 _interpret_on_cpu = False
-_every_size = False
+# Of the context, not of the process: another thread that trains meanwhile is left alone.
+_every_size = ContextVar("every_size", default=False)
 _warned_no_triton = False
 
 
 @contextlib.contextmanager
 def every_size() -> Iterator[None]:
     """Within it, kernels also run on inputs too small for them to pay: to prove or to test."""
-    global _every_size
-    before, _every_size = _every_size, True
+    token = _every_size.set(True)
     try:
         yield
     finally:
-        _every_size = before
+        _every_size.reset(token)
 
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """Within it, CPU tensors of every size go through the Triton kernels (needs
-    `TRITON_INTERPRET=1` at import)."""
+    `TRITON_INTERPRET=1` at import). Holds for the whole process: for tests."""
     global _interpret_on_cpu
     before, _interpret_on_cpu = _interpret_on_cpu, True
     try:
@@ -68,7 +69,7 @@ def pays(x: torch.Tensor, elements: int) -> bool:
     Below, launching from Python takes longer than torch's own kernels run. Compiled code launches
     without Python.
     """
-    return x.numel() >= elements or _every_size or torch.compiler.is_compiling()
+    return x.numel() >= elements or torch.compiler.is_compiling() or _every_size.get()
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -135,6 +136,11 @@ def register_op(schema: str, launch: Callable, fake: Callable) -> Callable:
 
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # subclasses (fake tensors) need the dispatcher
+
+
+def all_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether none is of a subclass: a DTensor, say, whose operations are not a kernel's."""
+    return all(t is None or type(t) in PLAIN for t in tensors)
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import nn
 
+from liger_trainer import probe
 from liger_trainer.config import KernelConfig
 from liger_trainer.report import InjectionReport
 from liger_trainer.rules import (
@@ -25,14 +28,7 @@ from liger_trainer.swap import is_swapped, swap, unswap
 
 logger = logging.getLogger(__name__)
 
-_RULES = (
-    norm.examine,
-    rotary.examine,
-    gated.examine,
-    lora.examine,
-    attention.examine,
-    masks.examine,
-)
+_RULES = (norm.examine, rotary.examine, lora.examine, attention.examine, masks.examine)
 
 
 def inject(
@@ -54,13 +50,14 @@ def inject(
 
     Returns the report of every site that was looked at.
 
-    Raises ValueError for an unknown key in `config`, and with `strict` for a refused site (the
-    model is then left plain).
+    Raises ValueError for an unknown key in `config`, and with `strict` for a refused site. Whatever
+    is raised, the model is then plain. The state of random number generators is left as it was.
     """
     config = KernelConfig.from_dict(config)
     restore(model)
     search = Search(_unwrapped(model), config)
-    findings = list(_find(search))
+    with _quiet(model):
+        findings = list(_find(search))
     report = InjectionReport(tuple(f.row for f in findings if f.row.rule != "model"))
     if strict and report.refused:
         refused = "; ".join(f"{row.site} ({row.rule}): {row.reason}" for row in report.refused[:5])
@@ -68,9 +65,11 @@ def inject(
             f"strict: {len(report.refused)} eligible sites cannot be swapped: {refused}. "
             "Pass strict=False to leave them as they are."
         )
-    for finding in findings:
-        if finding.row.swapped:
-            swap(finding.module, finding.mixin, *finding.key)
+    try:
+        _swap(findings)
+    except BaseException:
+        restore(model)
+        raise
     logger.info("kernels %s\n%s", config, report)
     if report.refused:
         logger.warning(
@@ -79,6 +78,29 @@ def inject(
             sum(coverage.eligible for coverage in report.coverage.values()),
         )
     return report
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Within it, modules may be probed; nothing that the caller has set plays in or is changed."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(probe.random_state_kept(devices))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.device("cpu"))
+        for kind in {device.type for device in devices} - {"meta"} | {"cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _swap(findings: list[Finding]) -> None:
+    done = set()
+    for finding in findings:
+        # One object may be found at several places: an activation that two MLPs share.
+        if finding.row.swapped and (claim := (id(finding.module), finding.mixin)) not in done:
+            done.add(claim)
+            swap(finding.module, finding.mixin, *finding.key)
 
 
 def restore(model: nn.Module) -> None:
@@ -111,6 +133,10 @@ def _examine(search: Search) -> Iterator[Finding]:
                 if finding.row.swapped:
                     swapped.add(finding.row.rule)
                 yield finding
+        for finding in gated.examine(search, names[id(module)], module):
+            if finding.row.swapped:
+                swapped.add(finding.row.rule)
+            yield finding
     yield from activation_memory.examine_model(search, swapped)
     yield from head.examine_model(search)
 

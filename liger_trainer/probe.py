@@ -8,9 +8,10 @@ to the original in fp32 as the original in 16 bits is; and every output must hav
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from liger_trainer.kernels.runtime import every_size
 SCALES = (1e-3, 1.0, 100.0)
 TOLERANCE_FP32 = 2e-5  # relative to the largest value; sums over a row in another order
 FACTOR = 2.0
+IN_TRAINING = "in training mode"
+_ON_CPU = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +46,127 @@ class Case:
         return Case(inputs, self.label, self.optional)
 
 
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of all shards together: DeepSpeed's hold no elements until gathered."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+_HOOKS = tuple(name for name, v in vars(nn.Module()).items() if "hooks" in name and v is not None)
+
+
+def twin(
+    module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor], memo: dict | None = None
+) -> nn.Module:
+    """Return a copy of `module` without hooks, with `make(tensor)` for parameters and buffers.
+
+    The data of a parameter is not touched: it may be a shard, or on the meta device. Whoever wants
+    a tensor of its whole shape takes `whole_shape`.
+    """
+    memo = {} if memo is None else memo
+    if id(module) not in memo:
+        copied = memo[id(module)] = object.__new__(type(module))
+        for child in module._modules.values():
+            memo[id(child)] = child if child is None else twin(child, make, memo)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in memo:
+                made = make(tensor)
+                parameter = isinstance(tensor, nn.Parameter)
+                memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if parameter else made
+        # Not copied as dictionaries: an engine's own have the module's data behind them.
+        for name in ("_modules", "_parameters", "_buffers"):
+            values = vars(module)[name]
+            memo[id(values)] = {k: v if v is None else memo[id(v)] for k, v in values.items()}
+        memo.update({id(vars(module)[name]): type(vars(module)[name])() for name in _HOOKS})
+        for name, value in vars(module).items():
+            vars(copied)[name] = _copied(value, memo)
+    return memo[id(module)]
+
+
+def _copied(value: object, memo: dict) -> object:
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # an engine's handle (a process group) has no copy
+        return value
+
+
 def random_copy(module: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of `module` on `device` in fp32 with random parameters; works from the meta device."""
-    twin = copy.deepcopy(module)
-    if any(p.is_meta for p in twin.parameters()):
-        twin = twin.to_empty(device=device)
-    twin = twin.to(device=device, dtype=torch.float32)
+    """Return a twin of `module` on `device`, in fp32, with random parameters and equal buffers."""
     generator = torch.Generator(device="cpu").manual_seed(0)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.5 * noise + 0.25)
-            parameter.requires_grad_()
-    return twin
+
+    def make(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.detach().to(device, torch.float32, copy=True)
+        noise = torch.randn(whole_shape(tensor), generator=generator, **_ON_CPU)
+        return (0.5 * noise + 0.25).to(device)
+
+    return twin(module, make).requires_grad_()
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """Return a twin of `module` on the meta device."""
+    return twin(
+        module, lambda t: torch.empty(whole_shape(t), dtype=t.dtype, device="meta")
+    ).requires_grad_(False)
+
+
+@contextlib.contextmanager
+def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Within it, random numbers may be drawn; afterwards nobody notices."""
+    accelerators = {d for d in devices if d.type not in ("cpu", "meta")}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device in accelerators:
+            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        yield
+
+
+def impurity(function: Callable, module: nn.Module, inputs: tuple) -> str | None:
+    """What `function(*inputs)` does beyond its result, None if nothing is seen.
+
+    It may draw random numbers, change `module`'s attributes, or return something else next time.
+    """
+    before, state = _random_state(inputs[0].device), _state(module)
+    results = []
+    for training in (False, False, True):
+        module.train(training)
+        results.append(function(*inputs))
+    module.eval()
+    if not all(map(torch.equal, _random_state(inputs[0].device), before)):
+        return "draws random numbers"
+    if not _same(_state(module), state):
+        return "changes itself when it is called"
+    if not torch.equal(*(r.detach().nan_to_num() for r in results[:2])):
+        return "returns something else each time"
+    return None
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _state(module: nn.Module) -> dict[str, tuple[object, int | None]]:
+    return {
+        name: (value, len(value) if isinstance(value, Sized) else None)
+        for name, value in vars(module).items()
+        if name != "training"
+    }
+
+
+def _same(state: dict, other: dict) -> bool:
+    """Whether two states hold the same objects, numbers and text compared by value."""
+    return state.keys() == other.keys() and all(
+        (a is b or (type(a) is type(b) and isinstance(a, (int, float, str)) and a == b))
+        and length == other_length
+        for (a, length), (b, other_length) in zip(state.values(), other.values(), strict=True)
+    )
 
 
 def draw(shape: tuple[int, ...], scale: float, device: torch.device, seed: int) -> torch.Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(device)
+    return (torch.randn(shape, generator=generator, **_ON_CPU) * scale).to(device)
 
 
 def compare(original: Callable, candidate: Callable, cases: Iterator[Case]) -> Verdict:
@@ -99,6 +205,23 @@ def compare(original: Callable, candidate: Callable, cases: Iterator[Case]) -> V
     return Verdict(True, worst, "equal", rounding)
 
 
+def compare_in_both_modes(
+    twin: nn.Module, original: Callable, candidate: Callable, cases: Callable[[], Iterator[Case]]
+) -> Verdict:
+    """`compare` with `original`, a function of `twin`, in evaluation and in training mode."""
+    verdict = compare(original, candidate, cases())
+    if not verdict.equal:
+        return verdict
+    twin.train()
+    try:
+        verdict = compare(original, candidate, cases())
+    finally:
+        twin.eval()
+    if verdict.equal:
+        return verdict
+    return dataclasses.replace(verdict, reason=f"{verdict.reason} {IN_TRAINING}")
+
+
 def evaluate(function: Callable, case: Case) -> list[torch.Tensor]:
     """Outputs, then the gradient of each input that requires one."""
     outputs = function(*case.inputs)
@@ -123,11 +246,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
-def with_parameters(module: nn.Module) -> tuple[Callable, list[nn.Parameter]]:
-    """`module` as a function of (input, *parameters), so that parameters are probed like inputs."""
+def with_parameters(module: nn.Module, states: int = 1) -> tuple[Callable, list[nn.Parameter]]:
+    """Return `module` as a function of `states` inputs, then parameters, and these.
+
+    So parameters are probed like inputs.
+    """
     names = [name for name, _ in module.named_parameters()]
 
-    def run(x, *parameters):
-        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+    def run(*tensors):
+        parameters = dict(zip(names, tensors[states:], strict=True))
+        return torch.func.functional_call(module, parameters, tensors[:states])
 
     return run, list(module.parameters())

@@ -1,18 +1,27 @@
 """Changing what one module instance computes, and changing it back.
 
 A swap replaces the instance's class with a subclass made for it. Parameters, hooks, names and
-`isinstance` stay as they are, copies and pickles work, and no other instance notices.
+`isinstance` stay as they are, copies and pickles work, and no other instance notices. Calling the
+new class makes an instance of the plain one. Classes that others put on top later (FSDP2,
+parametrizations) stay when the swap below them is undone.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from types import CellType, FunctionType
+from types import BuiltinFunctionType, CellType, FunctionType
 
+import torch
 from torch import nn
 
 
-class Swapped:
+class _SwappedType(type):
+    def __call__(cls, *args, **kwargs):
+        return plain_class(cls)(*args, **kwargs)
+
+
+class Swapped(metaclass=_SwappedType):
     """First base of every swapped class. `key` parameterises the swap and is hashable."""
 
     _liger_base: type
@@ -20,7 +29,7 @@ class Swapped:
 
     @classmethod
     def namespace(cls, base: type, *key) -> dict[str, object]:
-        """Further attributes of the class made for `base`."""
+        """Return further attributes of the class made for `base`."""
         return {}
 
     def __reduce_ex__(self, protocol):
@@ -34,15 +43,15 @@ class Swapped:
 
 def _new_instance(cls: type, *swaps: tuple):
     """An empty instance of `cls` with the swaps (mixin, *key) made one after the other."""
-    for swap_ in swaps:
-        cls = swapped_class(cls, *swap_)
+    for mixin, *key in swaps:
+        cls = swapped_class(cls, mixin, *key)
     return cls.__new__(cls)
 
 
 @functools.cache
 def swapped_class(base: type, mixin: type[Swapped], *key) -> type:
-    """The subclass of `base` with `mixin` in front; it keeps the name, which HF reads."""
-    return type(
+    """Return the subclass of `base` with `mixin` in front; it keeps the name, which HF reads."""
+    return _metaclass(type(base))(
         base.__name__,
         (mixin, base),
         {
@@ -57,6 +66,24 @@ def swapped_class(base: type, mixin: type[Swapped], *key) -> type:
     )
 
 
+@functools.cache
+def _metaclass(of_base: type) -> type:
+    if issubclass(_SwappedType, of_base):
+        return _SwappedType
+    return of_base if issubclass(of_base, _SwappedType) else type("_", (_SwappedType, of_base), {})
+
+
+@functools.cache
+def plain_class(cls: type) -> type:
+    """Return `cls` without the swaps in it, whatever stands above them."""
+    if not issubclass(cls, Swapped):
+        return cls
+    if "_liger_base" in vars(cls):
+        return plain_class(cls._liger_base)
+    names = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(map(plain_class, cls.__bases__)), names)
+
+
 def swap(module: nn.Module, mixin: type[Swapped], *key) -> None:
     module.__class__ = swapped_class(type(module), mixin, *key)
 
@@ -66,13 +93,51 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def unswap(module: nn.Module) -> None:
-    """Gives a swapped module its own class back; leaves others alone."""
+    """Give a swapped module its own class back; leave others alone."""
     if not isinstance(module, Swapped):
         return
-    while isinstance(module, Swapped):
-        module.__class__ = type(module)._liger_base
+    module.__class__ = plain_class(type(module))
     for name in [name for name in vars(module) if name.startswith("_liger_")]:
         delattr(module, name)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+VALUES = (int, float, str, bool, tuple, type(None), torch.dtype)
+_BY_REFERENCE = (FunctionType, BuiltinFunctionType, type)  # the same object in a copy
+
+
+def own_attributes(module: nn.Module) -> list[tuple[str, object]]:
+    """Return what the instance holds beyond what every module does, sorted by name."""
+    return [(k, v) for k, v in sorted(vars(module).items()) if k not in _OF_EVERY_MODULE]
+
+
+@dataclasses.dataclass(frozen=True)
+class Proven:
+    """The state of a module that an equality was proven for.
+
+    Attributes that are no plain values are left out: what they mean cannot be compared.
+    """
+
+    attributes: tuple[tuple[str, object], ...]  # parameters that are None are among them
+    parameters: frozenset[str]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Proven:
+        kinds = (*VALUES, *_BY_REFERENCE)
+        attributes = [(k, v) for k, v in own_attributes(module) if isinstance(v, kinds)]
+        attributes += [(k, v) for k, v in module._parameters.items() if v is None]
+        return cls(tuple(attributes), frozenset(module._parameters))
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether `module` is still in that state; well below a microsecond."""
+        for name, value in self.attributes:
+            current = getattr(module, name, _MISSING)
+            if current is not value and (type(current) is not type(value) or current != value):
+                return False
+        return module._parameters.keys() == self.parameters
+
+
+_MISSING = object()
 
 
 def rebind(function: FunctionType, old: object, new: object) -> FunctionType | None:

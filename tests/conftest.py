@@ -1,6 +1,7 @@
 """Fixtures: the device of a test, the Triton interpreter on CPU, poisoned allocations."""
 
 import os
+from contextvars import ContextVar
 
 import torch
 import torch.utils._device
@@ -10,6 +11,7 @@ if not torch.cuda.is_available():  # before any kernel is decorated
 
 import interpreter
 import pytest
+from hypothesis import settings
 
 from liger_trainer.kernels import runtime
 
@@ -18,6 +20,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 if "OMP_NUM_THREADS" not in os.environ:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 2) // workers))
+
+
+# The same examples at every run; `--hypothesis-profile=thorough` looks for new ones.
+settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, database=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items):
@@ -37,10 +45,9 @@ def device(request):
 
 
 @pytest.fixture
-def every_size():
-    """Small inputs too are fused."""
-    with runtime.every_size():
-        yield
+def every_size(monkeypatch):
+    """Small inputs too are fused, in every thread: autograd's recompute checkpoints."""
+    monkeypatch.setattr(runtime, "_every_size", ContextVar("every_size", default=True))
 
 
 @pytest.fixture
@@ -61,11 +68,10 @@ def poisoned(monkeypatch):
 
 
 @pytest.fixture
-def kernel_device(device, poisoned):
+def kernel_device(device, poisoned, every_size):
     """Like `device`, but on CPU the Triton kernels run, through the interpreter."""
     if device == "cuda":
-        with runtime.every_size():
-            yield device
+        yield device
     else:
         with runtime.interpreted():
             yield device

@@ -100,6 +100,19 @@ def test_token_weights_and_num_items(kernel_device):
     torch.testing.assert_close(got, (losses * weight).sum() / 5)
 
 
+def test_fp64_stays_fp64_in_every_weight(device):
+    logits = torch.randn(300, 7, dtype=torch.float64, device=device)
+    labels = torch.randint(0, 7, (300,), device=device)
+    weights = torch.rand(7, dtype=torch.float64, device=device)
+    expected = F.cross_entropy(logits, labels, weight=weights)
+    got = cross_entropy(logits, labels, class_weight=weights)
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
+    per_token = torch.rand(300, dtype=torch.float64, device=device)
+    expected = (F.cross_entropy(logits, labels, reduction="none") * per_token).sum() / 300
+    got = cross_entropy(logits, labels, token_weight=per_token)
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
+
+
 def test_masked_vocabulary_of_minus_infinity(kernel_device):
     logits, labels = problem(kernel_device, vocab=300)
     logits[:, :200] = -torch.inf

@@ -134,7 +134,7 @@ def test_activation_that_is_not_multiplied_at_run_time_stops_deferring(every_siz
     model = tiny_model("llama")
     inject(model)
     activation = model.model.layers[0].mlp.act_fn
-    x = torch.randn(3, 5)
+    x = torch.randn(3, 5, requires_grad=True)
     torch.testing.assert_close(activation(x).sum(), F.silu(x).sum())
     assert type(activation(x)) is torch.Tensor
     restore(model)
@@ -144,9 +144,9 @@ def test_activation_that_is_not_multiplied_at_run_time_stops_deferring(every_siz
 def test_input_of_a_deferred_activation_that_is_changed_in_place_is_reported(every_size):
     model = tiny_model("llama")
     inject(model)
-    gate, up = torch.randn(3, 5), torch.randn(3, 5)
+    gate, up = torch.randn(3, 5, requires_grad=True) * 1.0, torch.randn(3, 5)
     activated = model.model.layers[0].mlp.act_fn(gate)
-    gate.add_(1.0)
+    gate.add_(1.0)  # in the plain model, backward raises
     with pytest.raises(RuntimeError, match="changed in place"):
         activated * up
 

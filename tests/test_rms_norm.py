@@ -189,15 +189,6 @@ def test_wider_than_the_kernels_runs_on_the_reference(kernel_device):
     assert torch.equal(y, rms_norm_reference(**tensors, **LLAMA))
 
 
-def test_second_derivative_is_refused(kernel_device):
-    tensors = make((2, 16), torch.float32, kernel_device)
-    x = tensors["x"].requires_grad_()
-    y = rms_norm(x, tensors["weight"], **LLAMA)
-    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

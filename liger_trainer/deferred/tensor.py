@@ -91,7 +91,7 @@ class Deferred(torch.Tensor):
             return func(*args, **kwargs)
 
     def detached_value(self) -> torch.Tensor:
-        """Return the value without its graph; below autograd nothing else can be computed, or kept."""
+        """Return the value without its graph; below autograd there is none, and nothing is kept."""
         return self.compute() if self._value is None else self._value.detach()
 
     def __deepcopy__(self, memo):

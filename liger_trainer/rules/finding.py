@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from liger_trainer.config import KernelConfig
+from liger_trainer.probe import whole_shape
 from liger_trainer.report import Row
-from liger_trainer.swap import Swapped
+from liger_trainer.swap import VALUES, Swapped, own_attributes
 
 SWITCHED_OFF = "switched off in liger_kernel_config"
 
@@ -48,22 +49,18 @@ class Search:
         return self.probes[key]
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
 def fingerprint(module: nn.Module, device: torch.device) -> Hashable:
     """Equal for two instances of a class that differ in nothing but the values of parameters.
 
     An attribute that is not a plain value counts by identity, so instances that share it may match.
     """
-    plain = (int, float, str, bool, tuple, type(None), torch.dtype)
     attributes = tuple(
-        (name, value if isinstance(value, plain) else id(value))
-        for name, value in sorted(vars(module).items())
-        if name not in _OF_EVERY_MODULE
+        (name, value if isinstance(value, VALUES) else id(value))
+        for name, value in own_attributes(module)
     )
     tensors = tuple(
-        (name, tuple(t.shape), t.dtype)
+        (name, whole_shape(t), t.dtype)
         for name, t in (*module.named_parameters(), *module.named_buffers())
     )
-    return type(module), repr(attributes), tensors, str(device)
+    children = tuple((name, type(child)) for name, child in module.named_modules())
+    return children, repr(attributes), tensors, str(device)

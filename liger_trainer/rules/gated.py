@@ -12,6 +12,7 @@ compiler does it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -22,10 +23,10 @@ from torch import nn
 from liger_trainer import probe
 from liger_trainer.deferred import Attach, Deferred
 from liger_trainer.kernels.glu import MIN_ELEMENTS, geglu, swiglu
-from liger_trainer.kernels.runtime import pays
+from liger_trainer.kernels.runtime import PLAIN, pays
 from liger_trainer.report import Row
 from liger_trainer.rules.finding import SWITCHED_OFF, Finding, Search, fingerprint
-from liger_trainer.swap import Swapped, swap, unswap
+from liger_trainer.swap import Proven, Swapped, swap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +72,21 @@ class DeferredActivation(Deferred):
         self._owner._liger_unfused = True  # not gated after all: do not defer again
         return self._form.activation(self.gate)
 
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _ON_THE_GRADIENT:  # which a fused product would not send here
+            return func(args[0].materialise(), *args[1:], **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+_ON_THE_GRADIENT = (torch.Tensor.register_hook, torch.Tensor.retain_grad)
+
 
 def _multiply(a, b, **kwargs):
     activation, up = (a, b) if isinstance(a, DeferredActivation) else (b, a)
-    if kwargs or not torch.is_tensor(up) or isinstance(up, Deferred):
+    if kwargs or type(up) not in PLAIN or activation._value is not None:  # it may have been changed
         return NotImplemented
-    if up.shape != activation.shape or up.device != activation.device:
+    if (up.shape, up.dtype, up.device) != (activation.shape, activation.dtype, activation.device):
         return NotImplemented
     return activation._form.product(activation.gate, up)
 
@@ -87,19 +97,27 @@ for _function in (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.mult
 
 
 class FusedActivation(Swapped):
-    """forward(x) returns a deferred activation where a fused product would pay."""
+    """forward(x) returns a deferred activation where a fused product would pay.
+
+    Key: the gate, and the state of the module that it is proven for. Without gradients nothing is
+    deferred: the caller may then change x in place, which autograd would not allow.
+    """
 
     _liger_unfused = False
 
-    def forward(self, x):
-        if (
-            self._liger_unfused
-            or torch.compiler.is_compiling()
-            or not pays(x, MIN_ELEMENTS)
-            or torch.is_inference_mode_enabled()
-        ):
-            return super().forward(x)
-        return defer_activation(self, x)
+    def forward(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            (x,) = args
+            if type(x) in PLAIN and pays(x, MIN_ELEMENTS) and self._liger_may_defer(x):
+                return defer_activation(self, x)
+        return super().forward(*args, **kwargs)
+
+    def _liger_may_defer(self, x: torch.Tensor) -> bool:
+        hooked = self._forward_hooks or self._backward_hooks or self._backward_pre_hooks
+        recorded = torch.is_grad_enabled() and x.requires_grad and not torch.is_inference(x)
+        return (
+            recorded and not hooked and not self._liger_unfused and self._liger_key[1].holds(self)
+        )
 
 
 def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
@@ -114,41 +132,62 @@ def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
     return Attach.apply(make, form.activation, x)
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def examine(search: Search, site: str, module: nn.Module) -> Iterator[Finding]:
     """Looks at each child of `module` that is an activation."""
     for name, child in module.named_children():
-        if type(child).__module__.split(".")[-1] not in ("activations", "activation"):
-            continue
-        if next(child.parameters(), None) is not None or isinstance(child, _OF_MANY_ELEMENTS):
-            continue
-        return _examine_activation(search, site, module, name, child)
-    return None
+        tensors = (*child.parameters(), *child.buffers())
+        if not tensors and next(child.children(), None) is None:
+            yield from _examine_activation(search, site, module, name, child)
 
 
-def _examine_activation(search, site, module, name, child) -> Finding:
+def _examine_activation(search, site, module, name, child) -> Iterator[Finding]:
     device = search.device_of(module)
     gate, verdict = search.once(
         ("gate", fingerprint(child, device)), lambda: identify(child, device)
     )
+    if gate is None and not _is_activation(child):
+        return
     rule = gate.rule if gate else "swiglu"
-    gated = search.once(("gated", fingerprint(module, device)), lambda: is_gated(module, child))
+    gated = search.once(("gated", fingerprint(module, device)), lambda: is_gated(module, name))
     if gated is False:
         reason = f"not gated: the result of {name} is not multiplied with another projection"
-        return Finding(Row(site, rule, False, reason, eligible=False))
-    if gate is None:
+        yield Finding(Row(site, rule, False, reason, eligible=False))
+    elif gate is None:
         reason = f"{type(child).__name__} {verdict.reason}"
-        return Finding(Row(site, rule, False, reason, eligible=gated is True))
-    if not getattr(search.config, rule):
-        return Finding(Row(site, rule, False, SWITCHED_OFF, verdict.max_error, eligible=False))
-    row = Row(site, rule, True, f"{name} times its gate", verdict.max_error)
-    return Finding(row, child, FusedActivation, (gate,))
+        yield Finding(Row(site, rule, False, reason, eligible=gated is True))
+    elif not getattr(search.config, rule):
+        yield Finding(Row(site, rule, False, SWITCHED_OFF, verdict.max_error, eligible=False))
+    else:
+        row = Row(site, rule, True, f"{name} times its gate", verdict.max_error)
+        yield Finding(row, child, FusedActivation, (gate, Proven.of(child)))
+
+
+def _is_activation(child: nn.Module) -> bool:
+    """Whether torch or transformers call it one: then the report says why it is not fused."""
+    of_one_element = not isinstance(child, _OF_MANY_ELEMENTS)
+    return of_one_element and type(child).__module__.rpartition(".")[2] in _MODULES
+
+
+_MODULES = ("activations", "activation")
 
 
 def identify(child: nn.Module, device: torch.device) -> tuple[Gate | None, probe.Verdict]:
-    """The gate whose product equals `child(gate) * up`."""
+    """Return the gate whose product equals `child(gate) * up`."""
+    twin = probe.random_copy(child, device)
+
+    def original(x, up):
+        return twin(x) * up
+
+    try:
+        impurity = probe.impurity(original, twin, next(_cases(device)).inputs)
+    except Exception:  # takes no single tensor
+        impurity = "is neither SiLU nor GELU"
+    if impurity is not None:
+        return None, probe.Verdict(False, None, impurity)
     found = []
     for gate in _GATES:
-        verdict = probe.compare(lambda x, up: child(x) * up, gate.product, _cases(device))
+        cases = functools.partial(_cases, device)
+        verdict = probe.compare_in_both_modes(twin, original, gate.product, cases)
         if verdict.equal:
             found.append((gate, verdict))
     if found:
@@ -158,43 +197,42 @@ def identify(child: nn.Module, device: torch.device) -> tuple[Gate | None, probe
 
 def _cases(device: torch.device) -> Iterator[probe.Case]:
     for dtype in (torch.float32, torch.bfloat16):
-        for scale in probe.SCALES:
-            gate, up = (probe.draw((4, 33), scale, device, i).to(dtype) for i in range(2))
+        for shape, scale in (((4, 33), 1.0), ((2, 3, 65), 1e-3), ((1, 3000), 100.0), ((17,), 1.0)):
+            gate, up = (probe.draw(shape, scale, device, i).to(dtype) for i in range(2))
             inputs = (gate.requires_grad_(), up.requires_grad_())
-            yield probe.Case(inputs, f"{dtype} input of size {scale:g}")
+            yield probe.Case(inputs, f"{dtype} input {shape} of size {scale:g}")
+    gate, up = (probe.draw((4, 33), 1.0, device, i) for i in range(2))
+    gate[0, 0] = float("nan")
+    yield probe.Case((gate.requires_grad_(), up.requires_grad_()), "a NaN")
 
 
-def is_gated(module: nn.Module, activation: nn.Module) -> bool | None:
-    """Whether `module` multiplies what `activation` returns; None if that cannot be found out.
+def is_gated(module: nn.Module, name: str) -> bool | None:
+    """Whether `module` multiplies what its child `name`, an activation, returns; None if unknown.
 
-    Found by running the module on the meta device, where nothing is computed. A module that takes
-    more than one tensor (experts and their routing) cannot be run so; some say it themselves
-    (`has_gate`). Not to know is no danger: the swap is right either way, and at run time a product
-    that does not come turns the deferral off again.
+    Found by running a copy of the module on the meta device, where nothing is computed. A module
+    that takes more than one tensor (experts and their routing) cannot be run so; some say it
+    themselves (`has_gate`). An unknown result is safe: the swap is right either way, and at run
+    time a product that does not come turns the deferral off again.
     """
     if hasattr(module, "has_gate"):
         return bool(module.has_gate)
-    meta = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-    matrices = [tensor for tensor in meta.values() if tensor.dim() == 2]
-    widths = dict.fromkeys(size for matrix in matrices for size in reversed(matrix.shape))
-    swap(activation, _Recorder)
     try:
-        for width in widths:  # which of them the input has is the module's secret
-            activation.multiplied = False
-            x = torch.empty(2, 3, width, device="meta", dtype=matrices[0].dtype)
-            try:
-                with torch.no_grad():
-                    torch.func.functional_call(module, meta, (x,))
-            except Exception:  # another width, or a forward that cannot run so
-                continue
-            return activation.multiplied
+        twin = probe.meta_copy(module)
+    except Exception:  # a module may hold what cannot be copied
         return None
-    finally:
-        unswap(activation)
-        vars(activation).pop("multiplied", None)
+    matrices = [t for t in (*twin.parameters(), *twin.buffers()) if t.dim() == 2]
+    activation = getattr(twin, name)
+    swap(activation, _Recorder)
+    for width in dict.fromkeys(size for matrix in matrices for size in reversed(matrix.shape)):
+        activation.multiplied = False
+        x = torch.empty(2, 3, width, device="meta", dtype=matrices[0].dtype)
+        try:
+            with torch.no_grad():
+                twin(x)
+        except Exception:  # another width, or a forward that cannot run so
+            continue
+        return activation.multiplied
+    return None
 
 
 class _Recorder(Swapped):

@@ -1,12 +1,14 @@
-"""RMSNorm and LayerNorm, in whatever form a model writes them.
+"""RMSNorm (also with a gate) and LayerNorm, in whatever form a model writes them.
 
-A norm is a module without children that has a small float attribute (its epsilon) and at most a
-weight and a bias, both one-dimensional. Which formula it is, is found by trying them.
+A norm is a module without children that has a small float attribute (its epsilon), at most a weight
+and a bias, both one-dimensional, and that forgets how large a row of its input is. Which formula it
+is, is found by trying them, in training and in evaluation mode.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator
 
@@ -16,11 +18,12 @@ from torch import nn
 from liger_trainer import probe
 from liger_trainer.kernels.layer_norm import layer_norm
 from liger_trainer.kernels.rms_norm import rms_norm
+from liger_trainer.kernels.runtime import all_plain
 from liger_trainer.report import Row
+from liger_trainer.rules import gated_norm, norm_cases
 from liger_trainer.rules.finding import SWITCHED_OFF, Finding, Search, fingerprint
-from liger_trainer.swap import Swapped
-
-_WIDTH_IF_UNKNOWN = 64
+from liger_trainer.rules.gated_norm import FusedGatedNorm
+from liger_trainer.swap import Proven, Swapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +37,23 @@ class NormForm:
     offset: float = 0.0
     cast_first: bool = True
     autocast_to_fp32: bool = False  # as autocast does with torch.nn.LayerNorm
+    ranks: tuple[int, ...] = ()  # of the inputs for which it is proven
+    input: str = ""  # its name
 
     @property
     def rule(self) -> str:
         return "layer_norm" if self.centered else "rms_norm"
+
+    def __str__(self) -> str:
+        if self.centered:
+            parts = [name for name in (self.weight, self.bias) if name]
+            return "LayerNorm" + (
+                f" with {' and '.join(parts)}" if parts else " without parameters"
+            )
+        if self.weight is None:
+            return "RMSNorm without weight"
+        weight = f"{self.offset:g} + weight" if self.offset else "weight"
+        return f"RMSNorm, {weight} {'after' if self.cast_first else 'before'} the cast"
 
     def apply(self, x, weight, bias):
         if self.centered:
@@ -46,55 +62,53 @@ class NormForm:
 
 
 class FusedNorm(Swapped):
-    """forward(x) by the kernel of `_liger_key[0]`; with more than x (a gate, say) as before."""
+    """forward(x) by a kernel; key: the form, and the state of the module that it is proven for.
+
+    In another state, and for anything else than one tensor (a gate, say), forward is as before.
+    """
 
     def forward(self, *args, **kwargs):
-        if len(args) + len(kwargs) != 1:
-            return self._liger_base.forward(self, *args, **kwargs)
-        (hidden_states,) = (*args, *kwargs.values())
-        form = self._liger_key[0]
+        form, proven = self._liger_key
+        x = args[0] if args else kwargs.get(form.input)
+        if len(args) + len(kwargs) != 1 or x is None or not proven.holds(self):
+            return super().forward(*args, **kwargs)
         weight = None if form.weight is None else getattr(self, form.weight)
         bias = None if form.bias is None else getattr(self, form.bias)
-        if form.autocast_to_fp32 and torch.is_autocast_enabled(hidden_states.device.type):
-            hidden_states = hidden_states.float()
-        return form.apply(hidden_states, weight, bias)
+        if not all_plain(x, weight, bias) or x.dim() not in form.ranks:
+            return super().forward(*args, **kwargs)
+        if form.autocast_to_fp32 and torch.is_autocast_enabled(x.device.type):
+            x = x.float()
+        return form.apply(x, weight, bias)
 
 
 def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
-    if not _looks_like_norm(module):
+    if not _may_be_norm(module):
         return None
     device = search.device_of(module)
+    key = fingerprint(module, device)
     form, verdict = search.once(
-        ("norm", fingerprint(module, device)), lambda: identify(module, device)
+        ("gated norm", key), lambda: gated_norm.identify(module, _epsilons(module), device)
     )
+    if form is None and len(required_inputs(module)) == 1:
+        form, verdict = search.once(("norm", key), lambda: identify(module, device))
+    if verdict is None:
+        return None
     rule = form.rule if form else _nominal_rule(module)
     if form is None:
         return Finding(Row(site, rule, False, verdict.reason, verdict.max_error))
     if not getattr(search.config, rule):
         return Finding(Row(site, rule, False, SWITCHED_OFF, verdict.max_error, eligible=False))
-    row = Row(site, rule, True, describe(form), verdict.max_error)
-    return Finding(row, module, FusedNorm, (form,))
+    row = Row(site, rule, True, str(form), verdict.max_error)
+    mixin = FusedNorm if isinstance(form, NormForm) else FusedGatedNorm
+    return Finding(row, module, mixin, (form, Proven.of(module)))
 
 
-def describe(form: NormForm) -> str:
-    if form.centered:
-        parts = [name for name in (form.weight, form.bias) if name]
-        return "LayerNorm" + (f" with {' and '.join(parts)}" if parts else " without parameters")
-    if form.weight is None:
-        return "RMSNorm without weight"
-    weight = f"{form.offset:g} + weight" if form.offset else "weight"
-    return f"RMSNorm, {weight} {'after' if form.cast_first else 'before'} the cast"
-
-
-def _looks_like_norm(module: nn.Module) -> bool:
+def _may_be_norm(module: nn.Module) -> bool:
     if next(module.children(), None) is not None or next(module.buffers(), None) is not None:
         return False
-    parameters = list(module.parameters())
-    return (
-        bool(_epsilons(module))
-        and len(parameters) <= 2
-        and all(p.dim() in (1, 2) and p.shape == parameters[0].shape for p in parameters)
-    )
+    shapes = {probe.whole_shape(p) for p in module.parameters()}
+    few = len(list(module.parameters())) <= 2 and len(shapes) <= 1
+    return bool(_epsilons(module)) and few and all(len(shape) in (1, 2) for shape in shapes)
 
 
 def _epsilons(module: nn.Module) -> list[float]:
@@ -120,39 +134,56 @@ def _forms(module: nn.Module) -> Iterator[NormForm]:
         yield NormForm(True, eps, weight, bias)
 
 
-def identify(module: nn.Module, device: torch.device) -> tuple[NormForm | None, probe.Verdict]:
-    """The form that equals `module`, the one that also rounds like it if several do."""
-    required = [
-        p
-        for p in inspect.signature(module.forward).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    if len(required) != 1:
-        inputs = ", ".join(p.name for p in required)
-        return None, probe.Verdict(False, None, f"not a plain norm: forward takes ({inputs})")
-    twin = probe.random_copy(module, device)
+def identify(
+    module: nn.Module, device: torch.device
+) -> tuple[NormForm | None, probe.Verdict | None]:
+    """Return the form that equals `module`, the one that also rounds like it if several do.
+
+    The verdict is None if the module is no norm over the last dimension at all.
+    """
+    if len(required := required_inputs(module)) != 1:
+        return None, None
+    twin = probe.random_copy(module, device).eval()
+    width = norm_cases.width_of(module)
+    ranks = norm_cases.normalized_ranks(twin, width, device)
+    if not ranks:
+        return None, None
     original, parameters = probe.with_parameters(twin)
-    width = _width(module)
+    cases = functools.partial(norm_cases.cases, width, ranks, parameters, device)
+    if (reason := probe.impurity(original, twin, next(cases()).inputs)) is not None:
+        return None, probe.Verdict(False, None, reason)
     found, nearest = [], None
     for form in _forms(module):
         candidate = _candidate(form, [name for name, _ in twin.named_parameters()])
-        verdict = probe.compare(original, candidate, _cases(width, parameters, device))
+        verdict = probe.compare_in_both_modes(twin, original, candidate, cases)
         if verdict.equal:
             found.append((form, verdict))
         elif nearest is None or (verdict.max_error or 9e9) < (nearest.max_error or 9e9):
             nearest = verdict
-    if found:
-        form, verdict = min(found, key=lambda pair: pair[1].rounding)
-        upcast = _output_under_autocast(original, width, parameters, device) == torch.float32
-        return dataclasses.replace(form, autocast_to_fp32=upcast), verdict
-    reason = nearest.reason if nearest.max_error is None else "neither RMSNorm nor LayerNorm"
-    return None, dataclasses.replace(nearest, reason=reason)
+    if not found:
+        reason = nearest.reason
+        if nearest.max_error is not None and not reason.endswith(probe.IN_TRAINING):
+            reason = "neither RMSNorm nor LayerNorm"
+        return None, dataclasses.replace(nearest, reason=reason)
+    form, verdict = min(found, key=lambda pair: pair[1].rounding)
+    upcast = _output_under_autocast(original, cases()) == torch.float32
+    proven = {"autocast_to_fp32": upcast, "ranks": ranks, "input": required[0]}
+    return dataclasses.replace(form, **proven), verdict
 
 
-def _output_under_autocast(original, width, parameters, device: torch.device) -> torch.dtype:
-    """The dtype that the original returns for a bf16 input and bf16 parameters."""
-    case = next(c for c in _cases(width, parameters, device) if c.inputs[0].dtype == torch.bfloat16)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+def required_inputs(module: nn.Module) -> list[str]:
+    """Return the names of what forward cannot do without."""
+    return [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+
+
+def _output_under_autocast(original, cases: Iterator[probe.Case]) -> torch.dtype:
+    """Return the dtype that the original returns for a bf16 input and bf16 parameters."""
+    case = next(c for c in cases if c.inputs[0].dtype == torch.bfloat16)
+    with torch.no_grad(), torch.autocast(case.inputs[0].device.type, torch.bfloat16):
         return original(*case.inputs).dtype
 
 
@@ -162,25 +193,3 @@ def _candidate(form: NormForm, names: list[str]):
         return form.apply(x, named.get(form.weight), named.get(form.bias))
 
     return candidate
-
-
-def _width(module: nn.Module) -> int:
-    for parameter in module.parameters():
-        return parameter.shape[-1]
-    shape = getattr(module, "normalized_shape", (_WIDTH_IF_UNKNOWN,))
-    return shape[-1] if isinstance(shape, tuple) else _WIDTH_IF_UNKNOWN
-
-
-def _cases(
-    width: int, parameters: list[nn.Parameter], device: torch.device
-) -> Iterator[probe.Case]:
-    """fp32, bf16, and bf16 input with fp32 parameters (what autocast makes of a model)."""
-    dtypes = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
-    dtypes += [(torch.bfloat16, torch.float32)] if parameters else []
-    for x_dtype, p_dtype in dtypes:
-        for i, scale in enumerate(probe.SCALES):
-            x = probe.draw((2, 3, width), scale, device, i)
-            tensors = [x.to(x_dtype), *(p.detach().to(p_dtype) for p in parameters)]
-            label = f"{x_dtype} input of size {scale:g}"
-            mixed = x_dtype != p_dtype
-            yield probe.Case(tuple(t.requires_grad_() for t in tensors), label, optional=mixed)

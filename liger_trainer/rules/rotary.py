@@ -18,7 +18,7 @@ from torch import nn
 
 from liger_trainer import probe
 from liger_trainer.kernels.rope import MIN_ELEMENTS, rope, why_not
-from liger_trainer.kernels.runtime import PLAIN, pays
+from liger_trainer.kernels.runtime import all_plain, pays
 from liger_trainer.report import Row
 from liger_trainer.rules.finding import SWITCHED_OFF, Finding, Search
 from liger_trainer.swap import Swapped, rebind, referenced_globals
@@ -78,7 +78,11 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
             len(given) != len(args) + len(kwargs)  # a parameter twice, or too many
             or len(given) != 4 + (call.dim in given)
             or heads not in call.dims
-            or not all(type(t) in PLAIN for t in (q, k, cos, sin))
+            or q is None
+            or k is None
+            or cos is None
+            or sin is None
+            or not all_plain(q, k, cos, sin)
             or not pays(q, MIN_ELEMENTS)
         ):
             return original(*args, **kwargs)
