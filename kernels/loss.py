@@ -93,8 +93,12 @@ def checked_weights(
     token_weight: torch.Tensor | None,
     labels: torch.Tensor,
     vocab: int,
+    ignore_index: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(class weights [V], token weights [N]), contiguous; ValueError if one does not fit."""
+    """(class weights [V], token weights [N]), contiguous; ValueError if one does not fit.
+
+    Ignored tokens get the weight 0, so that a NaN there cannot reach the loss.
+    """
     if class_weight is not None:
         if class_weight.shape != (vocab,) or class_weight.device != labels.device:
             raise ValueError(
@@ -109,6 +113,7 @@ def checked_weights(
                 f"got {tuple(token_weight.shape)} on {token_weight.device}"
             )
         token_weight = token_weight.reshape(-1).float()
+        token_weight = token_weight.where(labels.reshape(-1) != ignore_index, 0.0)
     return class_weight, token_weight
 
 

@@ -241,26 +241,28 @@ class _Rope(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-def _check(q, k, cos, sin) -> None:
-    B, S, D, R = q.shape[0], q.shape[-2], q.shape[-1], cos.shape[-1]
-    if q.dim() != 4 or k.dim() != 4 or k.shape[0] != B or k.shape[2:] != (S, D):
-        raise ValueError(
-            "rope: q and k must be [B, Hq, S, D] and [B, Hk, S, D], "
+def why_not(q, k, cos, sin) -> str | None:
+    """What is wrong with the arguments of `rope`, None if nothing is."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+        return (
+            "q and k must be [B, Hq, S, D] and [B, Hk, S, D], "
             f"got {tuple(q.shape)} and {tuple(k.shape)}."
         )
+    B, S, D, R = q.shape[0], q.shape[-2], q.shape[-1], cos.shape[-1]
     if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[0] not in (1, B) or cos.shape[1] != S:
-        raise ValueError(
-            f"rope: cos and sin must both be [1 or {B}, {S}, R], "
+        return (
+            f"cos and sin must both be [1 or {B}, {S}, R], "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}."
         )
     if R % 2 or not 0 < R <= D:
-        raise ValueError(f"rope: R, the width of cos, must be even and in 2..{D} (D), got {R}.")
+        return f"R, the width of cos, must be even and in 2..{D} (D), got {R}."
     if cos.dtype != sin.dtype or not all(x.is_floating_point() for x in (q, k, cos)):
         dtypes = ", ".join(str(x.dtype) for x in (q, k, cos, sin))
-        raise ValueError(f"rope: floating q and k, cos and sin of one dtype, got {dtypes}.")
+        return f"floating q and k, cos and sin of one dtype, got {dtypes}."
     if not q.device == k.device == cos.device == sin.device:
         devices = ", ".join(str(x.device) for x in (q, k, cos, sin))
-        raise ValueError(f"rope: q, k, cos and sin must be on one device, got {devices}.")
+        return f"q, k, cos and sin must be on one device, got {devices}."
+    return None
 
 
 def rope(
@@ -290,7 +292,8 @@ def rope(
     gradient, take `rope_reference`. Raises ValueError for wrong shapes, an odd R, R > D, integer
     tensors, or several devices. Paper: Su et al., "RoFormer", arXiv:2104.09864.
     """
-    _check(q, k, cos, sin)
+    if (problem := why_not(q, k, cos, sin)) is not None:
+        raise ValueError(f"rope: {problem}")
     options = interleaved, half_table, inverse, keep_dtype
     if (
         torch.float64 in (q.dtype, k.dtype, cos.dtype)

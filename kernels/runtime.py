@@ -126,7 +126,7 @@ def register_op(schema: str, launch: Callable, fake: Callable) -> Callable:
     op = getattr(torch.ops.liger_trainer, name).default
 
     def call(first, *args):
-        if torch.compiler.is_compiling() or type(first) not in _PLAIN:
+        if torch.compiler.is_compiling() or type(first) not in PLAIN:
             return op(first, *args)
         return launch_on_device(first, *args)
 
@@ -134,7 +134,7 @@ def register_op(schema: str, launch: Callable, fake: Callable) -> Callable:
     return call
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)  # subclasses (fake tensors) need the dispatcher
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # subclasses (fake tensors) need the dispatcher
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -25,11 +25,17 @@ class Swapped:
 
     def __reduce_ex__(self, protocol):
         _, _, *rest = super().__reduce_ex__(protocol)
-        return _new_instance, (self._liger_base, self._liger_mixin, *self._liger_key), *rest
+        cls, swaps = type(self), []
+        while "_liger_base" in vars(cls):
+            swaps.append((cls._liger_mixin, *cls._liger_key))
+            cls = cls._liger_base
+        return _new_instance, (cls, *reversed(swaps)), *rest
 
 
-def _new_instance(base: type, mixin: type, *key):
-    cls = swapped_class(base, mixin, *key)
+def _new_instance(cls: type, *swaps: tuple):
+    """An empty instance of `cls` with the swaps (mixin, *key) made one after the other."""
+    for swap_ in swaps:
+        cls = swapped_class(cls, *swap_)
     return cls.__new__(cls)
 
 

@@ -46,7 +46,7 @@ FAMILIES = {
 def tiny_model(family: str, device: str = "cpu", **changes) -> torch.nn.Module:
     """A model in training mode whose every parameter is random (norm weights too), no dropout."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**_SMALL, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**_SMALL, **FAMILIES.get(family, {}), **changes})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

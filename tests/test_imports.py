@@ -11,24 +11,25 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
     ["kernels", "report", "config"],
-    ["probe", "head_state", "deferred", "swap"],
-    ["logits"],
-    ["token_scores"],
+    ["probe", "swap"],
+    ["deferred"],
     ["rules"],
     ["injection", "hook", "fused_head", "trl_checks", "trl_overrides"],
     ["trainer", "trl"],
     ["stock"],
     ["runs"],
+    ["commands"],
     ["cli"],
 ]
 # Within `runs`, likewise.
 RUNS_LAYERS = [
-    ["judge"],
-    ["loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
+    ["judge", "errors", "secrets", "parse", "packages", "signals", "health", "rows"],
+    ["checkpoints", "loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
     ["collate", "html", "load", "preference", "rewards", "summary"],
     ["data"],
     ["recipe"],
-    ["build", "folder", "plan"],
+    ["build", "compare", "plan"],
+    ["checks", "folder"],
     ["run"],
 ]
 LEAVES = ["report", "config"]

@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from liger_trainer import LigerTrainer, disable, enable
+from liger_trainer.deferred.logits import DeferredLogits
 from liger_trainer.injection import is_injected
 from liger_trainer.kernels import operands
-from liger_trainer.logits import DeferredLogits
 
 pytestmark = pytest.mark.usefixtures("every_size")
 

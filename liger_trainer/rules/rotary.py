@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FunctionType
 
 import torch
 from torch import nn
 
 from liger_trainer import probe
-from liger_trainer.kernels.rope import MIN_ELEMENTS, rope
-from liger_trainer.kernels.runtime import pays
+from liger_trainer.kernels.rope import MIN_ELEMENTS, rope, why_not
+from liger_trainer.kernels.runtime import PLAIN, pays
 from liger_trainer.report import Row
 from liger_trainer.rules.finding import SWITCHED_OFF, Finding, Search
 from liger_trainer.swap import Swapped, rebind, referenced_globals
@@ -42,32 +42,52 @@ _FORMS = tuple(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class RotaryCall:
+    """How a rotary function takes q, k, cos and sin, and the dimension of the heads."""
+
+    names: tuple[str, ...]  # of all its parameters
+    tensors: tuple[str, ...]  # those of q, k, cos and sin
+    dim: str | None  # that of the dimension that the heads have in q and k
+    dims: tuple[int, ...] = (1,)  # values of it for which equality is proven, its default first
+
+
 class FusedRotary(Swapped):
     """Keeps the module's forward, with its rotary function replaced by the kernel."""
 
     @classmethod
-    def namespace(cls, base: type, function: Callable, form: RotaryForm) -> dict[str, object]:
-        return {"forward": rebind(base.forward, function, fused_rotary(function, form))}
+    def namespace(cls, base: type, function: Callable, call: RotaryCall, form: RotaryForm) -> dict:
+        return {"forward": rebind(base.forward, function, fused_rotary(function, call, form))}
 
 
 @functools.cache
-def fused_rotary(original: Callable, form: RotaryForm) -> Callable:
-    """A function with `original`'s signature that runs the kernel.
+def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Callable:
+    """Return a function with `original`'s signature that runs the kernel.
 
-    It calls `original` for inputs that are too small for the kernel to pay, and for arguments other
-    than q, k, cos, sin and the heads' dimension.
+    It calls `original` for inputs that are too small for the kernel to pay, for tensors that the
+    kernel does not take, and for arguments other than those that the kernel was proven with.
     """
     options = dataclasses.asdict(form)
 
     @functools.wraps(original)
-    def apply_rotary(q, k, cos, sin, *args, unsqueeze_dim=1, **kwargs):
-        usual = not (args or kwargs) and unsqueeze_dim in (1, 2) and q.dim() == 4 == cos.dim() + 1
-        if not (usual and pays(q, MIN_ELEMENTS)):
-            return original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
-        if unsqueeze_dim == 1:
-            return rope(q, k, cos, sin, **options)
-        q, k = rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, **options)
-        return q.transpose(1, 2), k.transpose(1, 2)
+    def apply_rotary(*args, **kwargs):
+        given = {**dict(zip(call.names, args, strict=False)), **kwargs}
+        q, k, cos, sin = map(given.get, call.tensors)
+        heads = given.get(call.dim, call.dims[0])
+        if (
+            len(given) != len(args) + len(kwargs)  # a parameter twice, or too many
+            or len(given) != 4 + (call.dim in given)
+            or heads not in call.dims
+            or not all(type(t) in PLAIN for t in (q, k, cos, sin))
+            or not pays(q, MIN_ELEMENTS)
+        ):
+            return original(*args, **kwargs)
+        if heads == 2 and q.dim() == k.dim() == 4:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if why_not(q, k, cos, sin) is not None:
+            return original(*args, **kwargs)
+        q, k = rope(q, k, cos, sin, **options)
+        return (q, k) if heads == 1 else (q.transpose(1, 2), k.transpose(1, 2))
 
     return apply_rotary
 
@@ -82,8 +102,11 @@ def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
     form, verdict = search.once(("rope", function, str(device)), lambda: identify(function, device))
     if form is None:
         return Finding(Row(site, "rope", False, verdict.reason, verdict.max_error))
+    call = search.once(
+        ("rope call", function, str(device)), lambda: proven_call(function, form, device)
+    )
     row = Row(site, "rope", True, describe(form), verdict.max_error)
-    return Finding(row, module, FusedRotary, (function, form))
+    return Finding(row, module, FusedRotary, (function, call, form))
 
 
 def describe(form: RotaryForm) -> str:
@@ -102,27 +125,43 @@ def describe(form: RotaryForm) -> str:
 
 @functools.cache
 def _rotary_function(cls: type) -> Callable | None:
-    """The global that `cls.forward` calls and whose parameters start with q, k, cos, sin."""
+    """The global that `cls.forward` calls on two states and two tables, cosine and sine."""
     forward = getattr(cls, "forward", None)
     if not isinstance(forward, FunctionType):
         return None
-    for candidate in referenced_globals(forward):
-        if isinstance(candidate, FunctionType):
-            names = list(inspect.signature(candidate).parameters)
-            if names[:4] == ["q", "k", "cos", "sin"]:
-                return candidate
-    return None
+    functions = (f for f in referenced_globals(forward) if isinstance(f, FunctionType))
+    return next((f for f in functions if _call_of(f) is not None), None)
+
+
+@functools.cache
+def _call_of(function: FunctionType) -> RotaryCall | None:
+    """How `function` is called, if it is a function of (two states, cosine, sine, options)."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
+        return None
+    names = tuple(p.name for p in parameters)
+    cos = next((n for n in names if "cos" in n), None)
+    sin = next((n for n in names if "sin" in n and "cos" not in n), None)  # cosine has both
+    states = [n for n in names if n not in (cos, sin)][:2]
+    tensors = (*states, cos, sin)
+    if len(set(tensors) - {None}) != 4 or set(names[:4]) != set(tensors):
+        return None
+    options = [p for p in parameters if p.name not in tensors]
+    if any(p.default is p.empty for p in options):
+        return None
+    dim = next((p for p in options if type(p.default) is int and p.default in (1, 2)), None)
+    if dim is None:
+        return RotaryCall(names, tensors, None)
+    return RotaryCall(names, tensors, dim.name, (dim.default,))
 
 
 def identify(function: Callable, device: torch.device) -> tuple[RotaryForm | None, probe.Verdict]:
-    """The form that equals `function`, for full and, where it takes that, partial rotation."""
-    partial = _accepts_partial(function, device)
+    """Return the form that equals `function`, for full and, if it takes that, partial rotation."""
+    call = _call_of(function)
     found, nearest = [], None
+    cases = _cases(device, call.dims[0], _accepts_partial(function, device))
     for form in _FORMS:
-        candidate = functools.partial(rope, **dataclasses.asdict(form))
-        verdict = probe.compare(
-            lambda q, k, cos, sin: function(q, k, cos, sin), candidate, _cases(device, partial)
-        )
+        verdict = _compare(function, call, form, call.dims[0], cases)
         if verdict.equal:
             found.append((form, verdict))
         elif nearest is None or (verdict.max_error or 9e9) < (nearest.max_error or 9e9):
@@ -133,31 +172,62 @@ def identify(function: Callable, device: torch.device) -> tuple[RotaryForm | Non
     return None, dataclasses.replace(nearest, reason=reason)
 
 
+def proven_call(function: Callable, form: RotaryForm, device: torch.device) -> RotaryCall:
+    """How `function` may be called where it equals `form`: with which dimension of the heads."""
+    call = _call_of(function)
+    if call.dim is None:
+        return call
+    other = 3 - call.dims[0]
+    cases = _cases(device, other, _accepts_partial(function, device))
+    equal = _compare(function, call, form, other, cases).equal
+    return dataclasses.replace(call, dims=(*call.dims, other) if equal else call.dims)
+
+
+def _compare(function, call, form, heads: int, cases: list[probe.Case]) -> probe.Verdict:
+    def original(*tensors):
+        option = {} if call.dim is None else {call.dim: heads}
+        return function(**dict(zip(call.tensors, tensors, strict=True)), **option)
+
+    def candidate(q, k, cos, sin):
+        q, k = (t if heads == 1 else t.transpose(1, 2) for t in (q, k))
+        rotated = rope(q, k, cos, sin, **dataclasses.asdict(form))
+        return rotated if heads == 1 else tuple(t.transpose(1, 2) for t in rotated)
+
+    return probe.compare(original, candidate, iter(cases))
+
+
 def _accepts_partial(function: Callable, device: torch.device) -> bool:
-    case = next(_cases(device, partial=True, only_partial=True))
+    call = _call_of(function)
+    q, k, cos, sin = _cases(device, call.dims[0], True)[0].inputs
+    rotated = q.shape[-1] // 2
+    tensors = (q, k, cos[..., :rotated], sin[..., :rotated])
     try:
-        function(*case.inputs)
+        function(**dict(zip(call.tensors, tensors, strict=True)))
     except (RuntimeError, ValueError, IndexError):  # shapes that do not broadcast
         return False
     return True
 
 
-def _cases(device: torch.device, partial: bool, only_partial: bool = False) -> Iterator[probe.Case]:
-    """Grouped heads, a table per sample, table columns that differ in both halves."""
-    batch, heads, kv_heads, length, width = 2, 4, 2, 5, 16
-    widths = [width // 2] if only_partial else [width, width // 2] if partial else [width]
+def _cases(device: torch.device, heads: int, partial: bool) -> list[probe.Case]:
+    """Grouped heads, a table per sample or for all, columns that differ in both halves."""
+    width = 16
+    widths = [width, width // 2] if partial else [width]
     dtypes = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
-    for rotated in widths:
-        for dtype, table_dtype in dtypes:
-            for scale in probe.SCALES:
-                q, k = (
-                    probe.draw((batch, length, n, width), scale, device, n).to(dtype)
-                    for n in (heads, kv_heads)
-                )
-                cos, sin = (
-                    probe.draw((batch, length, rotated), 1.0, device, 7 + i).to(table_dtype)
-                    for i in range(2)
-                )
-                q, k = (t.transpose(1, 2).requires_grad_() for t in (q, k))
-                label = f"{dtype} states of size {scale:g}, {table_dtype} table"
-                yield probe.Case((q, k, cos, sin), label)
+    shapes = [(2, 5, 2), (2, 1, 1), (3, 33, 1)]  # batch, length, tables
+    return [
+        _case(device, shape, heads, width, rotated, scale, dtype, table_dtype)
+        for rotated in widths
+        for dtype, table_dtype in dtypes
+        for scale, shape in zip(probe.SCALES, shapes, strict=True)
+    ]
+
+
+def _case(device, shape, heads, width, rotated, scale, dtype, table_dtype) -> probe.Case:
+    batch, length, tables = shape
+    q, k = (probe.draw((batch, length, n, width), scale, device, n).to(dtype) for n in (4, 2))
+    cos, sin = (
+        probe.draw((tables, length, rotated), 1.0, device, 7 + i).to(table_dtype) for i in range(2)
+    )
+    q, k = (t.transpose(1, 2) if heads == 1 else t for t in (q, k))
+    label = f"{dtype} states of size {scale:g}, {table_dtype} table"
+    return probe.Case((q.requires_grad_(), k.requires_grad_(), cos, sin), label)

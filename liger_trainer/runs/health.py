@@ -1,0 +1,58 @@
+"""Noticing that training has diverged: weights or losses that are NaN or infinite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import TrainerCallback
+
+
+class Health(TrainerCallback):
+    """Ends training once the weights are not finite, and remembers losses that were not.
+
+    The weights are looked at when a logged loss or gradient norm is not finite, and before every
+    save. (A gradient alone may be infinite: a scaler of fp16 skips such steps.)
+    """
+
+    def __init__(self):
+        self.diverged: int | None = None  # the step after which the weights were not finite
+        self.bad_losses: list[int] = []  # steps
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        logs = logs or {}
+        if not _finite(logs.get("loss")) or not _finite(logs.get("eval_loss")):
+            self.bad_losses.append(state.global_step)
+        elif _finite(logs.get("grad_norm")):
+            return control
+        if not self.check(model, args, state.global_step):
+            control.should_training_stop = True
+            control.should_evaluate = control.should_save = False
+        return control
+
+    def check(self, model, args, step: int) -> bool:
+        """Whether the trainable weights of all processes are finite."""
+        if self.diverged is not None:
+            return False
+        found = torch.tensor(float(not weights_are_finite(model)), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        if found:
+            self.diverged = step
+        return not found
+
+
+def weights_are_finite(model) -> bool:
+    """Whether this process's part of the trainable weights is finite."""
+    flags = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            part = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3 keeps a shard there
+            part = part.to_local() if hasattr(part, "to_local") else part
+            flags.append(torch.isfinite(part).all())
+    by_device = {flag.device: [f for f in flags if f.device == flag.device] for flag in flags}
+    return all(bool(torch.stack(same).all()) for same in by_device.values())
+
+
+def _finite(value) -> bool:
+    return value is None or math.isfinite(float(value))

@@ -1,0 +1,172 @@
+"""A swapped rotary function, called in every way that the original can be."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from families import batch, tiny_model
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
+from transformers.models.llama.modeling_llama import rotate_half
+
+from liger_trainer import inject
+from liger_trainer.report import InjectionReport
+
+pytestmark = pytest.mark.usefixtures("every_size")
+
+CALLS = []
+
+
+def other_names(query, key, cosine, sine, dim=1):
+    return llama_rotary(query, key, cosine, sine, dim)
+
+
+def tables_first(cos, sin, q, k):
+    return llama_rotary(q, k, cos, sin)
+
+
+def heads_after_length(q, k, cos, sin, unsqueeze_dim=2):
+    return llama_rotary(q, k, cos, sin, unsqueeze_dim)
+
+
+def queries_alone(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
+    if k is None:
+        return llama_rotary(q, q, cos, sin, unsqueeze_dim)[0]
+    return llama_rotary(q, k, cos, sin, unsqueeze_dim)
+
+
+def with_positions(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    if position_ids is not None:
+        cos, sin = cos[:, position_ids], sin[:, position_ids]
+    return llama_rotary(q, k, cos, sin, unsqueeze_dim)
+
+
+def only_heads_first(q, k, cos, sin, unsqueeze_dim=1):
+    if unsqueeze_dim == 2:
+        return q, k
+    return llama_rotary(q, k, cos, sin)
+
+
+def rotates_nothing(q, k, cos, sin):
+    return rotate_half(q), k
+
+
+def attention(function) -> tuple[nn.Module, InjectionReport]:
+    """A swapped module that calls `function` as it is called; CALLS counts the original's calls."""
+    scope = {"rotary": counted(function)}
+    exec("def forward(self, *args, **kwargs):\n    return rotary(*args, **kwargs)", scope)
+    cls = type("Attention", (nn.Module,), {"forward": scope["forward"]})
+    model = nn.Sequential(cls())
+    report = inject(model)
+    CALLS.clear()
+    return model[0], report
+
+
+def counted(function):
+    @functools.wraps(function)
+    def counting(*args, **kwargs):
+        CALLS.append(function)
+        return function(*args, **kwargs)
+
+    return counting
+
+
+def states(heads=1, length=5):
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, length, n, 16) for n in (4, 2))
+    cos, sin = torch.randn(2, length, 16), torch.randn(2, length, 16)
+    if heads == 1:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    return q, k, cos, sin
+
+
+q, k, cos, sin = states()
+q2, k2, _, _ = states(heads=2)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs", "fused"),
+    [
+        (llama_rotary, (q, k, cos, sin), {}, True),
+        (llama_rotary, (q, k, cos, sin, 1), {}, True),
+        (llama_rotary, (q2, k2, cos, sin, 2), {}, True),
+        (llama_rotary, (q2, k2, cos, sin), {"unsqueeze_dim": 2}, True),
+        (llama_rotary, (q, k), {"sin": sin, "cos": cos}, True),
+        (llama_rotary, (), {"k": k, "q": q, "sin": sin, "cos": cos}, True),
+        (llama_rotary, (q, k, cos, sin), {"unsqueeze_dim": -3}, False),
+        (llama_rotary, (q[0], k[0], cos[:1], sin[:1]), {}, False),
+        (llama_rotary, (q[:, :, :1], k[:, :, :1], cos, sin), {}, False),  # a broadcast over length
+        (other_names, (q, k, cos, sin), {}, True),
+        (other_names, (q2, k2), {"sine": sin, "cosine": cos, "dim": 2}, True),
+        (tables_first, (cos, sin, q, k), {}, True),
+        (heads_after_length, (q2, k2, cos, sin), {}, True),
+        (heads_after_length, (q, k, cos, sin, 1), {}, True),
+        (queries_alone, (q,), {"cos": cos, "sin": sin}, False),
+        (queries_alone, (q, None, cos, sin), {}, False),
+        (queries_alone, (q, k), {"cos": cos, "sin": sin}, True),
+        (with_positions, (q, k, cos, sin), {}, True),
+        (with_positions, (q, k, cos, sin, torch.arange(5).flip(0)), {}, False),
+        (with_positions, (q, k, cos, sin), {"position_ids": torch.arange(5).flip(0)}, False),
+        (with_positions, (q2, k2, cos, sin, None, 2), {}, False),
+        (only_heads_first, (q, k, cos, sin), {}, True),
+        (only_heads_first, (q, k, cos, sin, 2), {}, False),
+    ],
+)
+def test_every_call_gives_what_the_original_gives(function, args, kwargs, fused):
+    module, report = attention(function)
+    assert report.coverage["rope"] == (1, 1)
+    expected, got = function(*args, **kwargs), module(*args, **kwargs)
+    assert (not CALLS) == fused
+    assert isinstance(got, tuple) == isinstance(expected, tuple)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [((q, k, cos), {}), ((q, k, cos, sin, 1, 1), {}), ((q, k, cos, sin), {"q": q}),
+     ((q, k, cos, sin), {"scale": 2})],
+)  # fmt: skip
+def test_a_wrong_call_raises_as_the_original_does(args, kwargs):
+    module, _ = attention(llama_rotary)
+    with pytest.raises(TypeError, match="apply_rotary_pos_emb"):
+        module(*args, **kwargs)
+
+
+def test_a_function_that_rotates_nothing_is_refused():
+    _, report = attention(rotates_nothing)
+    assert report.coverage["rope"] == (0, 1)
+
+
+INDEXED = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "indexed_attention"],
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "hc_lowrank": 8,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+
+
+def test_a_model_that_rotates_queries_alone_trains():
+    """Its indexer leaves the keys out."""
+    model = tiny_model("qwen4_exp_text", **INDEXED)
+    plain = copy.deepcopy(model)
+    assert inject(model).coverage["rope"] == (2, 2)
+    losses = [each(**batch()).loss for each in (model, plain)]
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for (name, p), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(p.grad, expected.grad, rtol=1e-4, atol=1e-6, msg=name)
