@@ -23,7 +23,7 @@ LAYERS = [
 ]
 # Within `runs`, likewise.
 RUNS_LAYERS = [
-    ["errors", "secrets", "parse", "packages", "signals", "health", "rows"],
+    ["judge", "errors", "secrets", "parse", "packages", "signals", "health", "rows"],
     ["checkpoints", "loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
     ["collate", "html", "load", "preference", "rewards", "summary"],
     ["data"],
@@ -88,6 +88,16 @@ def test_imports_within_runs_point_down(path):
     below = {name.removeprefix(prefix).split(".")[0] for name in imports(path) if prefix in name}
     for imported in below:
         assert layer(imported, RUNS_LAYERS) <= layer(path.stem, RUNS_LAYERS), imported
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "liger_trainer/runs/judge").glob("*.py")), ids=lambda p: p.name
+)
+def test_what_runs_inside_the_sandbox_imports_the_standard_library_alone(path):
+    """Nothing else is there."""
+    for name in imports(path):
+        own = name.startswith("liger_trainer.runs.judge")
+        assert own or name.split(".")[0] in sys.stdlib_module_names, name
 
 
 def test_there_is_no_package_at_the_root_that_shadows_another():

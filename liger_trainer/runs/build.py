@@ -13,7 +13,7 @@ from liger_trainer.runs.data import Prepared, prepare
 from liger_trainer.runs.load import load_model, load_tokenizer
 from liger_trainer.runs.methods import trainer_class
 from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.rewards import columns_of
+from liger_trainer.runs.rewards import check_rows, columns_of, guarded
 from liger_trainer.runs.throughput import Progress, Throughput, count_tokens
 
 
@@ -33,6 +33,8 @@ def build_trainer(recipe: Recipe, args):
             examples=recipe.kind.examples,
             needed=columns_of(rewards),
         )
+    for rows, what in ((prepared.train, "training"), (prepared.eval, "held-out")):
+        check_rows(rewards, rows or (), what)
     for note in prepared.notes if args.process_index == 0 else ():
         print(f"data: {note}", flush=True)
     transformers.set_seed(args.seed)
@@ -76,7 +78,7 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     """
     for conflict in generations_conflict(args) if prepared.eval is not None else ():
         raise ValueError(conflict)
-    given = {"reward_funcs": rewards} if rewards else {}
+    given = {"reward_funcs": [guarded(reward) for reward in rewards]} if rewards else {}
     peft_config = recipe.peft_config()
     precomputed = getattr(args, "precompute_ref_log_probs", False)
     # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so there TRL

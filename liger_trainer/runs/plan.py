@@ -54,7 +54,7 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 def conflicts(recipe: Recipe) -> list[str]:
     """What would fail or surprise, one sentence each, as far as the recipe alone shows it."""
-    return [*_training_conflicts(recipe), *_data_conflicts(recipe)]
+    return [*_training_conflicts(recipe), *_data_conflicts(recipe), *_reward_conflicts(recipe)]
 
 
 def model_conflicts(recipe: Recipe) -> list[str]:
@@ -111,6 +111,15 @@ def _data_conflicts(recipe: Recipe) -> list[str]:
                     "data.eval_split or data.eval_path"
                 )
     return found
+
+
+def _reward_conflicts(recipe: Recipe) -> list[str]:
+    try:
+        if recipe.reward is not None:
+            recipe.reward.load()
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _set_fields(section: Any) -> dict[str, Any]:
