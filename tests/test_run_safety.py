@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from liger_trainer import cli
-from liger_trainer.runs import checkpoints
+from liger_trainer.runs import checkpoints, html
 from liger_trainer.runs import folder as run_folder
 from liger_trainer.runs.recipe import load_recipe
 
@@ -51,6 +51,12 @@ def original(tmp_path_factory):
         patch.chdir(folder)
         assert train(path) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """They would take as long as the runs."""
+    monkeypatch.setattr(html, "plots", lambda log: [])
 
 
 @pytest.fixture
@@ -148,10 +154,12 @@ def test_two_runs_do_not_share_a_folder(finished, capsys):
 
 
 def test_the_lock_ends_with_the_process(finished):
-    code = "import filelock, time; filelock.FileLock('out/.lock').acquire(); print(1, flush=True)"
-    with subprocess.Popen(
-        [sys.executable, "-c", f"{code}; time.sleep(60)"], stdout=subprocess.PIPE
-    ) as holder:
+    code = (
+        "import filelock, time; lock = filelock.FileLock('out/.lock'); lock.acquire(); "
+        "print(1, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         with pytest.raises(ValueError, match="a run is at work"):
             run_folder.held(load_recipe("recipe.yaml"), overwrite=True).__enter__()
@@ -398,12 +406,9 @@ def test_secrets_reach_no_file_and_no_terminal(original, finished, capsys):
     assert train("recipe.yaml", *overrides, f"model.token=[{SECRET}]") == 2
     printed = "".join(capsys.readouterr())
     assert "token: '***'" in printed
-    texts = [
-        printed,
-        *((original / "out" / name).read_text() for name in ("run.json", "report.html")),
-    ]
+    written = [(original / "out" / name).read_text() for name in ("run.json", "report.html")]
     for secret in (SECRET, "pa55word"):
-        assert not any(secret in text for text in texts)
+        assert not any(secret in text for text in [printed, *written])
     assert SECRET.encode() not in (original / "out" / "training_args.bin").read_bytes()
 
 

@@ -10,7 +10,7 @@ from liger_trainer.runs.recipe import Recipe, defaults
 # Values that change neither the model that comes out nor the order of what is drawn at random. The
 # data's place is among them: its contents are compared, when they are there.
 _HARMLESS = {
-    "data": {"path", "eval_path", "num_proc"},
+    "data": {"path", "eval_path", "num_proc", "samples"},
     "model": {"token", "cache_dir", "local_files_only", "offload_folder"},
     "training": {
         "dataloader_num_workers",

@@ -14,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 
 from liger_trainer.runs import folder as run_folder
+from liger_trainer.runs.adapters import location
 from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves
 from liger_trainer.runs.checks import require
@@ -22,6 +23,7 @@ from liger_trainer.runs.folder import RunFolder
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.html import write_report
 from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.samples import complete, samples_of
 from liger_trainer.runs.signals import StopOnSignal
 from liger_trainer.runs.summary import machine, summarize
 from liger_trainer.runs.throughput import peak_memory_gib
@@ -181,13 +183,40 @@ class _Run:
         )
         if hasattr(trainer, "create_model_card"):  # TRL's overwrites README.md with every save
             trainer.create_model_card = lambda *_, **__: None
+        earlier = self.folder.earlier if self.folder is not None and self.folder.resumes else {}
+        self.samples = earlier.get("samples") or self._begin_samples()
         if self.folder is not None:
             self.folder.facts |= {
+                "samples": self.samples,
+                "base": location(self.recipe.model),
                 "command": self.command,
                 "data": self.prepared.digest,
                 "engine": engine,
                 "processes": args.world_size,
             }
+
+    def _begin_samples(self) -> list[dict[str, str]]:
+        """What the model writes before training, for the report, where one process can tell."""
+        trainer, count = self.trainer, self.recipe.data.samples
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if self.folder is None or self.prepared.eval is None or not count or sharded:
+            return []
+        if self.facts.checkpoint is not None:
+            return []
+        found = samples_of(self.prepared.eval, trainer.processing_class, count)
+        return [
+            {
+                "prompt": s.prompt,
+                "expected": s.expected,
+                "ids": s.ids,
+                "before": self._complete(s.ids),
+            }
+            for s in found
+        ]
+
+    def _complete(self, ids: list[int]) -> str:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return complete(model, self.trainer.processing_class, ids)
 
     def _train(self) -> None:
         trainer = self.trainer
@@ -225,11 +254,12 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Evaluates the model as it is, unless that was just done; a signal ends it."""
-        if self.prepared.eval is None or _evaluated_now(self.trainer.state):
-            return
         try:
             self.stop.interrupt_at_once()
-            self.trainer.evaluate()
+            if self.prepared.eval is not None and not _evaluated_now(self.trainer.state):
+                self.trainer.evaluate()
+            for sample in self.samples:
+                sample["after"] = self._complete(sample["ids"])
         except KeyboardInterrupt:
             self._say(["The final evaluation was interrupted; the trained model is saved."])
 
@@ -288,6 +318,7 @@ class _Run:
             injection=injection and {"table": injection.table(), **json.loads(injection.to_json())},
             recipe=self.recipe.shown,
             machine=machine(),
+            samples=self.samples,
             notes=[
                 f"{len(prepared.train)} training rows ({prepared.kind})",
                 *prepared.notes,
