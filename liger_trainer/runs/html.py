@@ -160,5 +160,8 @@ def _table(columns: list[str], rows: list[list[Any]], kind: str = "") -> str:
     body = ""
     for row in rows:
         cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in row)
-        body += f"<tr class=no>{cells}</tr>" if "no" in row else f"<tr>{cells}</tr>"
-    return f'<div class="box {kind}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        body += f"<tr class=no>{cells}</tr>" if "no" in row and not kind else f"<tr>{cells}</tr>"
+    return (
+        f'<div class="box {kind}"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )

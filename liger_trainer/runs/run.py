@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -199,20 +199,13 @@ class _Run:
         """What the model writes before training, for the report, where one process can tell."""
         trainer, count = self.trainer, self.recipe.data.samples
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        sharded |= getattr(trainer.model, "_tp_size", None) is not None
         if self.folder is None or self.prepared.eval is None or not count or sharded:
             return []
         if self.facts.checkpoint is not None:
             return []
         found = samples_of(self.prepared.eval, trainer.processing_class, count)
-        return [
-            {
-                "prompt": s.prompt,
-                "expected": s.expected,
-                "ids": s.ids,
-                "before": self._complete(s.ids),
-            }
-            for s in found
-        ]
+        return [{**asdict(sample), "before": self._complete(sample.ids)} for sample in found]
 
     def _complete(self, ids: list[int]) -> str:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)

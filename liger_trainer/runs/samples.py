@@ -75,10 +75,9 @@ def _tokenized(row: dict, tokenizer) -> Sample:
     labels, ids = row["labels"], row["input_ids"]
     first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
     last = next((i for i, v in enumerate(labels) if i > first and v == IGNORE_INDEX), len(ids))
-    texts = (
+    prompt, expected = (
         tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:first], ids[first:last])
     )
-    prompt, expected = texts
     return Sample(prompt, ids[:first], expected)
 
 

@@ -1,6 +1,6 @@
-"""What comes with the package below `recipes/`: recipes, configurations of accelerate, data. A leaf.
+"""What comes with the package: recipes, configurations of accelerate, data. A leaf.
 
-The folder lies inside the package in a wheel, beside it in a checkout.
+The folder `recipes` lies inside the package in a wheel, beside it in a checkout.
 """
 
 from __future__ import annotations
