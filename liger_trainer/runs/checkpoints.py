@@ -30,9 +30,9 @@ SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 def begin(checkpoint: Path, run: str) -> None:
     """Marks a folder as that of `run`, not complete."""
+    remove(checkpoint)  # what an earlier save has left
     checkpoint.mkdir(parents=True, exist_ok=True)
     write_whole(checkpoint / _BEGUN, json.dumps({"run": run}))
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
 
 
 def complete(checkpoint: Path, run: str, **facts: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -47,7 +48,7 @@ def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = Fals
         before: the shown values of the earlier recipe.
         resuming: whether a run may become longer or shorter.
     """
-    now, found = recipe.shown, []
+    now, found = json.loads(json.dumps(recipe.shown)), []  # as the earlier one was written
     if before.get("method") != now["method"]:
         return [f"method: {before.get('method')} -> {now['method']}"]
     for section in ("model", "data", "training", "peft", "reward"):

@@ -47,6 +47,7 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
     if record["state"] != "finished":
         raise ValueError(f"the run in {path} is {record['state']}, not finished")
     values = {section: _known(keys) for section, keys in record["recipe"].items()}
+    values["training"]["output_dir"] = str(path)
     return FinishedRun(path, record, recipe_of(values, path / "run.yaml", overrides))
 
 

@@ -148,19 +148,12 @@ def refusal(
     if path.exists() and not path.is_dir():
         return f"training.output_dir: {path} is a file"
     source = recipe.model.name_or_path
-    if (
-        recipe.model.package is None
-        and Path(source).is_dir()
-        and path.resolve()
-        in (
-            Path(source).resolve(),
-            *Path(source).resolve().parents,
-        )
-    ):
-        return (
-            f"training.output_dir: {path} holds the model that is to be trained; choose another "
-            "training.output_dir"
-        )
+    if recipe.model.package is None and path.is_dir() and os.path.exists(source):
+        if path.samefile(source):
+            return (
+                f"training.output_dir: {path} holds the model that is to be trained; choose "
+                "another training.output_dir"
+            )
     earlier = read(path)
     if resume and earlier is None:
         return f"--resume: there is no run in {path}; leave the option away to start one"

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 from liger_trainer.runs import folder as run_folder
 from liger_trainer.runs.adapters import location
@@ -143,6 +145,9 @@ class _Run:
 
     def go(self) -> RunResult:
         self._say(self.folder.notes if self.folder else ())
+        if self.folder is None:
+            datasets.disable_progress_bars()
+            disable_progress_bar()
         self.trainer, self.prepared = build_trainer(self.recipe, self.args)
         self._prepare()
         with self.stop.watching():
@@ -175,6 +180,7 @@ class _Run:
         args.eval_on_start = bool(first and self.prepared.eval and facts.checkpoint is None)
         for callback in (_Start(self.folder, facts), self.health, self.stop):
             trainer.add_callback(callback)
+        self.health.watch(trainer)
         guard_saves(
             trainer,
             facts.run,
@@ -258,12 +264,15 @@ class _Run:
 
     def _finish(self, interrupted: bool) -> RunResult:
         state, report = self.trainer.state, None
-        summary = summarize(state.log_history) | {
+        peaks = gather_object([round(peak_memory_gib(), 3)])
+        summary = summarize(state.log_history)
+        summary |= {
             "steps": state.global_step,
             "minutes": (time.perf_counter() - self.started) / 60,
             "engine": self.trainer.accelerator.distributed_type.value,
             "processes": self.args.world_size,
-            "peak_memory_gib_by_process": gather_object([round(peak_memory_gib(), 3)]),
+            "peak_memory_gib": max(summary["peak_memory_gib"], *peaks),
+            "peak_memory_gib_by_process": peaks,
         }
         if self.folder is not None:
             self.folder.begin()
@@ -289,7 +298,7 @@ class _Run:
         if not steps:
             return []
         told = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
-        return [f"the loss was NaN or infinite in the log of step {told}; the weights are finite"]
+        return [f"a loss was NaN or infinite, logged at step {told}; the weights are finite"]
 
     def _diverged(self) -> str:
         if self.folder is not None:
@@ -310,7 +319,12 @@ class _Run:
             log_history=self.trainer.state.log_history,
             injection=injection and {"table": injection.table(), **json.loads(injection.to_json())},
             recipe=self.recipe.shown,
-            machine=machine(),
+            machine=machine()
+            | {
+                "Engine": summary["engine"],
+                "Processes": summary["processes"],
+                "Peak memory by process": f"{summary['peak_memory_gib_by_process']} GiB",
+            },
             samples=self.samples,
             notes=[
                 f"{len(prepared.train)} training rows ({prepared.kind})",
