@@ -369,7 +369,7 @@ def test_a_full_disk_is_told_in_one_line_and_loses_no_checkpoint(finished, small
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert "checkpoint-4 could not be saved" in error
-    assert "checkpoint-2 is complete: make room and continue with --resume" in error
+    assert "checkpoint-2 is complete: continue with --resume" in error
     assert not (small_disk / "run" / "checkpoint-4").exists()
 
 

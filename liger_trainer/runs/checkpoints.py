@@ -91,6 +91,14 @@ def newest(folder: Path, run: str) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
+def what_is_left(folder: Path, run: str) -> str:
+    """A sentence about where a run that failed can go on."""
+    checkpoint, _ = newest(folder, run)
+    if checkpoint is None:
+        return "There is no complete checkpoint"
+    return f"{checkpoint.name} is complete: continue with --resume"
+
+
 def numbered(folder: Path) -> list[Path]:
     """The folders `checkpoint-<step>`, by step."""
     found = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
@@ -186,13 +194,8 @@ def rotate(folder: Path, run: str, limit: int | None, keep: str | None) -> None:
 
 def _lost(error: Exception, checkpoint: Path, run: str) -> str:
     remove(checkpoint)
-    before, _ = newest(checkpoint.parent, run)
-    left = (
-        f"{before.name} is complete: make room and continue with --resume"
-        if before
-        else "there is no earlier checkpoint"
-    )
-    return f"{checkpoint} could not be saved: {' '.join(str(error).split())}. {left}"
+    reason = " ".join(str(error).split())
+    return f"{checkpoint} could not be saved: {reason}. {what_is_left(checkpoint.parent, run)}"
 
 
 def _files(checkpoint: Path) -> list[Path]:

@@ -147,13 +147,12 @@ def refusal(
     path = recipe.output_dir
     if path.exists() and not path.is_dir():
         return f"training.output_dir: {path} is a file"
-    source = recipe.model.name_or_path
-    if recipe.model.package is None and path.is_dir() and os.path.exists(source):
-        if path.samefile(source):
-            return (
-                f"training.output_dir: {path} holds the model that is to be trained; choose "
-                "another training.output_dir"
-            )
+    source = recipe.model.name_or_path if recipe.model.package is None else None
+    if source and path.is_dir() and os.path.exists(source) and path.samefile(source):
+        return (
+            f"training.output_dir: {path} holds the model that is to be trained; choose another "
+            "training.output_dir"
+        )
     earlier = read(path)
     if resume and earlier is None:
         return f"--resume: there is no run in {path}; leave the option away to start one"

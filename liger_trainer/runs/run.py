@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from liger_trainer.runs import folder as run_folder
 from liger_trainer.runs.adapters import location
 from liger_trainer.runs.build import build_trainer
-from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves
+from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, what_is_left
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.errors import RunError, SaveError, ToldElsewhere
 from liger_trainer.runs.folder import RunFolder
@@ -245,8 +245,8 @@ class _Run:
         except SAVE_ERRORS as error:
             raise SaveError(
                 f"the model could not be saved in {self.recipe.output_dir}: "
-                f"{' '.join(str(error).split())}. Make room; if there is a checkpoint, --resume "
-                "goes on from it"
+                f"{' '.join(str(error).split())}. "
+                + what_is_left(self.recipe.output_dir, self.facts.run)
             ) from error
         finally:
             self.stop.saving(False)
@@ -305,9 +305,9 @@ class _Run:
             self.folder.begin()
             self.folder.write("diverged", files=self.folder.facts["files"])
         return (
-            f"the weights became NaN or infinite by step {self.health.diverged}; they are not "
-            f"saved. What {self.recipe.output_dir} held before is complete. Lower "
-            "training.learning_rate, or look for examples that give no finite loss"
+            f"the weights became NaN or infinite by step {self.health.diverged}, and are not saved. "
+            "Lower training.learning_rate, or look for examples that give no finite loss. "
+            + what_is_left(self.recipe.output_dir, self.facts.run)
         )
 
     def _report(self, path: Path, summary: dict[str, Any]) -> None:
