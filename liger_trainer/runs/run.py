@@ -305,8 +305,8 @@ class _Run:
             self.folder.begin()
             self.folder.write("diverged", files=self.folder.facts["files"])
         return (
-            f"the weights became NaN or infinite by step {self.health.diverged}, and are not saved. "
-            "Lower training.learning_rate, or look for examples that give no finite loss. "
+            f"the weights became NaN or infinite by step {self.health.diverged}, and are not "
+            "saved. Lower training.learning_rate, or look for examples that give no finite loss. "
             + what_is_left(self.recipe.output_dir, self.facts.run)
         )
 
