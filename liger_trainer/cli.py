@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The command line: `liger-trainer COMMAND`, one module of `liger_trainer.commands` for each."""
 
 from __future__ import annotations
@@ -6,10 +7,22 @@ import argparse
 import sys
 import traceback
 
-from liger_trainer.commands import inspect, train
+import liger_trainer
+from liger_trainer.commands import (
+    chat,
+    env,
+    evaluate,
+    generate,
+    inspect,
+    launch,
+    merge,
+    push,
+    recipes,
+    train,
+)
 from liger_trainer.runs.errors import RunError, ToldElsewhere
 
-COMMANDS = (train, inspect)
+COMMANDS = (train, launch, recipes, inspect, env, evaluate, generate, chat, merge, push)
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
@@ -20,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     130: interrupted.
     """
     parser = build_parser()
+    _complete(parser)
     options, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(options, "overrides") or any(w.startswith("-") for w in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -40,13 +54,34 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands. Each puts its `main` into the options."""
-    parser = argparse.ArgumentParser(prog="liger-trainer", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="liger-trainer",
+        description="Fine-tune a model by a recipe, and use what comes out.",
+        epilog="`liger-trainer COMMAND --help` has examples.",
+    )
+    version = f"%(prog)s {liger_trainer.__version__}"
+    parser.add_argument("--version", action="version", version=version)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add_to(commands, parents=[shared])
+        command.add_to(
+            commands,
+            parents=[shared],
+            description=command.main.__doc__,
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
     return parser
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer the shell, where it asks for completions and the optional package is there."""
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    argcomplete.autocomplete(parser)
 
 
 def _failed(error: Exception, code: int, options: argparse.Namespace) -> int:

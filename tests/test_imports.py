@@ -20,17 +20,20 @@ LAYERS = [
     ["runs"],
     ["commands"],
     ["cli"],
+    ["__main__"],
 ]
 # Within `runs`, likewise.
 RUNS_LAYERS = [
-    ["judge", "errors", "secrets", "parse", "packages", "signals", "health", "rows"],
+    ["adapters", "errors", "secrets", "parse", "packages", "signals", "health", "judge", "rows"],
+    ["shipped"],
     ["checkpoints", "loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
-    ["collate", "html", "load", "preference", "rewards", "summary"],
+    ["collate", "html", "load", "preference", "rewards", "samples", "summary"],
     ["data"],
     ["recipe"],
     ["build", "compare", "plan"],
     ["checks", "folder"],
-    ["run"],
+    ["finished", "run"],
+    ["card"],
 ]
 LEAVES = ["report", "config"]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))

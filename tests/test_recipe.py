@@ -8,7 +8,8 @@ import yaml
 from liger_trainer.runs import recipe as recipe_module
 from liger_trainer.runs.recipe import load_recipe
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if p.parent.name != "accelerate")
 MINIMAL = {"model": {"name_or_path": "m"}, "data": {"path": "d"}}
 
 

@@ -6,6 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
+EXAMPLES = """examples:
+  liger-trainer inspect Qwen/Qwen3-8B
+  liger-trainer inspect models/mine.gguf --json
+  liger-trainer inspect runs/mine --strict
+"""
+
 
 def add_to(commands, **shared) -> None:
     """Add the command's parser."""
@@ -22,7 +28,7 @@ def add_to(commands, **shared) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the report."""
+    """Print what would be swapped in a model, from its configuration alone."""
     from liger_trainer.runs.load import ModelArguments
     from liger_trainer.runs.plan import injection_plan
 

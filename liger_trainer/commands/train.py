@@ -16,10 +16,28 @@ if TYPE_CHECKING:
     from liger_trainer.runs.run import RunResult
 
 
+EXAMPLES = """examples:
+  liger-trainer train sft/smollm2-135m
+  liger-trainer train mine.yaml training.learning_rate=2e-5 data.path=train.jsonl
+  liger-trainer train mine.yaml --dry-run
+  liger-trainer train mine.yaml --resume
+  liger-trainer train mine.yaml --resume training.num_train_epochs=3
+"""
+
+
 def add_to(commands, **shared) -> None:
     """Add the command's parser."""
     parser = commands.add_parser("train", help="run a recipe", **shared)
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    add_arguments(parser)
+    parser.set_defaults(main=main)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that runs a recipe takes."""
+    recipe = parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file, or a name of `liger-trainer recipes`"
+    )
+    recipe.completer = _recipes
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="wins over the recipe's value"
     )
@@ -32,7 +50,16 @@ def add_to(commands, **shared) -> None:
         action="store_true",
         help="replace the run in the output folder, once the new one has begun to train",
     )
-    parser.set_defaults(main=main)
+
+
+def _recipes(prefix: str, **_) -> list[str]:
+    """For completion in the shell: names of recipes, and files."""
+    from glob import glob
+
+    from liger_trainer.runs.shipped import recipe_names
+
+    found = [*recipe_names(), *glob(f"{prefix}*.yaml"), *glob(f"{prefix}*/")]
+    return [name for name in found if name.startswith(prefix)]
 
 
 def main(options: argparse.Namespace) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
+from pathlib import Path
 
 import transformers
 from transformers import ProgressCallback
 
+from liger_trainer.runs.adapters import located
 from liger_trainer.runs.collate import Collator
 from liger_trainer.runs.data import Prepared, prepare
 from liger_trainer.runs.load import load_model, load_tokenizer
@@ -23,8 +26,7 @@ def build_trainer(recipe: Recipe, args):
     Raises ValueError for data and models that the method cannot train on.
     """
     seed = args.seed if args.data_seed is None else args.data_seed
-    tokenizer = load_tokenizer(recipe.model)
-    rewards = recipe.reward.load() if recipe.reward else []
+    tokenizer, rewards = load_tokenizer(recipe.model), load_rewards(recipe)
     with args.main_process_first(desc="data"):
         prepared = prepare(
             recipe.data,
@@ -44,6 +46,27 @@ def build_trainer(recipe: Recipe, args):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer, prepared
+
+
+def load_trained(recipe: Recipe, trained: Path):
+    """The trainer of a recipe, with the trained weights or adapter of a folder, and its data."""
+    trainer, prepared = build_trainer(recipe, recipe.training_arguments())
+    trainer._load_from_checkpoint(str(trained))
+    return trainer, prepared
+
+
+def load_rewards(recipe: Recipe) -> list:
+    """The reward functions; modules are also looked for beside the recipe and in the working
+    folder."""
+    if recipe.reward is None:
+        return []
+    places = [str(recipe.path.resolve().parent), os.getcwd()]
+    sys.path[:0] = places
+    try:
+        return recipe.reward.load()
+    finally:
+        for place in places:
+            sys.path.remove(place)
 
 
 def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: list):
@@ -72,8 +95,9 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
 
     TRL would load the reference by the policy's name alone: not possible for a GGUF file in a
     package, and silently another model where the recipe names a revision or changes the
-    configuration. So it is built as the policy is, unless nothing needs one: with an adapter the
-    reference is the model without it, and precomputed log-probabilities come from the policy before
+    configuration. So it is built as the policy is, unless nothing needs one: with a new adapter the
+    reference is the model without it, with one that is trained further TRL keeps a copy of it, and
+    precomputed log-probabilities come from the policy before
     its first step.
     """
     for conflict in generations_conflict(args) if prepared.eval is not None else ():
@@ -83,7 +107,8 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     precomputed = getattr(args, "precompute_ref_log_probs", False)
     # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so there TRL
     # wants a model of its own for them.
-    if recipe.kind.reference and peft_config is None and not (precomputed and not _sharded(args)):
+    adapted = peft_config is not None or located(recipe.model)[1] is not None
+    if recipe.kind.reference and not adapted and not (precomputed and not _sharded(args)):
         given["ref_model"] = load_model(recipe.model)
     try:
         trainer = trainer_class(recipe.method)(

@@ -30,9 +30,9 @@ SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 def begin(checkpoint: Path, run: str) -> None:
     """Marks a folder as that of `run`, not complete."""
+    remove(checkpoint)  # what an earlier save has left
     checkpoint.mkdir(parents=True, exist_ok=True)
     write_whole(checkpoint / _BEGUN, json.dumps({"run": run}))
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
 
 
 def complete(checkpoint: Path, run: str, **facts: Any) -> None:
@@ -89,6 +89,14 @@ def newest(folder: Path, run: str) -> tuple[Path | None, list[str]]:
             return checkpoint, passed
         passed.append(f"{checkpoint.name} is left aside: {reason}")
     return None, passed
+
+
+def what_is_left(folder: Path, run: str) -> str:
+    """A sentence about where a run that failed can go on."""
+    checkpoint, _ = newest(folder, run)
+    if checkpoint is None:
+        return "There is no complete checkpoint"
+    return f"{checkpoint.name} is complete: continue with --resume"
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -186,13 +194,8 @@ def rotate(folder: Path, run: str, limit: int | None, keep: str | None) -> None:
 
 def _lost(error: Exception, checkpoint: Path, run: str) -> str:
     remove(checkpoint)
-    before, _ = newest(checkpoint.parent, run)
-    left = (
-        f"{before.name} is complete: make room and continue with --resume"
-        if before
-        else "there is no earlier checkpoint"
-    )
-    return f"{checkpoint} could not be saved: {' '.join(str(error).split())}. {left}"
+    reason = " ".join(str(error).split())
+    return f"{checkpoint} could not be saved: {reason}. {what_is_left(checkpoint.parent, run)}"
 
 
 def _files(checkpoint: Path) -> list[Path]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from liger_trainer.runs.build import generations_conflict
+from liger_trainer.runs.adapters import located
+from liger_trainer.runs.build import generations_conflict, load_rewards
 from liger_trainer.runs.data import DataArguments, fit, format_of, is_file_name, load_source
 from liger_trainer.runs.load import load_tokenizer, meta_model
 from liger_trainer.runs.packages import missing
@@ -53,6 +54,15 @@ def problems(recipe: Recipe) -> list[str]:
             f"training.max_steps is {fields['max_steps']}; it must be at least 1, or -1 for what "
             "training.num_train_epochs comes to"
         )
+    try:
+        _, adapter = located(recipe.model)
+    except ValueError as error:
+        return [*found, str(error)]
+    if adapter is not None and recipe.values.get("peft") is not None:
+        found.append(
+            f"peft: the model in {adapter} is an adapter already; remove the section to train it "
+            "further, or make one model of it first: `liger-trainer merge`"
+        )
     return found
 
 
@@ -83,7 +93,7 @@ def data_problems(recipe: Recipe) -> list[str]:
     paths = [path for path in (data.path, data.eval_path) if path is not None]
     if any(not _is_local(path) for path in paths):
         return []
-    rewards = recipe.reward.load() if recipe.reward else []
+    rewards = load_rewards(recipe)
     tokenizer = load_tokenizer(recipe.model)
     for path, split, what in _sources(data):
         rows = load_source(data, path, split)

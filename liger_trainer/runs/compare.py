@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -10,7 +11,7 @@ from liger_trainer.runs.recipe import Recipe, defaults
 # Values that change neither the model that comes out nor the order of what is drawn at random. The
 # data's place is among them: its contents are compared, when they are there.
 _HARMLESS = {
-    "data": {"path", "eval_path", "num_proc"},
+    "data": {"path", "eval_path", "num_proc", "samples"},
     "model": {"token", "cache_dir", "local_files_only", "offload_folder"},
     "training": {
         "dataloader_num_workers",
@@ -47,7 +48,7 @@ def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = Fals
         before: the shown values of the earlier recipe.
         resuming: whether a run may become longer or shorter.
     """
-    now, found = recipe.shown, []
+    now, found = json.loads(json.dumps(recipe.shown)), []  # as the earlier one was written
     if before.get("method") != now["method"]:
         return [f"method: {before.get('method')} -> {now['method']}"]
     for section in ("model", "data", "training", "peft", "reward"):

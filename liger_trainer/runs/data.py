@@ -45,6 +45,7 @@ class DataArguments:
     num_proc: int | None = None
     # Column whose equal values stay on one side of `eval_fraction`: pairs of one prompt, say.
     group: str | None = None
+    samples: int = 3  # held-out examples whose completions the report shows, before and after
     invalid: str = "raise"  # rows that cannot be trained on: "raise", or "drop" and count them
 
     def __post_init__(self):
@@ -68,6 +69,8 @@ class DataArguments:
             raise ValueError("data.group: it is for data.eval_fraction, which is not set")
         if self.invalid not in ("raise", "drop"):
             raise ValueError(f"data.invalid: {self.invalid!r} is neither 'raise' nor 'drop'")
+        if self.samples < 0:
+            raise ValueError(f"data.samples is {self.samples}; it must be at least 0")
         if self.num_proc is not None and self.num_proc < 1:
             raise ValueError(f"data.num_proc is {self.num_proc}; it must be at least 1")
         for name in ("max_length", "max_examples"):

@@ -147,16 +147,8 @@ def refusal(
     path = recipe.output_dir
     if path.exists() and not path.is_dir():
         return f"training.output_dir: {path} is a file"
-    source = recipe.model.name_or_path
-    if (
-        recipe.model.package is None
-        and Path(source).is_dir()
-        and path.resolve()
-        in (
-            Path(source).resolve(),
-            *Path(source).resolve().parents,
-        )
-    ):
+    source = recipe.model.name_or_path if recipe.model.package is None else None
+    if source and path.is_dir() and os.path.exists(source) and path.samefile(source):
         return (
             f"training.output_dir: {path} holds the model that is to be trained; choose another "
             "training.output_dir"

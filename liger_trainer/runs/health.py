@@ -11,17 +11,33 @@ from transformers import TrainerCallback
 class Health(TrainerCallback):
     """Ends training once the weights are not finite, and remembers losses that were not.
 
-    The weights are looked at when a logged loss or gradient norm is not finite, and before every
-    save. (A gradient alone may be infinite: a scaler of fp16 skips such steps.)
+    Trainer logs a mean of earlier losses in place of one that is NaN, so the losses themselves are
+    watched. The weights are looked at when a loss or a gradient norm is not finite, and before
+    every save. (A gradient norm alone may be: a scaler of fp16 skips such steps.)
     """
 
     def __init__(self):
         self.diverged: int | None = None  # the step after which the weights were not finite
-        self.bad_losses: list[int] = []  # steps
+        self.bad_losses: list[int] = []  # the steps at which they were logged
+        self._bad = torch.tensor(False)
+
+    def watch(self, trainer) -> None:
+        """Looks at the loss of every step of `trainer`, without waiting for the device."""
+        step = trainer.training_step
+
+        def training_step(*args, **kwargs):
+            loss = step(*args, **kwargs)
+            bad = ~torch.isfinite(loss.detach()).all()
+            self._bad = self._bad.to(bad.device) | bad
+            return loss
+
+        trainer.training_step = training_step
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         logs = logs or {}
-        if not _finite(logs.get("loss")) or not _finite(logs.get("eval_loss")):
+        bad = bool(self._bad) or not _finite(logs.get("eval_loss"))
+        self._bad = torch.tensor(False)
+        if _in_any_process(bad, args):
             self.bad_losses.append(state.global_step)
         elif _finite(logs.get("grad_norm")):
             return control
@@ -32,14 +48,9 @@ class Health(TrainerCallback):
 
     def check(self, model, args, step: int) -> bool:
         """Whether the trainable weights of all processes are finite."""
-        if self.diverged is not None:
-            return False
-        found = torch.tensor(float(not weights_are_finite(model)), device=args.device)
-        if args.world_size > 1:
-            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        if found:
+        if self.diverged is None and _in_any_process(not weights_are_finite(model), args):
             self.diverged = step
-        return not found
+        return self.diverged is None
 
 
 def weights_are_finite(model) -> bool:
@@ -52,6 +63,14 @@ def weights_are_finite(model) -> bool:
             flags.append(torch.isfinite(part).all())
     by_device = {flag.device: [f for f in flags if f.device == flag.device] for flag in flags}
     return all(bool(torch.stack(same).all()) for same in by_device.values())
+
+
+def _in_any_process(found: bool, args) -> bool:
+    if args.world_size == 1:
+        return found
+    flag = torch.tensor(float(found), device=args.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
 
 
 def _finite(value) -> bool:

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from liger_trainer.runs.adapters import located
+
 _LOADING_KEYS = (
     "revision",
     "subfolder",
@@ -32,6 +34,7 @@ _WEIGHT_KEYS = (
     "device_map",
     "max_memory",
     "offload_folder",
+    "tp_plan",
     "use_safetensors",
 )
 
@@ -40,7 +43,7 @@ _WEIGHT_KEYS = (
 class ModelArguments:
     """The `model` section. Fields without a comment are arguments of `from_pretrained`."""
 
-    name_or_path: str | None = None
+    name_or_path: str | None = None  # the folder of a run or of an adapter is a model, too
     package: str | None = None  # installed Python package; name_or_path is then a folder inside it
     tokenizer: str | None = None  # another name or path for the tokenizer
     chat_template: str | None = None  # a Jinja file, for a tokenizer that has no chat template
@@ -53,6 +56,7 @@ class ModelArguments:
     device_map: str | dict[str, Any] | None = None
     max_memory: dict[Any, Any] | None = None
     offload_folder: str | None = None
+    tp_plan: str | None = None  # "auto" for tensor parallelism
     use_safetensors: bool | None = None
     revision: str | None = None
     subfolder: str | None = None
@@ -112,6 +116,7 @@ def folder(arguments: ModelArguments) -> str:
 
 def load_config(arguments: ModelArguments):
     """The model's configuration alone; no weights are read."""
+    arguments, _ = located(arguments)
     with _one_line(arguments):
         config = AutoConfig.from_pretrained(folder(arguments), **_given(arguments, _LOADING_KEYS))
     for key, value in (arguments.config or {}).items():
@@ -126,12 +131,15 @@ def load_config(arguments: ModelArguments):
 
 def load_tokenizer(arguments: ModelArguments):
     """The tokenizer, with a padding token. Raises FileNotFoundError for a missing template file."""
-    source, keys = folder(arguments), _LOADING_KEYS
+    base, adapter = located(arguments)
+    source, keys = folder(base), _LOADING_KEYS
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        source, keys = str(adapter), ("trust_remote_code",)
     if arguments.tokenizer:
         source = arguments.tokenizer
         keys = ("cache_dir", "token", "local_files_only", "trust_remote_code")
     with _one_line(arguments):
-        tokenizer = AutoTokenizer.from_pretrained(source, **_given(arguments, keys))
+        tokenizer = AutoTokenizer.from_pretrained(source, **_given(base, keys))
     if arguments.chat_template:
         template = Path(arguments.chat_template)
         if not template.is_file():
@@ -143,14 +151,27 @@ def load_tokenizer(arguments: ModelArguments):
 
 
 def load_model(arguments: ModelArguments):
-    """The model with its weights, ready to train."""
-    kwargs = _given(arguments, _LOADING_KEYS + _WEIGHT_KEYS)
-    quantization = quantization_config(arguments)
+    """The model with its weights, ready to train; with its adapter, where it has one."""
+    base, adapter = located(arguments)
+    kwargs = _given(base, _LOADING_KEYS + _WEIGHT_KEYS)
+    quantization = quantization_config(base)
     if quantization is not None:
         kwargs["quantization_config"] = quantization
-    config = load_config(arguments)
+    config = load_config(base)
+    with _one_line(base):
+        model = _auto_class(config).from_pretrained(folder(base), config=config, **kwargs)
+    return model if adapter is None else _with_adapter(model, arguments, adapter)
+
+
+def _with_adapter(model, arguments: ModelArguments, adapter: Path):
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            f"model.name_or_path: {adapter} is an adapter, which needs `pip install peft`"
+        ) from error
     with _one_line(arguments):
-        return _auto_class(config).from_pretrained(folder(arguments), config=config, **kwargs)
+        return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
 
 
 def quantization_config(arguments: ModelArguments):

@@ -115,8 +115,7 @@ def _home(method: str, suffix: str, without_trl: Callable[[], type]) -> type:
 
 def training_defaults(method: str) -> dict[str, Any]:
     """Where a recipe that says nothing differs from the dataclass."""
-    # Filtered, a loss of NaN would be logged as the mean of those before.
-    defaults = {"report_to": "none", "logging_steps": 10, "logging_nan_inf_filter": False}
+    defaults = {"report_to": "none", "logging_steps": 10}
     if METHODS[method].trainer is None:
         return defaults | {"include_num_input_tokens_seen": "non_padding"}
     defaults["bf16"] = "auto"  # TRL's own default is bf16 wherever it runs, even emulated

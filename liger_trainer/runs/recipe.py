@@ -33,6 +33,7 @@ from liger_trainer.runs.methods import (
 from liger_trainer.runs.parse import parse
 from liger_trainer.runs.rewards import RewardArguments
 from liger_trainer.runs.secrets import hidden, hidden_override
+from liger_trainer.runs.shipped import recipe_names, shipped
 
 # Fields that are paths here, never names of a hub: `~` is the home folder in them, and only there.
 _PATHS = {
@@ -112,13 +113,18 @@ def native_bf16() -> bool:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads and checks a recipe; nothing is downloaded or created.
+    """The recipe of a file, or of a name such as `sft/qwen3-8b-lora` that comes with the package,
+    checked; nothing is downloaded or created.
 
     Raises FileNotFoundError for a missing recipe, and ValueError for bad YAML, an unknown section
     or key (with the nearest name), and a value of the wrong type.
     """
-    path = Path(path).expanduser()
-    values = _read(path)
+    path = _find(path)
+    return recipe_of(_read(path), path, overrides)
+
+
+def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of nested values, checked. Raises ValueError as `load_recipe` does."""
     given = {section: keys for section, keys in values.items() if isinstance(keys, dict)}
     sources = {f"{section}.{key}": "recipe" for section, keys in given.items() for key in keys}
     for override in overrides:
@@ -146,9 +152,18 @@ def defaults(section: str, method: str) -> dict[str, Any]:
     return {k: v for k, v in found.items() if v is not dataclasses.MISSING} | usual
 
 
+def _find(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if str(name) in recipe_names():
+        return shipped(f"{name}.yaml")
+    close = difflib.get_close_matches(str(name), recipe_names(), n=3, cutoff=0.6)
+    hint = f"; of the shipped ones, there is {', '.join(close)}" if close else ""
+    raise FileNotFoundError(f"no recipe {str(path)!r}{near(path)}{hint}")
+
+
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe {str(path)!r}{near(path)}")
     try:
         values = parse(path.read_text(encoding="utf-8")) or {}
     except ValueError as error:  # UnicodeDecodeError is one

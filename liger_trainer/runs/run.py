@@ -6,22 +6,26 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 from liger_trainer.runs import folder as run_folder
+from liger_trainer.runs.adapters import location
 from liger_trainer.runs.build import build_trainer
-from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves
+from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, what_is_left
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.errors import RunError, SaveError, ToldElsewhere
 from liger_trainer.runs.folder import RunFolder
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.html import write_report
 from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.samples import complete, samples_of
 from liger_trainer.runs.signals import StopOnSignal
 from liger_trainer.runs.summary import machine, summarize
 from liger_trainer.runs.throughput import peak_memory_gib
@@ -141,6 +145,9 @@ class _Run:
 
     def go(self) -> RunResult:
         self._say(self.folder.notes if self.folder else ())
+        if self.folder is None:
+            datasets.disable_progress_bars()
+            disable_progress_bar()
         self.trainer, self.prepared = build_trainer(self.recipe, self.args)
         self._prepare()
         with self.stop.watching():
@@ -173,6 +180,7 @@ class _Run:
         args.eval_on_start = bool(first and self.prepared.eval and facts.checkpoint is None)
         for callback in (_Start(self.folder, facts), self.health, self.stop):
             trainer.add_callback(callback)
+        self.health.watch(trainer)
         guard_saves(
             trainer,
             facts.run,
@@ -181,13 +189,33 @@ class _Run:
         )
         if hasattr(trainer, "create_model_card"):  # TRL's overwrites README.md with every save
             trainer.create_model_card = lambda *_, **__: None
+        earlier = self.folder.earlier if self.folder is not None and self.folder.resumes else {}
+        self.samples = earlier.get("samples") or self._begin_samples()
         if self.folder is not None:
             self.folder.facts |= {
+                "samples": self.samples,
+                "base": location(self.recipe.model),
                 "command": self.command,
                 "data": self.prepared.digest,
                 "engine": engine,
                 "processes": args.world_size,
             }
+
+    def _begin_samples(self) -> list[dict[str, str]]:
+        """What the model writes before training, for the report, where one process can tell."""
+        trainer, count = self.trainer, self.recipe.data.samples
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        sharded |= getattr(trainer.model, "_tp_size", None) is not None
+        if self.folder is None or self.prepared.eval is None or not count or sharded:
+            return []
+        if self.facts.checkpoint is not None:
+            return []
+        found = samples_of(self.prepared.eval, trainer.processing_class, count)
+        return [{**asdict(sample), "before": self._complete(sample.ids)} for sample in found]
+
+    def _complete(self, ids: list[int]) -> str:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return complete(model, self.trainer.processing_class, ids)
 
     def _train(self) -> None:
         trainer = self.trainer
@@ -217,30 +245,34 @@ class _Run:
         except SAVE_ERRORS as error:
             raise SaveError(
                 f"the model could not be saved in {self.recipe.output_dir}: "
-                f"{' '.join(str(error).split())}. Make room; if there is a checkpoint, --resume "
-                "goes on from it"
+                f"{' '.join(str(error).split())}. "
+                + what_is_left(self.recipe.output_dir, self.facts.run)
             ) from error
         finally:
             self.stop.saving(False)
 
     def _evaluate(self) -> None:
         """Evaluates the model as it is, unless that was just done; a signal ends it."""
-        if self.prepared.eval is None or _evaluated_now(self.trainer.state):
-            return
         try:
             self.stop.interrupt_at_once()
-            self.trainer.evaluate()
+            if self.prepared.eval is not None and not _evaluated_now(self.trainer.state):
+                self.trainer.evaluate()
+            for sample in self.samples:
+                sample["after"] = self._complete(sample["ids"])
         except KeyboardInterrupt:
             self._say(["The final evaluation was interrupted; the trained model is saved."])
 
     def _finish(self, interrupted: bool) -> RunResult:
         state, report = self.trainer.state, None
-        summary = summarize(state.log_history) | {
+        peaks = gather_object([round(peak_memory_gib(), 3)])
+        summary = summarize(state.log_history)
+        summary |= {
             "steps": state.global_step,
             "minutes": (time.perf_counter() - self.started) / 60,
             "engine": self.trainer.accelerator.distributed_type.value,
             "processes": self.args.world_size,
-            "peak_memory_gib_by_process": gather_object([round(peak_memory_gib(), 3)]),
+            "peak_memory_gib": max(summary["peak_memory_gib"], *peaks),
+            "peak_memory_gib_by_process": peaks,
         }
         if self.folder is not None:
             self.folder.begin()
@@ -266,16 +298,16 @@ class _Run:
         if not steps:
             return []
         told = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
-        return [f"the loss was NaN or infinite in the log of step {told}; the weights are finite"]
+        return [f"a loss was NaN or infinite, logged at step {told}; the weights are finite"]
 
     def _diverged(self) -> str:
         if self.folder is not None:
             self.folder.begin()
             self.folder.write("diverged", files=self.folder.facts["files"])
         return (
-            f"the weights became NaN or infinite by step {self.health.diverged}; they are not "
-            f"saved. What {self.recipe.output_dir} held before is complete. Lower "
-            "training.learning_rate, or look for examples that give no finite loss"
+            f"the weights became NaN or infinite by step {self.health.diverged}, and are not "
+            "saved. Lower training.learning_rate, or look for examples that give no finite loss. "
+            + what_is_left(self.recipe.output_dir, self.facts.run)
         )
 
     def _report(self, path: Path, summary: dict[str, Any]) -> None:
@@ -287,7 +319,13 @@ class _Run:
             log_history=self.trainer.state.log_history,
             injection=injection and {"table": injection.table(), **json.loads(injection.to_json())},
             recipe=self.recipe.shown,
-            machine=machine(),
+            machine=machine()
+            | {
+                "Engine": summary["engine"],
+                "Processes": summary["processes"],
+                "Peak memory by process": f"{summary['peak_memory_gib_by_process']} GiB",
+            },
+            samples=self.samples,
             notes=[
                 f"{len(prepared.train)} training rows ({prepared.kind})",
                 *prepared.notes,
