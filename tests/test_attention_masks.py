@@ -187,6 +187,7 @@ def test_bounds_are_read_once_for_all_layers_and_steps(every_size, monkeypatch):
     monkeypatch.setattr(masks, "documents_of", lambda ids: reads.append(1) or real(ids))
     model = tiny_model("gemma3_text", layer_types=["full_attention", "sliding_attention"])
     inject(model)
+    reads.clear()
     position_ids = PACKED["position_ids"].clone()
     model(**batch(position_ids=position_ids))
     assert len(reads) == 1
