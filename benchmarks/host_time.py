@@ -11,7 +11,8 @@ calls, so that its own time shows only where a call waits for it (the head's los
     head     lm_head, and the model's loss of its logits
     layer    a whole decoder layer
 
-`--device cpu` runs tiny widths: what is left is Python and the dispatcher.
+`--device cpu` runs tiny widths and counts processor time: what is left is Python and the
+dispatcher, whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -103,20 +104,21 @@ def _backbone_forward(model) -> Callable:
     return next((c for c in reversed(cells) if callable(c) and hasattr(c, "__code__")), forward)
 
 
-def microseconds(call: Callable[[], object]) -> float:
+def microseconds(call: Callable[[], object], device: str) -> float:
+    clock = time.perf_counter if device == "cuda" else time.process_time
     times = []
     for _ in range(BATCHES):
-        if torch.cuda.is_available():
+        if device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(CALLS):
             call()
-        times.append((time.perf_counter() - start) / CALLS * 1e6)
+        times.append((clock() - start) / CALLS * 1e6)
     return statistics.median(times)
 
 
-def both(function: Callable, leaves: list[torch.Tensor]) -> tuple[float, float | None]:
-    """Microseconds of forward, and of forward with backward."""
+def both(function: Callable, leaves: list[torch.Tensor], device: str) -> list[float]:
+    """Microseconds of forward and, where there are gradients, of forward with backward."""
 
     def with_backward():
         out = function()
@@ -128,7 +130,7 @@ def both(function: Callable, leaves: list[torch.Tensor]) -> tuple[float, float |
         function()
         if leaves:
             with_backward()
-    return microseconds(function), microseconds(with_backward) if leaves else None
+    return [microseconds(f, device) for f in (function, with_backward)[: 1 + bool(leaves)]]
 
 
 def main():
@@ -136,6 +138,8 @@ def main():
     parser.add_argument("--shape", nargs="*", default=["Llama-1B", "Qwen3-0.6B", "SmolLM2-135M"])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     options = parser.parse_args()
+    if options.device == "cpu":
+        torch.set_num_threads(1)
     rows = []
     for shape in options.shape:
         models = build(shape, options.device)
@@ -143,9 +147,9 @@ def main():
             plain, injected = (operations(m, batch, length, options.device) for m in models)
             for name in plain:
                 row = [f"{shape}, {batch} x {length}", name]
-                for before, after in zip(both(*plain[name]), both(*injected[name]), strict=True):
-                    if before is not None:
-                        row += [f"{before:.0f}", f"{after:.0f}", f"{after - before:+.0f}"]
+                times = (both(*case[name], options.device) for case in (plain, injected))
+                for before, after in zip(*times, strict=True):
+                    row += [f"{before:.0f}", f"{after:.0f}", f"{after - before:+.0f}"]
                 rows.append([*row, *[""] * (8 - len(row))])
                 print(rows[-1], flush=True)
     columns = ["shape", "call", "plain", "injected", "more", "plain fwd+bwd", "injected", "more"]

@@ -32,7 +32,7 @@ def loss_and_gradients(model, inputs):
 
 @pytest.fixture
 def attended(monkeypatch):
-    """(documents, window) of every call of packed attention by a model."""
+    """(documents, window) of every call of packed attention; an injection's probe makes some."""
     calls = []
 
     def spy(q, k, v, documents, window, scale):
@@ -53,8 +53,7 @@ def made(monkeypatch):
         shapes.append(None if mask is None else tuple(mask.shape))
         return mask
 
-    for mapping in (masking_utils.AttentionMaskInterface._global_mapping,):
-        monkeypatch.setitem(mapping, "sdpa", spy)
+    monkeypatch.setitem(masking_utils.AttentionMaskInterface._global_mapping, "sdpa", spy)
     return shapes
 
 
@@ -66,6 +65,7 @@ def test_packed_rows_attend_by_bounds_and_give_the_plain_models_gradients(
     plain = copy.deepcopy(model)
     report = inject(model, strict=True)
     made.clear()
+    attended.clear()
     layers = model.config.num_hidden_layers
     assert report.coverage["attention"] == (layers + 1, layers + 1)
     loss, gradients = loss_and_gradients(model, batch(**PACKED))
@@ -91,6 +91,7 @@ def test_plain_rows_need_no_mask_and_no_bounds(inputs, every_size, attended, mad
     model = tiny_model("llama")
     inject(model)
     made.clear()
+    attended.clear()
     model(**batch(**inputs)).loss.backward()
     assert attended == []
     assert made == []
@@ -101,6 +102,7 @@ def test_windows_of_plain_rows_go_by_bounds_too(every_size, attended, made):
     plain = copy.deepcopy(model)
     inject(model)
     made.clear()
+    attended.clear()
     loss, gradients = loss_and_gradients(model, batch())
     assert attended == [(2, 8)] * 2
     assert made == []
@@ -117,6 +119,7 @@ def test_on_a_cpu_packed_rows_keep_their_mask(attended, made):
     model = tiny_model("llama")
     report = inject(model)
     made.clear()
+    attended.clear()
     assert report.coverage["attention"] == (1, 1)
     model(**batch(**PACKED))
     assert attended == []
@@ -137,6 +140,7 @@ def test_other_masks_are_left_to_transformers(more, every_size, attended):
     model = tiny_model("llama")
     plain = copy.deepcopy(model)
     inject(model)
+    attended.clear()
     with torch.no_grad():
         got, expected = model(**batch(**more)).logits, plain(**batch(**more)).logits
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -183,6 +187,7 @@ def test_bounds_are_read_once_for_all_layers_and_steps(every_size, monkeypatch):
     monkeypatch.setattr(masks, "documents_of", lambda ids: reads.append(1) or real(ids))
     model = tiny_model("gemma3_text", layer_types=["full_attention", "sliding_attention"])
     inject(model)
+    reads.clear()
     position_ids = PACKED["position_ids"].clone()
     model(**batch(position_ids=position_ids))
     assert len(reads) == 1
@@ -199,6 +204,7 @@ def test_checkpointed_layers_attend_by_bounds(reentrant, every_size, attended, m
     plain = copy.deepcopy(model)
     inject(model)
     made.clear()
+    attended.clear()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     _, gradients = loss_and_gradients(model, batch(**PACKED))
     assert len(attended) == 4
@@ -216,6 +222,7 @@ def test_under_peft_and_in_evaluation(every_size, attended, made):
     made.clear()
     inject(model)
     made.clear()
+    attended.clear()
     with torch.no_grad():
         got = model(**batch(**PACKED)).logits
     torch.testing.assert_close(got + 0, expected, rtol=1e-5, atol=1e-5)
@@ -228,6 +235,7 @@ def test_restored_copied_pickled(every_size, attended, made):
     before = [type(m) for m in model.modules()]
     inject(model)
     made.clear()
+    attended.clear()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         attended.clear()
         twin(**batch(**PACKED))
@@ -246,6 +254,7 @@ def test_another_implementation_chosen_later_is_followed(every_size, attended, m
     made.clear()
     inject(model)
     made.clear()
+    attended.clear()
     model.set_attn_implementation("eager")
     got = model(**batch(**PACKED)).logits
     torch.testing.assert_close(got + 0, expected, rtol=1e-5, atol=1e-5)
@@ -278,6 +287,7 @@ def test_packed_rows_on_the_gpu(family, attended, made):
     model = copy.deepcopy(plain)
     inject(model, strict=True)
     made.clear()
+    attended.clear()
     inputs = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch(**PACKED).items()}
     _, got = loss_and_gradients(model, inputs)
     assert len(attended) == 2
@@ -318,4 +328,25 @@ def test_compiled_models_attend_without_mask_break_or_recompilation(family):
     assert len(graphs) == 2
     for graph in graphs:
         assert attention_masks(graph) == [(False, True)] * 2
+    torch._dynamo.reset()
+
+
+def test_compiled_models_are_told_that_a_batch_has_no_padding():
+    """What the collator makes, a mask of ones, cannot be read by a graph; `note_full` reads it."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model("llama")
+    inject(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for padding, expected in [(0, (False, True)), (4, (True, False))]:
+        mask = torch.ones(2, 17, dtype=torch.long)
+        mask[1, 17 - padding :] = 0
+        masks.note_full(mask)
+        compiled(**batch(attention_mask=mask))
+        assert attention_masks(graphs[-1]) == [expected] * 2
     torch._dynamo.reset()
