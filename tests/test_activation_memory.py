@@ -108,7 +108,7 @@ def test_under_gradient_checkpointing(every_size, use_reentrant):
 def test_under_compile(every_size):
     model = prepared("lean", num_hidden_layers=1)
     expected = step(copy.deepcopy(model))
-    for a, b in zip(step(torch.compile(model, backend="aot_eager")), expected, strict=True):
+    for a, b in zip(step(torch.compile(model, backend="eager")), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -424,9 +424,8 @@ def test_under_fsdp2(every_size):
     with one_process_group() as mesh:
         model = ours.get_base_model()
         for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-            for norm in (layer.input_layernorm,):
-                fully_shard(norm, mesh=mesh, reshard_after_forward=True)
+            for unit in (layer.input_layernorm, layer):
+                fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         fully_shard(model, mesh=mesh)
         got = step(ours)
         for name, value in expected.items():
