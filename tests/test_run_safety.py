@@ -69,11 +69,11 @@ def finished(original, tmp_path, monkeypatch):
 
 
 def at_step(monkeypatch, name, step, action):
-    """Makes a method of Trainer call `action` first, once `step` steps are done."""
+    """Makes a method of Trainer call `action` first, when it is called after `step` steps."""
     plain = getattr(Trainer, name)
 
     def method(self, *args, **kwargs):
-        if self.state.global_step >= step:
+        if self.state.global_step == step:
             action()
         return plain(self, *args, **kwargs)
 
