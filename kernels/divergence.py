@@ -15,6 +15,7 @@ import dataclasses
 
 import torch
 
+from liger_trainer.kernels.autograd import first_derivative_only
 from liger_trainer.kernels.cross_entropy import transform
 from liger_trainer.kernels.head import scale_rows
 from liger_trainer.kernels.jensen_shannon import (
@@ -244,7 +245,7 @@ class _Divergence(torch.autograd.Function):
         return divergence, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, g_N, _):
         (grad_NV,) = ctx.saved_tensors
         return _scale_rows(grad_NV, g_N), *[None] * (len(ctx.needs_input_grad) - 1)

@@ -23,6 +23,7 @@ import functools
 
 import torch
 
+from liger_trainer.kernels.recompute import by_torch, recomputable
 from liger_trainer.kernels.runtime import as_rows, pays, register_op, tl, triton, use_triton
 from liger_trainer.kernels.second_derivative import twice_differentiable
 
@@ -187,6 +188,11 @@ def _has_kernel(gate: torch.Tensor, up: torch.Tensor) -> bool:
     return fits and use_triton(gate) and pays(gate, MIN_ELEMENTS)
 
 
+def _fused(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    y = _GLU.apply(gate, up, activation)
+    return recomputable(y, lambda gate, up: _glu_fwd(gate, up, activation), (gate, up))
+
+
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up.
 
@@ -205,8 +211,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     _check("swiglu", gate, up)
     if not _has_kernel(gate, up):
-        return swiglu_reference(gate, up)
-    return _GLU.apply(gate, up, "silu")
+        return by_torch(swiglu_reference, (gate, up))
+    return _fused(gate, up, "silu")
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
@@ -230,5 +236,9 @@ def geglu(gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "none") ->
     if approximate not in ("none", "tanh"):
         raise ValueError(f'geglu: approximate must be "none" or "tanh"; got {approximate!r}.')
     if not _has_kernel(gate, up):
-        return geglu_reference(gate, up, approximate=approximate)
-    return _GLU.apply(gate, up, "gelu" if approximate == "none" else "gelu_tanh")
+
+        def again(gate, up):
+            return geglu_reference(gate, up, approximate=approximate)
+
+        return by_torch(again, (gate, up))
+    return _fused(gate, up, "gelu" if approximate == "none" else "gelu_tanh")

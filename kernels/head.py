@@ -133,6 +133,11 @@ class HeadGradient:
         self._first = False
 
 
+def masked_scale(g: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`g` where `mask` is True, else 0 (a product with the mask would keep a NaN)."""
+    return torch.where(mask, g, torch.zeros((), dtype=g.dtype, device=g.device))
+
+
 def scale_rows(x_NH: torch.Tensor, scale_N: torch.Tensor | None) -> torch.Tensor:
     """Rows of `x_NH` times `scale_N` (fp32), rounded once."""
     if scale_N is None:
@@ -244,13 +249,20 @@ def backward(
     saved: Saved,
     dtypes: Sequence[torch.dtype],
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """Gradients of hidden, weight (in `dtypes`) and bias; g is a scalar if uniform, else [N]."""
+    """Gradients of hidden, weight (in `dtypes`) and bias; g is a scalar if uniform, else [N].
+
+    Ignored rows get a gradient of exactly 0, also from an infinite or NaN g (a loss that was
+    divided by a count of 0).
+    """
     n = head.labels.shape[0]
     head.host.check(head.vocab)
-    scale = g.expand(n) if row_weight_N is None else g * row_weight_N
+    supervised = head.labels != head.options.ignore_index
+    scale = masked_scale(g if row_weight_N is None else g * row_weight_N, supervised)
     dhidden = [scale_rows(d, scale) if d.numel() else torch.empty_like(d) for d in saved.dhidden]
-    accumulated = saved.dbias.numel() or any(d.numel() for d in saved.dweight)
-    if not plan.want_head or accumulated:
+    if not plan.want_head:
+        return dhidden, saved.dweight, saved.dbias
+    if saved.dbias.numel() or any(d.numel() for d in saved.dweight):  # summed in forward
+        g = masked_scale(g, supervised.any())
         dweight = [
             torch.mul(d, g, out=d.new_empty(d.shape, dtype=dtype))
             for d, dtype in zip(saved.dweight, dtypes, strict=True)

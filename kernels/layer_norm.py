@@ -31,6 +31,7 @@ from liger_trainer.kernels.norms import (
     has_kernel,
     tile,
 )
+from liger_trainer.kernels.recompute import by_torch, recomputable
 from liger_trainer.kernels.runtime import (
     as_rows,
     num_sms,
@@ -302,9 +303,19 @@ def layer_norm(
     Paper: https://arxiv.org/abs/1607.06450
     """
     check_input("layer_norm", x, weight=weight, bias=bias)
-    if has_kernel(x, weight, bias):
-        one_dtype = all(t is None or t.dtype == x.dtype for t in (weight, bias))
-        if one_dtype and x.shape[-1] > 1 and not pays(x, MIN_ELEMENTS):
+    parameters = weight, bias
+    if not has_kernel(x, *parameters):
+
+        def again(x, weight, bias):
+            return layer_norm_reference(x, weight, bias, eps=eps)
+
+        return by_torch(again, (x,), parameters)
+    one_dtype = all(t is None or t.dtype == x.dtype for t in parameters)
+    if one_dtype and x.shape[-1] > 1 and not pays(x, MIN_ELEMENTS):
+
+        def again(x, weight, bias):
             return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-        return _LayerNorm.apply(x, weight, bias, float(eps))
-    return layer_norm_reference(x, weight, bias, eps=eps)
+
+        return recomputable(again(x, *parameters), again, (x,), parameters)
+    y = _LayerNorm.apply(x, *parameters, float(eps))
+    return recomputable(y, lambda *args: _layer_norm_fwd(*args, float(eps))[0], (x,), parameters)

@@ -33,6 +33,7 @@ from collections.abc import Sequence
 import torch
 
 from liger_trainer.kernels import head as chunks
+from liger_trainer.kernels.autograd import first_derivative_only
 from liger_trainer.kernels.head import Plan, Saved
 from liger_trainer.kernels.loss import (
     REDUCTIONS,
@@ -204,7 +205,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, g, _):
         bias, labels, class_weight, row_weight, stats, order, filled, dlogits, dbias, *rest = (
             ctx.saved_tensors
@@ -276,7 +277,9 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
     vocab = weight[0].shape[0]
-    class_weight, row_weight = checked_weights(class_weight, token_weight, labels, vocab)
+    class_weight, row_weight = checked_weights(
+        class_weight, token_weight, labels, vocab, options.ignore_index
+    )
     shape, labels_N = labels.shape, labels.reshape(-1).contiguous()
     hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
     # A weight that itself needs a gradient is applied outside, to the losses of the tokens.

@@ -32,8 +32,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from liger_trainer.kernels.autograd import first_derivative_only
 from liger_trainer.kernels.divergence import token_divergence
-from liger_trainer.kernels.head import Head, HeadGradient, Plan, scale_rows
+from liger_trainer.kernels.head import Head, HeadGradient, Plan, masked_scale, scale_rows
 from liger_trainer.kernels.jensen_shannon import (
     DEFAULT,
     DivergenceOptions,
@@ -183,30 +184,32 @@ class _LinearDivergence(torch.autograd.Function):
             divergence, entropy, dhidden, dweight, dbias = pair.forward(plan, ctx.dtypes)
         ctx.bias_dtype = None if operands[0] is None else operands[0].dtype
         ctx.again = plan.want_head and not plan.uniform
-        again = (order, mask_N, *operands) if ctx.again else ()
-        ctx.save_for_backward(dbias, *dhidden, *dweight, *again)
+        again = (order, *operands) if ctx.again else ()
+        ctx.save_for_backward(dbias, mask_N, *dhidden, *dweight, *again)
         ctx.mark_non_differentiable(entropy)
         return divergence.sum() if plan.uniform else divergence, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, g, _):
         plan, terms = ctx.plan, ctx.terms
-        dbias, *rest = ctx.saved_tensors
+        dbias, mask_N, *rest = ctx.saved_tensors
         dhidden, dweight, again = rest[:terms], rest[terms : 2 * terms], rest[2 * terms :]
+        scale_N = masked_scale(g, mask_N)  # a token left out gets exactly 0, whatever g is
         with on_device(g):
             if ctx.again:
-                order, mask_N, *operands = again
+                order, *operands = again
                 pair = _pair(ctx.options, terms, order, ctx.host, mask_N, *operands)
-                dweight, dbias = pair.head_gradient(g, plan, ctx.dtypes)
+                dweight, dbias = pair.head_gradient(scale_N, plan, ctx.dtypes)
             elif plan.want_head:
+                total = masked_scale(g, mask_N.any())
                 dweight = [
-                    torch.mul(d, g, out=d.new_empty(d.shape, dtype=dtype))
+                    torch.mul(d, total, out=d.new_empty(d.shape, dtype=dtype))
                     for d, dtype in zip(dweight, ctx.dtypes, strict=True)
                 ]
-                dbias = dbias * g
+                dbias = dbias * total
             grad_hidden = [
-                scale_rows(d, g.expand(d.shape[0])) if want else None
+                scale_rows(d, scale_N) if want else None
                 for d, want in zip(dhidden, plan.want_hidden, strict=True)
             ]
         grad_weight = [

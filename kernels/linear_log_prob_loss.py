@@ -25,7 +25,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from liger_trainer.kernels import scoring
-from liger_trainer.kernels.linear_log_probs import scaled
+from liger_trainer.kernels.autograd import first_derivative_only
+from liger_trainer.kernels.linear_log_probs import scale_grads
 from liger_trainer.kernels.loss import check_labels
 from liger_trainer.kernels.operands import checked_operands, make_head, make_plan
 from liger_trainer.kernels.runtime import on_device
@@ -111,7 +112,7 @@ class _LinearLogProbLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, options, outputs, groups, order, host, terms, bias, labels, *operands):
         hidden, weight = operands[:terms], operands[terms:]
-        ctx.plan, ctx.terms, ctx.host, ctx.vocab = plan, terms, host, weight[0].shape[0]
+        ctx.plan, ctx.host, ctx.vocab = plan, host, weight[0].shape[0]
         ctx.dtypes = [w.dtype for w in weight]
         finished = []
         with on_device(labels):
@@ -131,18 +132,19 @@ class _LinearLogProbLoss(torch.autograd.Function):
                 scores, _ = scoring.forward(head, plan, outputs)
                 host.check(ctx.vocab)
                 groups.evaluate(scores, 0, groups.groups.shape[0], want_grad=False)
-        ctx.save_for_backward(bias, *hidden, *finished)
+        ctx.save_for_backward(bias, labels, *finished)
+        ctx.ignore_index = options.ignore_index
         fields = tuple(scores)
         ctx.mark_non_differentiable(*(x for x in fields if x is not None))
         return groups.total(scores.log_probs), *fields
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, g, *_):
-        bias, *rest = ctx.saved_tensors
-        hidden, finished = rest[: ctx.terms], rest[ctx.terms :]
+        bias, labels, *finished = ctx.saved_tensors
         ctx.host.check(ctx.vocab)
-        dhidden, dweight, dbias = scaled(finished, g, hidden, ctx.dtypes)
+        supervised_N = labels != ctx.ignore_index
+        dhidden, dweight, dbias = scale_grads(finished, g, supervised_N, ctx.dtypes)
         plan = ctx.plan
         return (
             *[None] * 7, dbias.to(bias.dtype) if plan.want_bias else None, None,

@@ -15,7 +15,8 @@ Cost, in matrix products of 2 N H V FLOP with N the number of tokens that have a
 `weighting` is a promise about the gradient g_n that will arrive at log_probs: "uniform" (the same
 for all tokens: negative log-likelihood) or "probability" (proportional to the token's probability:
 dynamic fine-tuning, arXiv:2508.05629). All three products are then finished in forward. A gradient
-that breaks the promise turns every gradient into NaN, as does one that arrives at another output.
+that breaks the promise turns all gradients but those of ignored tokens into NaN, as does one that
+arrives at another output.
 In fp16 the gradient of the logits is then formed before a loss scale reaches it: use bf16.
 
 A loss whose formula is known up front needs no promise: `linear_log_prob_loss.py`.
@@ -28,7 +29,8 @@ from collections.abc import Sequence
 import torch
 
 from liger_trainer.kernels import scoring
-from liger_trainer.kernels.head import Plan
+from liger_trainer.kernels.autograd import first_derivative_only
+from liger_trainer.kernels.head import Plan, masked_scale, scale_rows
 from liger_trainer.kernels.loss import check_labels
 from liger_trainer.kernels.operands import checked_operands, make_head, make_plan
 from liger_trainer.kernels.runtime import on_device
@@ -79,14 +81,20 @@ def _factor(g_N: torch.Tensor, promised_N: torch.Tensor) -> torch.Tensor:
     return factor.where(kept, float("nan"))
 
 
-def scaled(finished, factor: torch.Tensor, hidden, dtypes: Sequence[torch.dtype]):
-    """(d hidden, d weight, d bias) of a sweep, times `factor`, in the operands' own dtypes."""
-    wanted = [*(h.dtype for h in hidden), *dtypes, finished[-1].dtype]
-    *grads, dbias = (
-        torch.mul(d, factor, out=torch.empty_like(d, dtype=dtype))
-        for d, dtype in zip(finished, wanted, strict=True)
-    )
-    return grads[: len(hidden)], grads[len(hidden) :], dbias
+def scale_grads(finished, factor: torch.Tensor, supervised_N, dtypes: Sequence[torch.dtype]):
+    """(d hidden, d weight, d bias) of a sweep, times `factor`; d weight in `dtypes`.
+
+    Ignored rows stay exactly 0, whatever `factor` is.
+    """
+    terms = len(dtypes)
+    rows = masked_scale(factor, supervised_N)
+    total = masked_scale(factor, supervised_N.any())
+    dhidden = [scale_rows(d, rows) if d.numel() else d for d in finished[:terms]]
+    dweight = [
+        torch.mul(d, total, out=torch.empty_like(d, dtype=dtype))
+        for d, dtype in zip(finished[terms:-1], dtypes, strict=True)
+    ]
+    return dhidden, dweight, finished[-1] * total
 
 
 # --- autograd --------------------------------------------------------------------------------
@@ -127,7 +135,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return tuple(scores)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, g_log_probs, g_entropy, g_lse, *_):
         bias, labels, order, log_probs, entropy, lse, *rest = ctx.saved_tensors
         plan, terms = ctx.plan, ctx.terms
@@ -142,8 +150,8 @@ class _LinearLogProbs(torch.autograd.Function):
                 factor = _factor(*(x.where(supervised_N, 0.0) for x in both))
                 if g_entropy is not None or g_lse is not None:
                     factor = factor * float("nan")
-                dhidden, dweight, dbias = scaled(
-                    finished, factor.to(log_probs.dtype), operands[:terms], ctx.dtypes
+                dhidden, dweight, dbias = scale_grads(
+                    finished, factor.to(log_probs.dtype), supervised_N, ctx.dtypes
                 )
             else:
                 head = make_head(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from liger_trainer.kernels.autograd import first_derivative_only
 from liger_trainer.kernels.cross_entropy import transform
 from liger_trainer.kernels.loss import accumulate_dtype, check_labels, transform_logits
 from liger_trainer.kernels.runtime import block_sizes, on_device, runs_in_triton, tl, triton
@@ -253,7 +254,7 @@ class _LogProbs(torch.autograd.Function):
         return tuple(scores)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, g_log_probs, g_entropy, g_lse, *_):
         logits, labels, lse, entropy = ctx.saved_tensors
         if g_log_probs is None:

@@ -93,9 +93,13 @@ def checked_weights(
     token_weight: torch.Tensor | None,
     labels: torch.Tensor,
     vocab: int,
+    ignore_index: int,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(class weights [V], token weights [N] in `dtype`); ValueError if one does not fit."""
+    """(class weights [V], token weights [N] in `dtype`); ValueError if one does not fit.
+
+    Ignored tokens get the weight 0, so that a NaN there cannot reach the loss.
+    """
     if class_weight is not None:
         if class_weight.shape != (vocab,) or class_weight.device != labels.device:
             raise ValueError(
@@ -110,6 +114,7 @@ def checked_weights(
                 f"got {tuple(token_weight.shape)} on {token_weight.device}"
             )
         token_weight = token_weight.reshape(-1).to(dtype)
+        token_weight = token_weight.where(labels.reshape(-1) != ignore_index, 0.0)
     return class_weight, token_weight
 
 

@@ -27,6 +27,7 @@ from liger_trainer.kernels.norms import (
     has_kernel,
     tile,
 )
+from liger_trainer.kernels.recompute import by_torch, recomputable
 from liger_trainer.kernels.runtime import (
     as_rows,
     num_sms,
@@ -279,11 +280,21 @@ def rms_norm(
     Paper: https://arxiv.org/abs/1910.07467
     """
     check_input("rms_norm", x, weight=weight)
-    if has_kernel(x, weight):
-        if not pays(x, MIN_ELEMENTS) and _has_torch_kernel(x, weight, offset):
+    if not has_kernel(x, weight):
+
+        def again(x, weight):
+            return rms_norm_reference(x, weight, eps=eps, offset=offset, cast_first=cast_first)
+
+        return by_torch(again, (x,), (weight,))
+    if not pays(x, MIN_ELEMENTS) and _has_torch_kernel(x, weight, offset):
+
+        def again(x, weight):
             return F.rms_norm(x, x.shape[-1:], weight, eps)
-        return _RMSNorm.apply(x, weight, float(eps), float(offset), cast_first)
-    return rms_norm_reference(x, weight, eps=eps, offset=offset, cast_first=cast_first)
+
+        return recomputable(again(x, weight), again, (x,), (weight,))
+    options = float(eps), float(offset), cast_first
+    y = _RMSNorm.apply(x, weight, *options)
+    return recomputable(y, lambda *args: _rms_norm_fwd(*args, *options)[0], (x,), (weight,))
 
 
 def _has_torch_kernel(x, weight, offset):

@@ -14,6 +14,7 @@ _HOME = {
     "LigerTrainer": "trainer",
     "enable": "stock",
     "disable": "stock",
+    "loss_scope": "deferred",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -6,23 +6,32 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 
+ACTIVATION_MEMORY = ("lean", "keep")
+
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
     """One switch per kernel, all on. `fused_linear_cross_entropy` has precedence over
-    `cross_entropy`, which serves logits that exist anyway."""
+    `cross_entropy`, which serves logits that exist anyway.
+
+    `activation_memory`: "lean" computes again in backward what one kernel gives back from tensors
+    that are kept anyway (norm outputs, gated products, casts), to the same bits; "keep" keeps it.
+    """
 
     rms_norm: bool = True
     layer_norm: bool = True
     rope: bool = True
+    attention: bool = True
     swiglu: bool = True
     geglu: bool = True
     cross_entropy: bool = True
     fused_linear_cross_entropy: bool = True
+    lora: bool = True
+    activation_memory: str = "lean"
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, bool] | KernelConfig | None) -> KernelConfig:
-        """Raises ValueError for an unknown key (naming the nearest) and a value that is no bool."""
+    def from_dict(cls, config: Mapping[str, bool | str] | KernelConfig | None) -> KernelConfig:
+        """Raises ValueError for an unknown key (naming the nearest) and a value it cannot have."""
         if isinstance(config, cls):
             return config
         names = [field.name for field in dataclasses.fields(cls)]
@@ -33,13 +42,24 @@ class KernelConfig:
                     f"liger_kernel_config has no key {key!r}; did you mean {near!r}? "
                     f"Known keys: {', '.join(names)}."
                 )
-            if not isinstance(value, bool):
+            if key == "activation_memory":
+                if value not in ACTIVATION_MEMORY:
+                    raise ValueError(
+                        f"liger_kernel_config[{key!r}] must be one of "
+                        f"{', '.join(map(repr, ACTIVATION_MEMORY))}, got {value!r}"
+                    )
+            elif not isinstance(value, bool):
                 raise ValueError(
                     f"liger_kernel_config[{key!r}] must be true or false, got {value!r}"
                 )
         return cls(**(config or {}))
 
     def __str__(self) -> str:
-        on = [name for name, value in dataclasses.asdict(self).items() if value]
-        off = [name for name, value in dataclasses.asdict(self).items() if not value]
-        return f"on: {', '.join(on) or 'none'}; off: {', '.join(off) or 'none'}"
+        switches = dataclasses.asdict(self)
+        memory = switches.pop("activation_memory")
+        on = [name for name, value in switches.items() if value]
+        off = [name for name, value in switches.items() if not value]
+        return (
+            f"on: {', '.join(on) or 'none'}; off: {', '.join(off) or 'none'}; "
+            f"activation memory: {memory}"
+        )

@@ -13,35 +13,25 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from liger_trainer.rules.head import DeferredLinear
-from liger_trainer.token_scores import token_scores
-
-
-def defers_logits(model: nn.Module) -> bool:
-    """Whether the head's logits are deferred and its weight is here (not a shard of it)."""
-    head = model.get_output_embeddings()
-    layers = [m for m in head.modules() if isinstance(m, DeferredLinear)] if head else []
-    return bool(layers) and all(
-        layer._liger_key[0] and layer.weight.numel() and not isinstance(layer.weight, DTensor)
-        for layer in layers
-    )
+from liger_trainer.deferred.scope import loss_scope
+from liger_trainer.deferred.token_scores import token_scores
+from liger_trainer.rules.head import defers_logits
 
 
 def attach_fused_head(
     model: nn.Module,
     *,
-    theirs: Callable,
+    original: Callable,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = (),
     weighting: str | None = None,
 ) -> None:
     """Makes `model(..., fused_lm_head=True)` return TRL's `FusedCausalLMOutput` from our kernels.
 
-    `theirs` is the forward that TRL gave the model: it answers all other calls, and these too while
-    the head's logits are not deferred (after `restore`, or with a sharded head). `weighting` is
-    that of `linear_log_probs`.
+    `original` is the forward that TRL gave the model: it answers all other calls, and these too
+    while the head's logits are not deferred (after `restore`). `weighting` is that of
+    `linear_log_probs`.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 
@@ -57,8 +47,11 @@ def attach_fused_head(
         num_items_in_batch=None,
         **kwargs,
     ):
-        if not fused_lm_head or not defers_logits(self):
-            return theirs(
+        fused = fused_lm_head and defers_logits(self)
+        if fused_lm_head and not fused:
+            check_adapter(self)
+        if not fused:
+            return original(
                 *args,
                 fused_lm_head=fused_lm_head,
                 labels=labels,
@@ -69,14 +62,15 @@ def attach_fused_head(
         config = self.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        own = type(self).forward(self, *args, **{**kwargs, "use_cache": False})
-        logits = own.logits
-        if shift_labels is None:
-            logits, shift_labels = logits[:, :-1], labels[:, 1:]
-        targets = shift_labels.to(logits.device)
-        scores = token_scores(
-            logits, targets, temperature=temperature, outputs=wanted, weighting=weighting
-        )
+        with loss_scope():
+            own = type(self).forward(self, *args, **{**kwargs, "use_cache": False})
+            logits = own.logits
+            if shift_labels is None:
+                logits, shift_labels = logits[:, :-1], labels[:, 1:]
+            targets = shift_labels.to(logits.device)
+            scores = token_scores(
+                logits, targets, temperature=temperature, outputs=wanted, weighting=weighting
+            )
         mask = targets != -100
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         loss = -scores.log_probs.sum() / count
@@ -96,6 +90,16 @@ def attach_fused_head(
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raise ValueError if TRL's own head, which reads the plain weight, would ignore an adapter."""
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ValueError(
+            "An adapter on the head needs fused_linear_cross_entropy, which is switched "
+            "off or was refused here (see the injection report). Switch it on, or remove "
+            "the head from target_modules."
+        )
 
 
 def _router_loss(own) -> torch.Tensor:

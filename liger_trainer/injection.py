@@ -13,13 +13,22 @@ from torch import nn
 from liger_trainer import probe
 from liger_trainer.config import KernelConfig
 from liger_trainer.report import InjectionReport
-from liger_trainer.rules import gated, head, norm, rotary
+from liger_trainer.rules import (
+    activation_memory,
+    attention,
+    gated,
+    head,
+    lora,
+    masks,
+    norm,
+    rotary,
+)
 from liger_trainer.rules.finding import Finding, Search
 from liger_trainer.swap import is_swapped, swap, unswap
 
 logger = logging.getLogger(__name__)
 
-_RULES = (norm.examine, rotary.examine)
+_RULES = (norm.examine, rotary.examine, lora.examine, attention.examine, masks.examine)
 
 
 def inject(
@@ -117,12 +126,19 @@ def _find(search: Search) -> Iterator[Finding]:
 
 def _examine(search: Search) -> Iterator[Finding]:
     names = {id(m): name for name, m in search.model.named_modules()}
+    swapped = set()
     for module in search.model.modules():
         for examine in _RULES:
             finding = examine(search, names[id(module)], module)
             if finding is not None:
+                if finding.row.swapped:
+                    swapped.add(finding.row.rule)
                 yield finding
-        yield from gated.examine(search, names[id(module)], module)
+        for finding in gated.examine(search, names[id(module)], module):
+            if finding.row.swapped:
+                swapped.add(finding.row.rule)
+            yield finding
+    yield from activation_memory.examine_model(search, swapped)
     yield from head.examine_model(search)
 
 

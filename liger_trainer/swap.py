@@ -36,12 +36,13 @@ class Swapped(metaclass=_SwappedType):
         _, _, *rest = super().__reduce_ex__(protocol)
         cls, swaps = type(self), []
         while "_liger_base" in vars(cls):
-            swaps.insert(0, (cls._liger_mixin, *cls._liger_key))
+            swaps.append((cls._liger_mixin, *cls._liger_key))
             cls = cls._liger_base
-        return _new_instance, (cls, *swaps), *rest
+        return _new_instance, (cls, *reversed(swaps)), *rest
 
 
 def _new_instance(cls: type, *swaps: tuple):
+    """An empty instance of `cls` with the swaps (mixin, *key) made one after the other."""
     for mixin, *key in swaps:
         cls = swapped_class(cls, mixin, *key)
     return cls.__new__(cls)

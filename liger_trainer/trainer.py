@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
+from liger_trainer.deferred import loss_scope
 from liger_trainer.hook import handled_for, without_request
 from liger_trainer.injection import inject
 from liger_trainer.report import InjectionReport
@@ -86,9 +87,10 @@ class LigerTrainer(Trainer):
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.args.use_liger_kernel:
-            inputs = without_request(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.args.use_liger_kernel:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with loss_scope():  # label smoothing and compute_loss_func take the labels away
+            return super().compute_loss(model, without_request(inputs), *args, **kwargs)
 
     def _get_num_items_in_batch(self, *args, **kwargs):
         number = super()._get_num_items_in_batch(*args, **kwargs)

@@ -21,10 +21,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from liger_trainer.config import KernelConfig
-from liger_trainer.fused_head import attach_fused_head, defers_logits
+from liger_trainer.deferred import loss_scope
+from liger_trainer.fused_head import attach_fused_head, check_adapter
 from liger_trainer.hook import handled_for, without_request
 from liger_trainer.injection import inject, is_injected
 from liger_trainer.report import InjectionReport
+from liger_trainer.rules.head import defers_logits
 from liger_trainer.trl_checks import check_examples, check_options, check_reference
 from liger_trainer.trl_overrides import overrides
 
@@ -122,22 +124,18 @@ class FusedTrainer:
             original(model, temperature, cast_lm_head_to_fp32, outputs or ("log_probs",))
             models.append(model)
             check_reference(models[0], model)
-            theirs = model.forward
+            forward = model.forward
             self._inject(model, config)
             if config.fused_linear_cross_entropy and not cast_lm_head_to_fp32:
                 attach_fused_head(
                     model,
-                    theirs=theirs,
+                    original=forward,
                     temperature=temperature,
                     outputs=tuple(outputs),
                     weighting=weighting,
                 )
-            if not defers_logits(model) and _has_adapter(model.get_output_embeddings()):
-                raise ValueError(
-                    "An adapter on the head needs fused_linear_cross_entropy, which is switched "
-                    "off or was refused here (see the injection report). Switch it on, or remove "
-                    "the head from target_modules."
-                )
+            if not defers_logits(model):
+                check_adapter(model)
 
         modules = {sys.modules[cls.__module__] for cls in type(self).__mro__}
         modules = [module for module in modules if hasattr(module, "add_fused_lm_head")]
@@ -160,9 +158,10 @@ class FusedTrainer:
             return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.args.use_liger_kernel:
-            inputs = without_request(inputs)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if not self.args.use_liger_kernel:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with loss_scope():
+            return super().compute_loss(model, without_request(inputs), *args, **kwargs)
 
 
 _WEIGHTING = {"nll": "uniform", "dft": "probability"}
@@ -170,10 +169,6 @@ _WEIGHTING = {"nll": "uniform", "dft": "probability"}
 
 class _Nothing:
     """No object is an instance of it."""
-
-
-def _has_adapter(head: nn.Module) -> bool:
-    return hasattr(head, "base_layer")
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ from types import FunctionType
 
 import torch
 
-from liger_trainer.fused_head import defers_logits
+from liger_trainer.deferred.scope import loss_scope
+from liger_trainer.deferred.token_scores import divergence, fusable, token_scores
+from liger_trainer.rules.head import defers_logits
 from liger_trainer.swap import rebind
-from liger_trainer.token_scores import divergence, fusable, token_scores
 
 
 def overrides(trainer: type) -> dict[str, object]:
@@ -55,9 +56,21 @@ def _rebound(attribute: object) -> object | None:
         theirs = _global(function, name)
         if theirs is not None:
             changed = rebind(changed or function, theirs, make(theirs)) or changed
-    if changed is None or function is attribute:
-        return changed
-    return type(attribute)(changed)  # staticmethod or classmethod
+    if changed is None:
+        return None
+    changed = _in_loss_scope(changed)
+    return changed if function is attribute else type(attribute)(changed)  # static or class method
+
+
+def _in_loss_scope(method: Callable) -> Callable:
+    """`method`, which scores tokens, with the logits of its forwards deferred."""
+
+    @functools.wraps(method)
+    def scoped(*args, **kwargs):
+        with loss_scope():
+            return method(*args, **kwargs)
+
+    return scoped
 
 
 def _global(function: FunctionType, name: str) -> object | None:
@@ -140,10 +153,10 @@ def _orpo_forward(theirs: Callable) -> Callable:
             attended = inputs["concatenated_attention_mask"][:chosen] == 1
             return inputs["concatenated_input_ids"][:chosen].masked_fill(~attended, -100)
 
-        found = _paired_forward(self, model, batch, self.padding_value, nll_labels)
-        if found is None:
+        if not _scores_pairs(self, model):
             return theirs(self, model, batch)
-        chosen, sums, counts, nll, logits, aux = found
+        pair = _paired_forward(self, model, batch, self.padding_value, nll_labels)
+        chosen, sums, counts, nll, logits, aux = pair
         logps = sums / counts
         return (
             logps[:chosen],
@@ -179,9 +192,13 @@ def _cpo_forward(theirs: Callable) -> Callable:
 
 def _scores_pairs(trainer, model) -> bool:
     unwrapped = trainer.accelerator.unwrap_model(model)
-    return not trainer.is_encoder_decoder and defers_logits(unwrapped)
+    inner = getattr(unwrapped, "get_base_model", None)
+    return not trainer.is_encoder_decoder and defers_logits(
+        inner() if callable(inner) else unwrapped
+    )
 
 
+@_in_loss_scope
 def _paired_forward(self, model, batch, padding_value, nll_labels):
     """One forward over chosen and rejected, each token scored once.
 
@@ -216,6 +233,7 @@ def _hidden_with_logits(theirs: Callable) -> Callable:
     """Hidden states out of the model's own forward; they carry the deferred logits with them."""
 
     @functools.wraps(theirs)
+    @_in_loss_scope
     def get_last_hidden_state(
         self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images
     ):

@@ -1,5 +1,6 @@
 """Fixtures: the device of a test, the Triton interpreter on CPU, poisoned allocations."""
 
+import gc
 import os
 from contextvars import ContextVar
 
@@ -35,6 +36,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: every training collects garbage, half a second each."""
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -14,7 +14,8 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.seen |= {t.shape for t in tree_leaves(result) if type(t) is torch.Tensor}
+        leaves = (t for t in tree_leaves(result) if type(t) is torch.Tensor and not t.is_meta)
+        self.seen |= {t.shape for t in leaves}
         return result
 
     def largest(self, last: int) -> int:

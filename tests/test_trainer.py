@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from liger_trainer import LigerTrainer, disable, enable
+from liger_trainer.deferred.logits import DeferredLogits
 from liger_trainer.injection import is_injected
 from liger_trainer.kernels import operands
-from liger_trainer.logits import DeferredLogits
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
@@ -44,7 +44,8 @@ def arguments(tmp_path, device="cpu", **changes):
         "gradient_accumulation_steps": 2,
         "max_steps": 3,
         "logging_steps": 1,
-        "learning_rate": 1e-2,
+        "optim": "sgd",  # Adam turns the rounding of a gradient near zero into a whole step
+        "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
         "report_to": [],

@@ -132,7 +132,7 @@ def alignment_values(folder: Path, method: str, **training) -> dict:
         values["training"] = {**generated, "per_device_eval_batch_size": 2, **values["training"]}
     else:
         values["data"] = {"path": str(pairs_file(folder / "pairs.jsonl")), "max_length": 64}
-    values["data"]["eval_fraction"] = 0.25
+    values["data"] |= {"eval_fraction": 0.25, "samples": 0}
     return values
 
 
@@ -144,6 +144,7 @@ def recipe_values(folder: Path, **training) -> dict:
             "path": str(chat_file(folder / "chat.jsonl")),
             "eval_fraction": 0.25,
             "max_length": 64,
+            "samples": 0,
         },
         "training": {
             "output_dir": str(folder / "out"),

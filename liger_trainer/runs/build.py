@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
+from pathlib import Path
 
 import transformers
 from transformers import ProgressCallback
 
+from liger_trainer.runs.adapters import located
 from liger_trainer.runs.collate import Collator
 from liger_trainer.runs.data import Prepared, prepare
 from liger_trainer.runs.load import load_model, load_tokenizer
 from liger_trainer.runs.methods import trainer_class
 from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.rewards import columns_of
+from liger_trainer.runs.rewards import check_rows, columns_of, guarded
 from liger_trainer.runs.throughput import Progress, Throughput, count_tokens
 
 
@@ -23,8 +26,7 @@ def build_trainer(recipe: Recipe, args):
     Raises ValueError for data and models that the method cannot train on.
     """
     seed = args.seed if args.data_seed is None else args.data_seed
-    tokenizer = load_tokenizer(recipe.model)
-    rewards = recipe.reward.load() if recipe.reward else []
+    tokenizer, rewards = load_tokenizer(recipe.model), load_rewards(recipe)
     with args.main_process_first(desc="data"):
         prepared = prepare(
             recipe.data,
@@ -33,8 +35,10 @@ def build_trainer(recipe: Recipe, args):
             examples=recipe.kind.examples,
             needed=columns_of(rewards),
         )
-    for note in prepared.notes:
-        print(f"data: {note}")
+    for rows, what in ((prepared.train, "training"), (prepared.eval, "held-out")):
+        check_rows(rewards, rows or (), what)
+    for note in prepared.notes if args.process_index == 0 else ():
+        print(f"data: {note}", flush=True)
     transformers.set_seed(args.seed)
     build = _sft_trainer if recipe.kind.trainer is None else _trl_trainer
     trainer = build(recipe, args, tokenizer, prepared, rewards)
@@ -42,6 +46,27 @@ def build_trainer(recipe: Recipe, args):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer, prepared
+
+
+def load_trained(recipe: Recipe, trained: Path):
+    """The trainer of a recipe, with the trained weights or adapter of a folder, and its data."""
+    trainer, prepared = build_trainer(recipe, recipe.training_arguments())
+    trainer._load_from_checkpoint(str(trained))
+    return trainer, prepared
+
+
+def load_rewards(recipe: Recipe) -> list:
+    """The reward functions; modules are also looked for beside the recipe and in the working
+    folder."""
+    if recipe.reward is None:
+        return []
+    places = [str(recipe.path.resolve().parent), os.getcwd()]
+    sys.path[:0] = places
+    try:
+        return recipe.reward.load()
+    finally:
+        for place in places:
+            sys.path.remove(place)
 
 
 def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: list):
@@ -70,17 +95,20 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
 
     TRL would load the reference by the policy's name alone: not possible for a GGUF file in a
     package, and silently another model where the recipe names a revision or changes the
-    configuration. So it is built as the policy is, unless nothing needs one: with an adapter the
-    reference is the model without it, and precomputed log-probabilities come from the policy before
+    configuration. So it is built as the policy is, unless nothing needs one: with a new adapter the
+    reference is the model without it, with one that is trained further TRL keeps a copy of it, and
+    precomputed log-probabilities come from the policy before
     its first step.
     """
-    _check_generations(args, prepared)
-    given = {"reward_funcs": rewards} if rewards else {}
+    for conflict in generations_conflict(args) if prepared.eval is not None else ():
+        raise ValueError(conflict)
+    given = {"reward_funcs": [guarded(reward) for reward in rewards]} if rewards else {}
     peft_config = recipe.peft_config()
     precomputed = getattr(args, "precompute_ref_log_probs", False)
     # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so there TRL
     # wants a model of its own for them.
-    if recipe.kind.reference and peft_config is None and not (precomputed and not _sharded(args)):
+    adapted = peft_config is not None or located(recipe.model)[1] is not None
+    if recipe.kind.reference and not adapted and not (precomputed and not _sharded(args)):
         given["ref_model"] = load_model(recipe.model)
     try:
         trainer = trainer_class(recipe.method)(
@@ -121,13 +149,17 @@ def _require_separation(model, args) -> None:
         )
 
 
-def _check_generations(args, prepared: Prepared) -> None:
-    """TRL checks this only for a recipe that evaluates on the way; every run does at its ends."""
+def generations_conflict(args) -> list[str]:
+    """What stands against evaluating completions in groups, at most one sentence.
+
+    TRL checks this only for a recipe that evaluates on the way; every run does at its ends.
+    """
     count = getattr(args, "num_generations_eval", None) or getattr(args, "num_generations", None)
     batch = args.per_device_eval_batch_size * args.world_size
-    if count and prepared.eval is not None and batch % count:
-        raise ValueError(
-            f"training.per_device_eval_batch_size: the {batch} completions of a batch are not a "
-            f"multiple of the {count} that each held-out prompt gets; change it, or "
-            "training.num_generations_eval"
-        )
+    if not count or batch % count == 0:
+        return []
+    return [
+        f"training.per_device_eval_batch_size: the {batch} completions of a batch are not a "
+        f"multiple of the {count} that each held-out prompt gets; change it, or "
+        "training.num_generations_eval"
+    ]

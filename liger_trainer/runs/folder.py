@@ -1,125 +1,246 @@
-"""The output folder of a run: who may write there, what was run, where to resume.
+"""The output folder of a run: who may write there, what was run, where to resume, what is ours.
 
-`run.json` holds the recipe as given and the state of the run. A folder that holds a run, or a model
-that no run of this package wrote, is never written to by accident.
+`run.json` holds the recipe as given, the state of the run and the files that it wrote. The folder
+becomes a run's own with its first optimizer step: until then it is as it was, so that a run which
+cannot begin destroys and blocks nothing. Only files that runs wrote are ever replaced or removed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
+from filelock import FileLock, Timeout
 
+from liger_trainer.runs import checkpoints
+from liger_trainer.runs.compare import differences
 from liger_trainer.runs.recipe import Recipe
 
 RUN_FILE = "run.json"
+_LOCK, _STAGING = ".lock", ".model"
 _MODEL_FILES = ("config.json", "adapter_config.json")
+_STATES = ("running", "interrupted", "diverged", "finished")
 
 
-def refusal(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> str | None:
+@dataclass
+class RunFolder:
+    """The folder of one run, held by it. `checkpoint` is what it resumes from, if anything."""
+
+    recipe: Recipe
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    checkpoint: Path | None = None
+    earlier: dict[str, Any] | None = None  # run.json of the run that is resumed or replaced
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    begun: bool = False
+
+    @property
+    def path(self) -> Path:
+        return self.recipe.output_dir
+
+    @property
+    def resumes(self) -> bool:
+        return self.earlier is not None and self.earlier["id"] == self.id
+
+    def begin(self) -> None:
+        """Makes the folder this run's; a run that it replaces is removed. Once."""
+        if self.begun:
+            return
+        self.begun = True
+        self.facts["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        files, replaced = [], []
+        if self.resumes:
+            self.facts["started"] = self.earlier.get("started", self.facts["started"])
+        if self.earlier is not None:
+            files, replaced = self.earlier["files"], list(self.earlier["replaced"])
+            if not self.resumes:
+                replaced.append(self.earlier["id"])
+        # Both lists are on the disk before anything is removed, for a run that is killed meanwhile.
+        self.write("running", files=files, replaced=replaced)
+        for checkpoint in checkpoints.numbered(self.path) if replaced else ():
+            if checkpoints.owner(checkpoint) in replaced:
+                checkpoints.remove(checkpoint)
+        if not self.resumes:
+            for name in files:
+                (self.path / name).unlink(missing_ok=True)
+            files = []
+        self.write("running", files=files)
+
+    def write(self, state: str, **facts: Any) -> None:
+        """Records the state of the run, and facts besides those recorded before."""
+        assert state in _STATES
+        self.facts |= {"files": [], "replaced": [], **facts}
+        content = {"state": state, "id": self.id, "recipe": self.recipe.shown, **self.facts}
+        checkpoints.write_whole(self.path / RUN_FILE, json.dumps(content, indent=2))
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A folder to save a model in, which `publish` empties. Removed in the end."""
+        path = self.path / _STAGING
+        shutil.rmtree(path, ignore_errors=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def publish(self, staging: Path) -> None:
+        """Moves a saved model to its place, and removes what an earlier save has left over."""
+        before = self.facts["files"]
+        found = [p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file()]
+        new = sorted(name for name in found if name != "README.md")  # boilerplate of PEFT
+        self.write("running", files=sorted({*before, *new}))
+        for name in new:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, self.path / name)
+        for name in set(before) - {*new}:
+            (self.path / name).unlink(missing_ok=True)
+        self.write("running", files=new)
+
+
+@contextmanager
+def held(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, processes: int = 1
+) -> Iterator[RunFolder]:
+    """The output folder, locked while the block runs: the lock ends with the process at the latest.
+
+    Raises ValueError when `refusal` has a reason, and where another process holds the folder. What
+    was created for a run that has not begun is removed again.
+    """
+    path = recipe.output_dir
+    reason = refusal(recipe, resume=resume, overwrite=overwrite, processes=processes)
+    if reason:
+        raise ValueError(reason)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"training.output_dir: a run is at work in {path}; wait for it, or choose another "
+            "training.output_dir"
+        ) from None
+    try:
+        yield _claimed(recipe, resume=resume)
+    finally:
+        if {p.name for p in path.iterdir()} <= {_LOCK}:
+            (path / _LOCK).unlink(missing_ok=True)
+        lock.release()
+        checkpoints.remove_if_empty(path)
+
+
+def refusal(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    processes: int | None = None,
+) -> str | None:
     """Why a run of `recipe` must not start in its output folder, and what to do; None if it may."""
-    folder = recipe.output_dir
-    if folder.exists() and not folder.is_dir():
-        return f"training.output_dir: {folder} is a file"
-    earlier = read(folder)
+    path = recipe.output_dir
+    if path.exists() and not path.is_dir():
+        return f"training.output_dir: {path} is a file"
+    source = recipe.model.name_or_path if recipe.model.package is None else None
+    if source and path.is_dir() and os.path.exists(source) and path.samefile(source):
+        return (
+            f"training.output_dir: {path} holds the model that is to be trained; choose another "
+            "training.output_dir"
+        )
+    earlier = read(path)
+    if resume and earlier is None:
+        return f"--resume: there is no run in {path}; leave the option away to start one"
+    foreign = _foreign(path, earlier)
+    if foreign:
+        return (
+            f"training.output_dir: {path} holds {foreign}, which no run of this program wrote. "
+            "Choose another training.output_dir"
+        )
     if resume:
-        return _resume_refusal(recipe, earlier)
-    if earlier is None:
-        found = [n for n in _MODEL_FILES if (folder / n).exists()]
-        found += [p.name for p in folder.glob("checkpoint-*")]
-        if found:
-            return (
-                f"training.output_dir: {folder} holds {found[0]}, which no run of this program "
-                "wrote. Choose another training.output_dir"
-            )
+        return _resume_refusal(recipe, earlier, processes)
+    if earlier is None or overwrite:
         return None
-    if overwrite:
-        return None
-    changed = differences(earlier["recipe"], recipe.values)
+    changed = differences(earlier["recipe"], recipe)
     other = "another recipe (" + "; ".join(changed) + ")" if changed else "this recipe"
     resumable = not changed and earlier["state"] != "finished"
     return (
-        f"training.output_dir: {folder} holds a run of {other}, state: {earlier['state']}. "
+        f"training.output_dir: {path} holds a run of {other}, state: {earlier['state']}. "
         + ("Continue it with --resume, replace" if resumable else "Replace")
         + " it with --overwrite, or choose another training.output_dir"
     )
 
 
-def claim(recipe: Recipe, *, resume: bool, overwrite: bool) -> str | None:
-    """Takes the folder for this run; returns the checkpoint to resume from, if there is one.
-
-    Raises ValueError when `refusal` has a reason.
-    """
-    reason = refusal(recipe, resume=resume, overwrite=overwrite)
-    if reason:
-        raise ValueError(reason)
-    folder = recipe.output_dir
-    if overwrite and read(folder) is not None:
-        _remove_run(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(recipe, "running")
-    return get_last_checkpoint(str(folder)) if resume else None
-
-
-def read(folder: Path) -> dict[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     """The contents of `run.json`, or None where there is none."""
-    path = folder / RUN_FILE
-    if not path.is_file():
+    file = path / RUN_FILE
+    if not file.is_file():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): remove the file") from error
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): remove the file") from error
+    needed = ("state", "id", "recipe", "files", "replaced")
+    if not isinstance(found, dict) or not all(key in found for key in needed):
+        raise ValueError(
+            f"{file} is not of this version of the program: choose another training.output_dir, "
+            "or remove the file"
+        )
+    return found
 
 
-def write(recipe: Recipe, state: str, **facts: Any) -> None:
-    """Records the state of the run: running, interrupted or finished."""
-    path = recipe.output_dir / RUN_FILE
-    content = json.dumps({"state": state, "recipe": recipe.values, **facts}, indent=2)
-    partial = path.with_suffix(".partial")
-    partial.write_text(content + "\n")
-    partial.replace(path)
+def _claimed(recipe: Recipe, *, resume: bool) -> RunFolder:
+    """The folder, now that nobody else changes it."""
+    path, earlier = recipe.output_dir, read(recipe.output_dir)
+    if not resume:
+        return RunFolder(recipe, earlier=earlier)
+    checkpoint, notes = checkpoints.newest(path, earlier["id"])
+    if checkpoint is None and earlier["state"] == "finished":
+        raise ValueError(
+            f"--resume: the run in {path} is finished and has left no complete checkpoint to go on "
+            "from: set training.save_strategy for runs that are to be extended"
+            + "".join(f"; {note}" for note in notes)
+        )
+    notes.append(
+        f"resuming from {checkpoint}" if checkpoint else "no complete checkpoint: starting again"
+    )
+    return RunFolder(recipe, earlier["id"], checkpoint, earlier, notes)
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`section.key: before -> now` for every value that differs."""
-    flat_before, flat_now = _flat(before), _flat(now)
-    keys = sorted(k for k in {*flat_before, *flat_now} if flat_before.get(k) != flat_now.get(k))
-    return [f"{k}: {flat_before.get(k)} -> {flat_now.get(k)}" for k in keys]
-
-
-def _resume_refusal(recipe: Recipe, earlier: dict[str, Any] | None) -> str | None:
-    folder = recipe.output_dir
-    if earlier is None:
-        return f"--resume: there is no run in {folder}; leave the option away to start one"
-    changed = differences(earlier["recipe"], recipe.values)
+def _resume_refusal(recipe: Recipe, earlier: dict[str, Any], processes: int | None) -> str | None:
+    path = recipe.output_dir
+    changed = differences(earlier["recipe"], recipe, resuming=True)
     if changed:
         return (
-            f"--resume: the run in {folder} had another recipe ({'; '.join(changed)}). "
+            f"--resume: the run in {path} had another recipe ({'; '.join(changed)}). "
             "Use the same values, or choose another training.output_dir"
         )
-    if earlier["state"] == "finished":
-        return f"--resume: the run in {folder} is finished; replace it with --overwrite"
+    before = earlier.get("processes")
+    if processes is not None and before is not None and before != processes:
+        return (
+            f"--resume: the run in {path} had {before} processes, this one has {processes}, which "
+            f"would see other batches and random numbers; start {before}"
+        )
+    if earlier["state"] == "finished" and not differences(earlier["recipe"], recipe):
+        return (
+            f"--resume: the run in {path} is finished; extend it with a larger training.max_steps "
+            "or training.num_train_epochs, or replace it with --overwrite"
+        )
     return None
 
 
-def _remove_run(folder: Path) -> None:
-    """Removes what a run writes and nothing else."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    for pattern in (RUN_FILE, "report.html", "*.safetensors", "*.safetensors.index.json"):
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            out |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            out[f"{prefix}{key}"] = value
-    return out
+def _foreign(path: Path, earlier: dict[str, Any] | None) -> str | None:
+    """The name of something in the way that no run wrote."""
+    ours = set() if earlier is None else {earlier["id"], *earlier["replaced"]}
+    for name in _MODEL_FILES:
+        if (path / name).exists() and (earlier is None or name not in earlier["files"]):
+            return name
+    for checkpoint in checkpoints.numbered(path):
+        if checkpoints.foreign(checkpoint, ours):
+            return checkpoint.name
+    return None

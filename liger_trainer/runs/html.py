@@ -43,6 +43,7 @@ th { position: sticky; top: 0; background: #f1f5f9; font-weight: 600; }
 details { margin-top: 12px; }
 summary { cursor: pointer; color: var(--soft); margin-bottom: 8px; }
 tr.no td { background: #fff7ed; }
+.texts td { white-space: pre-wrap; vertical-align: top; font-size: 13px; min-width: 180px; }
 pre { margin: 0; padding: 14px 16px; font-size: 13px; line-height: 1.5; }
 @media (max-width: 520px) { .plots { grid-template-columns: 1fr; } }
 """
@@ -58,6 +59,7 @@ def write_report(
     recipe: dict[str, Any],
     machine: dict[str, str],
     notes: list[str],
+    samples: list[dict[str, Any]] = (),
 ) -> Path:
     """Writes the page and returns its path.
 
@@ -67,12 +69,14 @@ def write_report(
         log_history: the trainer's log, with `tokens_per_second` and `peak_memory_gib`.
         injection: the report's JSON, parsed, with its grouped `table`; None with the flag off.
         recipe: the recipe's nested values.
+        samples: held-out examples: `prompt`, `expected`, and the completions `before` and `after`.
     """
     sections = [
         f"<h1>{html.escape(title)}</h1><p class=sub>{html.escape('; '.join(notes))}</p>",
         _cards(summary),
         "<h2>Training</h2>",
         f"<div class=plots>{''.join(plots(log_history))}</div>",
+        *_samples(samples),
         "<h2>Injection</h2>",
         _injection(injection),
         "<h2>Recipe</h2>",
@@ -117,6 +121,15 @@ def telling(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
+def _samples(samples: list[dict[str, Any]]) -> list[str]:
+    if not samples:
+        return []
+    keys = ("prompt", "expected", "before", "after")
+    rows = [[sample.get(key, "") for key in keys] for sample in samples]
+    columns = ["prompt", "in the data", "before training", "after training"]
+    return ["<h2>Held-out completions</h2>", _table(columns, rows, kind="texts")]
+
+
 def _injection(injection: dict[str, Any] | None) -> str:
     if injection is None:
         return "<p>use_liger_kernel is off: the model ran as it is.</p>"
@@ -142,12 +155,13 @@ def _injection(injection: dict[str, Any] | None) -> str:
     )
 
 
-def _table(columns: list[str], rows: list[list[Any]]) -> str:
+def _table(columns: list[str], rows: list[list[Any]], kind: str = "") -> str:
     head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
     body = ""
     for row in rows:
         cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in row)
-        body += f"<tr class=no>{cells}</tr>" if "no" in row else f"<tr>{cells}</tr>"
+        body += f"<tr class=no>{cells}</tr>" if "no" in row and not kind else f"<tr>{cells}</tr>"
     return (
-        f"<div class=box><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="box {kind}"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )

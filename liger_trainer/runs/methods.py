@@ -31,7 +31,7 @@ _ONLINE = {
 }
 
 METHODS = {
-    "sft": Method(unused_data={"invalid": "remove the key: it is for preference data"}),
+    "sft": Method(),
     "dpo": Method("DPO", "pairs", reference=True, unused_data=_PREFERENCE),
     "orpo": Method("ORPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
     "cpo": Method("CPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
@@ -54,6 +54,18 @@ _ELSEWHERE = {
     "model_init_kwargs": "set the keys of the section model instead",
     "trust_remote_code": "set model.trust_remote_code instead",
     "include_num_input_tokens_seen": "remove the key: tokens are counted anyway",
+}
+_PUSH = "nothing is pushed while training; after it, use `liger-trainer push`"
+# Fields that Trainer leaves to the program around it: the values that nothing here would obey.
+_NOT_OBEYED = {
+    "resume_from_checkpoint": (bool, "use --resume, which finds the newest complete checkpoint"),
+    "do_train": (lambda value: not value, "a recipe trains; use `liger-trainer evaluate`"),
+    "do_eval": (lambda value: not value, "remove data.eval_fraction, eval_split and eval_path"),
+    "do_predict": (bool, "there is no test set; use `liger-trainer evaluate`"),
+    **dict.fromkeys(
+        ("push_to_hub", "hub_token", "hub_model_id", "hub_private_repo", "hub_revision"),
+        (bool, _PUSH),
+    ),
 }
 # What `from_pretrained` of a name alone would miss. TRL loads the reference of GRPO that way.
 _BEYOND_NAME = (
@@ -133,6 +145,9 @@ def refuse_unused(method: str, values: dict[str, Any]) -> None:
     for key in values["data"]:
         if key in chosen.unused_data:
             raise ValueError(f"data.{key}: not for {method}; {chosen.unused_data[key]}")
+    for key, (unheeded, advice) in _NOT_OBEYED.items():
+        if key in values["training"] and unheeded(values["training"][key]):
+            raise ValueError(f"training.{key}: remove the key; {advice}")
     for key in values["training"] if chosen.trainer else ():
         if key in _ELSEWHERE:
             raise ValueError(f"training.{key}: {_ELSEWHERE[key]}")

@@ -13,6 +13,7 @@ from liger_trainer.injection import inject
 from liger_trainer.report import InjectionReport
 from liger_trainer.runs.load import ModelArguments, load_config, meta_model
 from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.secrets import hidden
 
 
 def injection_plan(
@@ -38,6 +39,7 @@ def resolved_yaml(recipe: Recipe) -> str:
         if recipe.values.get(section) is not None:
             sections[section] = recipe.values[section]
     origins = {f"training.{key}": where for key, (_, where) in recipe.training_fields().items()}
+    sections = hidden(sections)
     lines = [f"method: {sections.pop('method')}"]
     for section, fields in sections.items():
         lines.append(f"{section}:")
@@ -52,7 +54,7 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 def conflicts(recipe: Recipe) -> list[str]:
     """What would fail or surprise, one sentence each, as far as the recipe alone shows it."""
-    return [*_training_conflicts(recipe), *_data_conflicts(recipe)]
+    return [*_training_conflicts(recipe), *_data_conflicts(recipe), *_reward_conflicts(recipe)]
 
 
 def model_conflicts(recipe: Recipe) -> list[str]:
@@ -109,6 +111,15 @@ def _data_conflicts(recipe: Recipe) -> list[str]:
                     "data.eval_split or data.eval_path"
                 )
     return found
+
+
+def _reward_conflicts(recipe: Recipe) -> list[str]:
+    try:
+        if recipe.reward is not None:
+            recipe.reward.load()
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _set_fields(section: Any) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 
 from datasets import Dataset, Value, concatenate_datasets
 
-from liger_trainer.runs.tokenize import IGNORE_INDEX, encoder
+from liger_trainer.runs.rows import ROW, columns, text_flaw, without_flawed
+from liger_trainer.runs.tokenize import IGNORE_INDEX, RowError, encoder
 
 COLUMNS = {
     "pairs": ("prompt", "chosen", "rejected"),
@@ -35,82 +36,122 @@ def prepare_examples(
     what: str,
     notes: list[str],
     max_length: int,
-    invalid: str = "error",
+    invalid: str = "raise",
     needed: Iterable[str] = (),
     seed: int = 0,
     num_proc: int | None = None,
 ) -> Dataset:
-    """The examples with the columns of `kind`, all fit to train on.
+    """The examples (`numbered`) with the columns of `kind`, all fit to train on.
 
     Args:
         what: "training" or "held-out", for messages.
         notes: gets a sentence about what was left out.
-        invalid: "error" raises for an example that cannot be trained on, "drop" leaves it out.
+        invalid: "raise" raises for an example that cannot be trained on, "drop" leaves it out.
         needed: columns that are kept and must be there, besides those of `kind`.
         seed: shuffles the two examples that each pair becomes.
 
     Raises ValueError for missing columns, labels that are not true or false or are all the same,
-    and, with `invalid="error"`, for an empty or an unchanged text and for a prompt that leaves its
+    and, with `invalid="raise"`, for an empty or an unchanged text and for a prompt that leaves its
     completion no room within `max_length`.
     """
-    paired = {"chosen", "rejected"} <= set(dataset.column_names)
-    if kind == "pairs" or (kind == "labelled" and paired):
-        dataset = _with_prompt(dataset)
-    if kind == "labelled" and paired:
+    left = {"what": what, "invalid": invalid, "notes": notes}
+    paired = {"chosen", "rejected"} <= set(columns(dataset))
+    source = "pairs" if kind == "labelled" and paired else kind
+    names = [n for n in COLUMNS[source] if n in columns(dataset) and n != "label"]
+    dataset = _with_texts(dataset, names, left, num_proc)
+    if source == "pairs":
+        _require(dataset, "pairs", ("chosen", "rejected"), ())
+        dataset = _with_prompt(dataset, left)
+    if source != kind:
         dataset = _unpaired(dataset, seed)
     _require(dataset, kind, COLUMNS[kind], needed)
     dataset = _unmixed(dataset, [name for name in COLUMNS[kind] if name != "label"])
     if kind == "labelled":
         _check_labels(dataset, what)
-    flaws = dataset.map(
-        lambda example: {"flaw": _FLAWS[kind](example, tokenizer, max_length)},
-        remove_columns=dataset.column_names,
-        num_proc=num_proc,
-        desc=f"Checking {what} examples",
-    )["flaw"][:]
-    found = [i for i, flaw in enumerate(flaws) if flaw]
-    if found:
-        _report(found, flaws, what, invalid, notes)
-        dataset = dataset.select([i for i, flaw in enumerate(flaws) if not flaw])
+    if kind != "prompts":
+        flaw_of = {"pairs": _pair_flaw, "labelled": _label_flaw}[kind]
+        flaws = _flaws(dataset, lambda row: flaw_of(row, tokenizer, max_length), num_proc)
+        dataset = without_flawed(dataset, flaws, **left)
+    elif tokenizer.chat_template is None and not _is_text(dataset, "prompt"):
+        raise ValueError(
+            "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
+            "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
+        )
     if kind == "labelled" and what == "training":
         _check_both_labels(dataset)
     if kind == "prompts":
-        return dataset  # rewards take any column
+        return dataset.remove_columns(ROW)  # rewards take any other column
     keep = [*COLUMNS[kind], *_TEMPLATE_COLUMNS]
     return dataset.select_columns([name for name in keep if name in dataset.column_names])
 
 
-def _with_prompt(dataset: Dataset) -> Dataset:
+def _flaws(dataset: Dataset, flaw_of: Callable[[dict], str], num_proc: int | None) -> list[str]:
+    """What `flaw_of` says of each row; empty for those that are fit."""
+
+    def flaw(example: dict) -> dict:
+        try:
+            return {"flaw": flaw_of(example)}
+        except RowError as error:
+            return {"flaw": str(error)}
+
+    found = dataset.map(
+        flaw, remove_columns=dataset.column_names, num_proc=num_proc, desc="Checking examples"
+    )
+    return found["flaw"][:]
+
+
+def _with_texts(dataset: Dataset, names: list[str], left: dict, num_proc: int | None) -> Dataset:
+    """The rows in which the columns `names` hold text or messages, the same in every row."""
+    first = {n: next((v for v in dataset[n] if v is not None), None) for n in names}
+
+    def flaw(example: dict) -> str:
+        for name in names:
+            if found := text_flaw(name, example[name]):
+                return found
+            if type(example[name]) is not type(first[name]):
+                return f"`{name}` is {_kind(example[name])}, in other rows {_kind(first[name])}"
+        return ""
+
+    return without_flawed(dataset, _flaws(dataset, flaw, num_proc), **left)
+
+
+def _kind(text: str | list) -> str:
+    return "text" if isinstance(text, str) else "messages"
+
+
+def _with_prompt(dataset: Dataset, left: dict) -> Dataset:
     """Pairs of whole conversations, with the beginning that they share as their prompt.
 
     A prompt that is a string beside such conversations repeats what they begin with.
     """
-    _require(dataset, "pairs", ("chosen", "rejected"), ())
-    has_prompt = "prompt" in dataset.column_names
+    has_prompt = "prompt" in columns(dataset)
     if _is_text(dataset, "chosen") or (has_prompt and not _is_text(dataset, "prompt")):
         return dataset
-    if has_prompt and all(len(chosen or ()) <= 1 for chosen in dataset["chosen"]):
+    if has_prompt and all(len(chosen) <= 1 for chosen in dataset["chosen"]):
         return dataset  # answers alone
 
+    def flaw(example: dict) -> str:
+        chosen, rejected = (_plain(example[name]) for name in ("chosen", "rejected"))
+        if chosen[:-1] == rejected[:-1]:
+            return ""
+        return (
+            "`chosen` and `rejected` are conversations that differ before their last message; "
+            "give what they share as a column `prompt`"
+        )
+
     def split(example: dict) -> dict:
-        chosen, rejected = (_plain(example[name] or []) for name in ("chosen", "rejected"))
-        if not chosen or not rejected:
-            return {"prompt": [], "chosen": chosen, "rejected": rejected}  # named as empty later
-        if chosen[:-1] != rejected[:-1]:
-            raise ValueError(
-                "data: `chosen` and `rejected` are conversations that differ before their last "
-                "message; give what they share as a column `prompt`"
-            )
+        chosen, rejected = (_plain(example[name]) for name in ("chosen", "rejected"))
         return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
-    columns = [name for name in COLUMNS["pairs"] if name in dataset.column_names]
-    return dataset.map(split, remove_columns=columns, desc="Finding prompts")
+    dataset = without_flawed(dataset, _flaws(dataset, flaw, None), **left)
+    split_up = [name for name in COLUMNS["pairs"] if name in dataset.column_names]
+    return dataset.map(split, remove_columns=split_up, desc="Finding prompts")
 
 
-def _unmixed(dataset: Dataset, columns: list[str]) -> Dataset:
+def _unmixed(dataset: Dataset, names: list[str]) -> Dataset:
     """Strings beside chat messages become messages, of the user or of the assistant."""
-    texts = [name for name in columns if _is_text(dataset, name)]
-    if len(texts) in (0, len(columns)):
+    texts = [name for name in names if _is_text(dataset, name)]
+    if len(texts) in (0, len(names)):
         return dataset
 
     def to_messages(example: dict) -> dict:
@@ -129,15 +170,15 @@ def _unpaired(pairs: Dataset, seed: int) -> Dataset:
     return concatenate_datasets(sides).shuffle(seed=seed)
 
 
-def _require(dataset: Dataset, kind: str, columns: Iterable[str], needed: Iterable[str]) -> None:
-    present = dataset.column_names
-    for name in columns:
+def _require(dataset: Dataset, kind: str, names: Iterable[str], needed: Iterable[str]) -> None:
+    present = columns(dataset)
+    for name in names:
         if name not in present:
             close = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
             theirs = close[0] if close else "..."
             raise ValueError(
                 f"data: no column {name!r} among {', '.join(present)}; {kind} need "
-                f"{', '.join(columns)}. Name yours with data.columns, for example "
+                f"{', '.join(names)}. Name yours with data.columns, for example "
                 f"`columns: {{{name}: {theirs}}}`"
             )
     for name in needed:
@@ -178,25 +219,11 @@ def _check_both_labels(dataset: Dataset) -> None:
         )
 
 
-def _report(found: list[int], flaws: list[str], what: str, invalid: str, notes: list[str]) -> None:
-    first = found[0]
-    message = f"{len(found)} of {len(flaws)} {what} examples, the first because {flaws[first]}"
-    if invalid == "error":
-        raise ValueError(
-            f"data: cannot train on {message} (row {first} after shuffling). Repair the data, or "
-            "leave such examples out with data.invalid: drop"
-        )
-    if len(found) == len(flaws):
-        raise ValueError(f"data: nothing is left: cannot train on {message}")
-    notes.append(f"left out {message}")
-
-
 def _pair_flaw(example: dict, tokenizer, max_length: int) -> str:
     """Why a pair cannot be trained on; empty if it can."""
     texts = {name: example[name] for name in COLUMNS["pairs"]}
-    for name, text in texts.items():
-        if _is_empty(text):
-            return f"`{name}` is empty"
+    if not texts["prompt"]:
+        return "`prompt` is empty"
     if _plain(texts["chosen"]) == _plain(texts["rejected"]):
         return "`chosen` and `rejected` are equal"
     ids = []
@@ -214,30 +241,11 @@ def _pair_flaw(example: dict, tokenizer, max_length: int) -> str:
 
 
 def _label_flaw(example: dict, tokenizer, max_length: int) -> str:
-    for name in ("prompt", "completion"):
-        if _is_empty(example[name]):
-            return f"`{name}` is empty"
     if example["label"] is None:
         return "`label` is missing"
     encoded = _encode(example["prompt"], example["completion"], tokenizer, max_length)
     labelled = any(label != IGNORE_INDEX for label in encoded["labels"])
     return "" if labelled else _no_room(max_length)
-
-
-def _prompt_flaw(example: dict, tokenizer, max_length: int) -> str:
-    if not isinstance(example["prompt"], str) and tokenizer.chat_template is None:
-        raise ValueError(
-            "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
-            "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
-        )
-    return "`prompt` is empty" if _is_empty(example["prompt"]) else ""
-
-
-_FLAWS: dict[str, Callable[[dict, object, int], str]] = {
-    "pairs": _pair_flaw,
-    "labelled": _label_flaw,
-    "prompts": _prompt_flaw,
-}
 
 
 def _encode(prompt, completion, tokenizer, max_length: int) -> dict:
@@ -251,15 +259,6 @@ def _no_room(max_length: int) -> str:
     return (
         f"its prompt alone fills data.max_length ({max_length} tokens); raise it, or shorten the "
         "prompt"
-    )
-
-
-def _is_empty(text) -> bool:
-    """No text: nothing but space, or messages without any."""
-    if isinstance(text, str):
-        return not text.strip()
-    return not text or not any(
-        message.get("content") or message.get("tool_calls") for message in text
     )
 
 

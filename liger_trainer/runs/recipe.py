@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
-import re
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from liger_trainer.config import KernelConfig
 from liger_trainer.runs.data import DataArguments, near
@@ -31,27 +30,22 @@ from liger_trainer.runs.methods import (
     refuse_unused,
     training_defaults,
 )
+from liger_trainer.runs.parse import parse
 from liger_trainer.runs.rewards import RewardArguments
+from liger_trainer.runs.secrets import hidden, hidden_override
+from liger_trainer.runs.shipped import recipe_names, shipped
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers (`2e-5` is a float) and no key twice."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} appears twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+# Fields that are paths here, never names of a hub: `~` is the home folder in them, and only there.
+_PATHS = {
+    "model": ("name_or_path", "tokenizer", "chat_template", "cache_dir", "offload_folder"),
+    "data": ("path", "eval_path"),
+    "training": ("output_dir",),
+}
+# One option under two names, of which the later release of transformers prefers the second.
+_RENAMED = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +69,11 @@ class Recipe:
         """What the method takes and is given."""
         return METHODS[self.method]
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """`values` without tokens and passwords, for people and files."""
+        return hidden(self.values)
+
     def training_fields(self) -> dict[str, tuple[Any, str]]:
         """Every field of `training` that is set: its value, and where that comes from."""
         fields = {k: (v, "default") for k, v in training_defaults(self.method).items()}
@@ -94,13 +93,16 @@ class Recipe:
         try:
             return arguments_class(self.method)(**fields)
         except (ValueError, TypeError, ImportError) as error:
-            raise ValueError(f"training: {error}") from error
+            raise ValueError(f"training: {' '.join(str(error).split())}") from error
 
     def peft_config(self):
-        """The filled `LoraConfig`, or None without a `peft` section."""
+        """The filled `LoraConfig`, or None without a `peft` section. Raises ValueError."""
         if self.values.get("peft") is None:
             return None
-        return _lora_class()(**{"task_type": "CAUSAL_LM", **self.values["peft"]})
+        try:
+            return _lora_class()(**{"task_type": "CAUSAL_LM", **self.values["peft"]})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"peft: {' '.join(str(error).split())}") from error
 
 
 def native_bf16() -> bool:
@@ -111,36 +113,60 @@ def native_bf16() -> bool:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads and checks a recipe; nothing is downloaded or created.
+    """The recipe of a file, or of a name such as `sft/qwen3-8b-lora` that comes with the package,
+    checked; nothing is downloaded or created.
 
     Raises FileNotFoundError for a missing recipe, and ValueError for bad YAML, an unknown section
     or key (with the nearest name), and a value of the wrong type.
     """
-    path = Path(path)
-    values = _read(path)
+    path = _find(path)
+    return recipe_of(_read(path), path, overrides)
+
+
+def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of nested values, checked. Raises ValueError as `load_recipe` does."""
     given = {section: keys for section, keys in values.items() if isinstance(keys, dict)}
     sources = {f"{section}.{key}": "recipe" for section, keys in given.items() for key in keys}
     for override in overrides:
         _apply(override, values, sources)
     method = values.setdefault("method", "sft")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-    training = values.setdefault("training", {}) or {}
+    values = _check(values, method, sources)
     stem = path.stem if method == "sft" else f"{method}-{path.stem}"
-    training.setdefault("output_dir", f"runs/{stem}")
-    values = _check(values, method)
+    values["training"].setdefault("output_dir", f"runs/{stem}")
     KernelConfig.from_dict(values["training"].get("liger_kernel_config") or {})
     model, data = ModelArguments(**values["model"]), DataArguments(**values["data"])
     reward = RewardArguments(**values["reward"]) if "reward" in values else None
     return Recipe(path, method, model, data, values, sources, reward)
 
 
+def defaults(section: str, method: str) -> dict[str, Any]:
+    """The values of a section that a recipe leaves out, as far as they are no objects."""
+    classes = {"model": ModelArguments, "data": DataArguments, "reward": RewardArguments}
+    if section == "training":
+        cls, usual = arguments_class(method), training_defaults(method)
+    else:
+        cls, usual = (_lora_class() if section == "peft" else classes[section]), {}
+    found = {f.name: f.default for f in dataclasses.fields(cls)}
+    return {k: v for k, v in found.items() if v is not dataclasses.MISSING} | usual
+
+
+def _find(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if str(name) in recipe_names():
+        return shipped(f"{name}.yaml")
+    close = difflib.get_close_matches(str(name), recipe_names(), n=3, cutoff=0.6)
+    hint = f"; of the shipped ones, there is {', '.join(close)}" if close else ""
+    raise FileNotFoundError(f"no recipe {str(path)!r}{near(path)}{hint}")
+
+
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe {str(path)!r}{near(path)}")
     try:
-        values = yaml.load(path.read_text(), _Loader) or {}
-    except yaml.YAMLError as error:
+        values = parse(path.read_text(encoding="utf-8")) or {}
+    except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(
@@ -154,9 +180,10 @@ def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> No
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ValueError(f"{override!r} is not of the form section.key=value")
+    override = hidden_override(override)
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+        value = parse(text)
+    except ValueError as error:
         raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from error
     *parents, leaf = key.split(".")
     target = values
@@ -167,13 +194,15 @@ def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> No
         if not isinstance(target, dict):
             raise ValueError(f"{override!r}: {parent!r} holds a value, not keys")
     before = target.get(leaf)
-    source = "command line" if before is None else f"command line; the recipe has {before}"
+    had = hidden(before, leaf)
+    source = "command line" if before is None else f"command line; the recipe has {had}"
     target[leaf] = value
     sources[".".join(key.split(".")[:2])] = source
 
 
-def _check(values: dict[str, Any], method: str) -> dict[str, Any]:
-    """`values` with every section checked against its dataclass and numbers in their type."""
+def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict[str, Any]:
+    """`values` with every section checked against its dataclass, numbers in their type and paths
+    without `~`."""
     sections = {
         "model": ModelArguments,
         "data": DataArguments,
@@ -186,19 +215,38 @@ def _check(values: dict[str, Any], method: str) -> dict[str, Any]:
     _known("recipe", values, ["method", *sections, "peft", "reward"])
     checked = {"method": method}
     for section, cls in sections.items():
-        given = values.get(section) or {}
+        given = {} if values.get(section) is None else values[section]
         if not isinstance(given, dict):
-            raise ValueError(f"{section}: expected keys and values, found {given!r}")
+            raise ValueError(f"{section}: expected keys and values, found {hidden(given)!r}")
         fields = [f.name for f in dataclasses.fields(cls) if f.init]
+        if section == "training":
+            given = _renamed(given, fields, sources)
         _known(section, given, fields)
         hints = typing.get_type_hints(cls)
         checked[section] = {
             k: _convert(f"{section}.{k}", v, hints[k])
             for k, v in given.items()
-            if v is not None or _admits(hints[k], None)  # null elsewhere means the default
+            if v is not None or (_admits(hints[k], None) and k != "output_dir")  # else the default
         }
+        for key in _PATHS.get(section, ()):
+            if checked[section].get(key):
+                checked[section][key] = os.path.expanduser(checked[section][key])
     refuse_unused(method, checked)
     return checked
+
+
+def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) -> dict[str, Any]:
+    """`given` with options of two names under the one that the installed release prefers."""
+    given = dict(given)
+    for old, new in _RENAMED.items():
+        if old in given and new in given:
+            raise ValueError(f"training: {old} and {new} are one option; keep one")
+        wrong, right = (old, new) if new in fields else (new, old)
+        if wrong in given:
+            given[right] = given.pop(wrong)
+            if f"training.{wrong}" in sources:
+                sources[f"training.{right}"] = sources.pop(f"training.{wrong}")
+    return given
 
 
 def _known(where: str, given: Iterable[str], known: list[str]) -> None:
@@ -224,7 +272,8 @@ def _convert(where: str, value: Any, hint: Any) -> Any:
     if _is_int(value) and _admits(hint, float(value)):
         return float(value)
     name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-    raise ValueError(f"{where}: {value!r} is a {type(value).__name__}, expected {name}")
+    shown = hidden(value, where)
+    raise ValueError(f"{where}: {shown!r} is a {type(value).__name__}, expected {name}")
 
 
 def _is_int(value: Any) -> bool:

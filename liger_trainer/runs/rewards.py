@@ -7,13 +7,20 @@ returns a number for each completion. Completions are strings or lists of chat m
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
+import logging
+import math
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from liger_trainer.runs.sandbox import run_programs
+from liger_trainer.runs.judge.checker import compile_tests
+from liger_trainer.runs.sandbox import SANDBOXES, Job, find_sandbox, judge
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = 2  # of processor time for all assertions of a problem; solutions take milliseconds
 Reward = Callable[..., list[float]]
@@ -25,6 +32,7 @@ class RewardArguments:
     """The `reward` section. `training.reward_weights` weighs the functions; without it, equally."""
 
     functions: list[str] | None = None  # of REWARDS, or `module:function` of your own
+    sandbox: str = "auto"  # for code that is run; or a name of SANDBOXES, where `process` is unsafe
 
     def __post_init__(self):
         for name in self.functions or ():
@@ -33,10 +41,21 @@ class RewardArguments:
                     f"reward.functions: no function {name!r}; there is {', '.join(REWARDS)}, and "
                     "`module:function` for one of your own"
                 )
+        if self.sandbox not in ("auto", *SANDBOXES):
+            raise ValueError(
+                f"reward.sandbox: {self.sandbox!r} is not one of auto, {', '.join(SANDBOXES)}"
+            )
 
     def load(self) -> list[Reward]:
-        """The functions. Raises ValueError for a module or a function that cannot be found."""
-        return [REWARDS.get(name) or _imported(name) for name in self.functions]
+        """Return the functions.
+
+        Raise ValueError for a module or a function that cannot be found, and where code would have
+        to run and no sandbox works.
+        """
+        found = [REWARDS.get(name) or _imported(name) for name in self.functions]
+        if passes_tests in found:
+            found[found.index(passes_tests)] = PassesTests(find_sandbox(self.sandbox))
+        return found
 
 
 def columns_of(rewards: list[Reward]) -> list[str]:
@@ -49,6 +68,84 @@ def columns_of(rewards: list[Reward]) -> list[str]:
         if parameter.kind in named and parameter.default is inspect.Parameter.empty
     ]
     return [name for name in dict.fromkeys(found) if name not in _FROM_TRL]
+
+
+def check_rows(rewards: list[Reward], rows: Iterable[dict], what: str) -> None:
+    """Raise ValueError for the first row that a reward function could never reward."""
+    checks = [reward.check_row for reward in rewards if isinstance(reward, PassesTests)]
+    for i, row in enumerate(rows if checks else ()):
+        for check in checks:
+            try:
+                check(row)
+            except ValueError as error:
+                raise ValueError(f"data: {what} row {i} ({row['entry_point']}): {error}") from error
+
+
+def guarded(reward: Reward) -> Reward:
+    """Return a function that gives 0, with a counted warning, to completions on which `reward`
+    raises, or returns what is no finite number. None stays None, TRL's word for not applicable.
+
+    Raise what `reward` raises as long as it never worked: that is no matter of one completion.
+    """
+    if inspect.iscoroutinefunction(reward):
+        return reward
+    works = False
+
+    @functools.wraps(reward)
+    def guarded_reward(completions, **columns):
+        nonlocal works
+        try:
+            values = list(reward(completions=completions, **columns))
+            if len(values) != len(completions):
+                raise ValueError(f"{len(values)} rewards for {len(completions)} completions")
+        except Exception as error:
+            values = _one_by_one(reward, completions, columns)
+            if not works and all(isinstance(value, Exception) for value in values):
+                raise error
+        works = True
+        return [_number(reward.__name__, value) for value in values]
+
+    return guarded_reward
+
+
+def _one_by_one(reward: Reward, completions, columns: dict) -> list:
+    """The rewards of completions one at a time, the exception where one raises."""
+    values = []
+    for i, completion in enumerate(completions):
+        row = {
+            key: [column[i]]
+            if isinstance(column, list) and len(column) == len(completions)
+            else column
+            for key, column in columns.items()
+        }
+        try:
+            (value,) = reward(completions=[completion], **row)
+        except Exception as error:
+            value = error
+        values.append(value)
+    return values
+
+
+def _number(name: str, value) -> float | None:
+    try:
+        if value is None or math.isfinite(float(value)):
+            return None if value is None else float(value)
+        reason = f"{value} is not finite"
+    except (TypeError, ValueError, OverflowError):
+        failed = isinstance(value, Exception)
+        reason = f"{type(value).__name__}: {value}" if failed else f"{value!r:.80} is no number"
+    _warn(f"{name}: 0 for a completion", reason)
+    return 0.0
+
+
+_warned: Counter[str] = Counter()
+
+
+def _warn(what: str, reason: str) -> None:
+    """Log the first time, the tenth, the hundredth ..., with the count."""
+    _warned[what] += 1
+    if str(_warned[what]).strip("0") == "1":
+        logger.warning("%s (%d so far): %s", what, _warned[what], reason)
 
 
 def parses(completions, *, source, **_) -> list[float]:
@@ -71,22 +168,36 @@ def defines_function(completions, *, source, entry_point, **_) -> list[float]:
     ]
 
 
-def passes_tests(completions, *, source, tests, entry_point, **_) -> list[float]:
+@dataclass(frozen=True)
+class PassesTests:
     """The share of the problem's assertions that hold, between 0 and 1.
 
     `tests` defines `check(candidate)`; assertions of constants are not counted. The code runs in a
-    process of its own, with limits (see `sandbox`). What never defines the function gets 0.
+    sandbox, where it answers calls with plain data (see `sandbox`). What never defines the
+    function, or ends at a limit, gets 0; what cannot be checked too, with a warning.
     """
-    columns = zip(source, map(text_of, completions), tests, entry_point, strict=True)
-    programs = [
-        _tested(code, test, name)
-        if _returns(code := _leading_code(s, t)[0], name)
-        else "RESULT = 0"
-        for s, t, test, name in columns
-    ]
-    outcomes = run_programs(programs, seconds=_SECONDS)
-    return [float(outcome.result) if outcome.passed else 0.0 for outcome in outcomes]
 
+    sandbox: str = "auto"
+    __name__ = "passes_tests"
+
+    def __call__(self, completions, *, source, tests, entry_point, **_) -> list[float]:
+        columns = zip(source, map(text_of, completions), tests, entry_point, strict=True)
+        jobs = [Job(_leading_code(s, t)[0], s, test, name) for s, t, test, name in columns]
+        written = [i for i, job in enumerate(jobs) if _returns(job.program, job.name)]
+        rewards = [0.0] * len(jobs)
+        verdicts = judge([jobs[i] for i in written], sandbox=self.sandbox, seconds=_SECONDS)
+        for i, verdict in zip(written, verdicts, strict=True):
+            rewards[i] = verdict.share
+            if verdict.note:
+                _warn(f"passes_tests: 0 for `{jobs[i].name}`", verdict.note)
+        return rewards
+
+    def check_row(self, row: dict) -> None:
+        """Raise ValueError for tests that no completion could pass."""
+        compile_tests(row["tests"], row["entry_point"])
+
+
+passes_tests = PassesTests()
 
 REWARDS: dict[str, Reward] = {
     "parses": parses,
@@ -144,30 +255,6 @@ def _returns(program: str, name: str) -> bool:
         isinstance(node, (ast.Return, ast.Yield)) and node.value is not None
         for node in ast.walk(functions[-1])
     )
-
-
-def _tested(program: str, tests: str, entry_point: str) -> str:
-    """The program, its tests with each assertion on its own, and the share that held."""
-    tree = ast.parse(tests)
-    check = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check")
-    check.body = [_guarded(s) if _asserts(s) else s for s in check.body if not _is_trivial(s)]
-    counters = "HELD = []\n"
-    call = f"check({entry_point})\nRESULT = sum(HELD) / len(HELD) if HELD else 0\n"
-    return f"{counters}{program}\n{ast.unparse(ast.fix_missing_locations(tree))}\n{call}"
-
-
-def _guarded(statement: ast.stmt) -> ast.stmt:
-    guard = ast.parse("try:\n    HELD.append(1)\nexcept Exception:\n    HELD.append(0)").body[0]
-    guard.body.insert(0, statement)
-    return guard
-
-
-def _asserts(statement: ast.stmt) -> bool:
-    return any(isinstance(node, ast.Assert) for node in ast.walk(statement))
-
-
-def _is_trivial(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Constant)
 
 
 def _imported(name: str) -> Reward:

@@ -2,88 +2,345 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers import TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+
 from liger_trainer.runs import folder as run_folder
+from liger_trainer.runs.adapters import location
 from liger_trainer.runs.build import build_trainer
-from liger_trainer.runs.data import Prepared
+from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, what_is_left
+from liger_trainer.runs.checks import require
+from liger_trainer.runs.errors import RunError, SaveError, ToldElsewhere
+from liger_trainer.runs.folder import RunFolder
+from liger_trainer.runs.health import Health
 from liger_trainer.runs.html import write_report
 from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.samples import complete, samples_of
+from liger_trainer.runs.signals import StopOnSignal
 from liger_trainer.runs.summary import machine, summarize
-from liger_trainer.runs.throughput import StopOnSignal
+from liger_trainer.runs.throughput import peak_memory_gib
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. `interrupted` tells that it stopped early, with a checkpoint."""
+    """What a run came to. `interrupted` tells that it stopped early, with a checkpoint; `warnings`
+    that something about the model is not right."""
 
     output_dir: Path
     interrupted: bool
     summary: dict[str, Any]
     report: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+    is_main: bool = True  # whether this process is the one that speaks and writes
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunResult:
+def run(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, command: str = ""
+) -> RunResult:
     """Trains as the recipe says.
 
-    Raises ValueError for an output folder that holds another run, data that cannot be trained on,
-    packing on a model that cannot separate sequences; FileNotFoundError for missing files.
+    Args:
+        command: the command line, for the report.
+
+    Raises ValueError, before the output folder is touched, for a folder that holds another run,
+    data that cannot be trained on, options that cannot work, packages that are missing;
+    FileNotFoundError for missing files; RunError when weights became NaN; SaveError for a full
+    disk; KeyboardInterrupt when it was interrupted twice.
     """
-    started = time.perf_counter()
+    require(recipe)
     args = recipe.training_arguments()
-    with args.main_process_first(desc="output folder"):
-        checkpoint = _claim(recipe, args, resume=resume, overwrite=overwrite)
-    trainer, prepared = build_trainer(recipe, args)
-    if trainer.injection_report is not None and trainer.is_world_process_zero():
-        print(f"\n{trainer.injection_report}\n", flush=True)
-    args.eval_on_start = prepared.eval is not None and checkpoint is None
-    stop = StopOnSignal()
-    trainer.add_callback(stop)
-    with stop.watching():
-        trainer.train(resume_from_checkpoint=checkpoint)
-    interrupted = stop.received is not None and trainer.state.global_step < trainer.state.max_steps
-    if not interrupted:
-        if prepared.eval is not None and not _evaluated_now(trainer.state):
-            trainer.evaluate()
-        trainer.save_model()
-    summary = summarize(trainer.state.log_history) | {
-        "steps": trainer.state.global_step,
-        "minutes": (time.perf_counter() - started) / 60,
-    }
-    report = None
-    if trainer.is_world_process_zero():
-        run_folder.write(recipe, "interrupted" if interrupted else "finished", summary=summary)
-        if not interrupted:
-            report = _report(recipe, trainer, prepared, summary)
-    return RunResult(recipe.output_dir, interrupted, summary, report)
+    with _holding(recipe, args, resume=resume, overwrite=overwrite) as (folder, facts):
+        return _Run(recipe, args, folder, facts, command).go()
 
 
-def _claim(recipe: Recipe, args, *, resume: bool, overwrite: bool) -> str | None:
-    """Every process asks for the folder; the first one takes it, the others find it taken."""
-    if args.process_index == 0:
-        return run_folder.claim(recipe, resume=resume, overwrite=overwrite)
-    return run_folder.get_last_checkpoint(str(recipe.output_dir)) if resume else None
+@dataclass
+class _Facts:
+    """What all processes have to know of the folder, which the first one holds."""
+
+    checkpoint: str | None
+    run: str
+    finished: bool
+    data: str | None
+    engine: str | None
+
+
+@contextlib.contextmanager
+def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None, _Facts]]:
+    """The first process holds the folder; a refusal reaches all."""
+    with contextlib.ExitStack() as stack:
+        folder, outcome = None, [None]
+        if args.process_index == 0:
+            try:
+                held = run_folder.held(recipe, processes=args.world_size, **options)
+                folder = stack.enter_context(held)
+                outcome = [_facts(folder)]
+            except (ValueError, OSError) as error:
+                if args.world_size == 1:
+                    raise
+                outcome = [error]
+        if args.world_size > 1:
+            broadcast_object_list(outcome)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0] if args.process_index == 0 else ToldElsewhere
+        yield folder, outcome[0]
+
+
+def _facts(folder: RunFolder) -> _Facts:
+    earlier = folder.earlier if folder.resumes else {}
+    return _Facts(
+        str(folder.checkpoint) if folder.checkpoint else None,
+        folder.id,
+        earlier.get("state") == "finished",
+        earlier.get("data"),
+        earlier.get("engine"),
+    )
+
+
+class _NothingLeft(Exception):  # noqa: N818 (it is no error)
+    """All steps were done before the run was cut off; the model is loaded."""
+
+
+class _Start(TrainerCallback):
+    """Refuses a run without a step to do, and takes the folder after the first step."""
+
+    def __init__(self, folder: RunFolder | None, facts: _Facts):
+        self.folder, self.facts = folder, facts
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if state.best_model_checkpoint is None and state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)  # the folder was moved
+        if self.facts.checkpoint is None or state.global_step < state.max_steps:
+            return
+        if self.facts.finished or state.global_step > state.max_steps:
+            raise ValueError(
+                f"--resume: the run has done {state.global_step} steps, and this recipe asks for "
+                f"{state.max_steps}: set a larger training.max_steps or num_train_epochs"
+            )
+        raise _NothingLeft
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.folder is not None:
+            self.folder.begin()
+
+
+class _Run:
+    """One run, from the data to the report. `folder` is None but in the first process."""
+
+    def __init__(self, recipe, args, folder: RunFolder | None, facts: _Facts, command: str):
+        self.recipe, self.args, self.folder, self.facts = recipe, args, folder, facts
+        self.command = command
+        self.started = time.perf_counter()
+        self.stop, self.health = StopOnSignal(), Health()
+
+    def go(self) -> RunResult:
+        self._say(self.folder.notes if self.folder else ())
+        if self.folder is None:
+            datasets.disable_progress_bars()
+            disable_progress_bar()
+        self.trainer, self.prepared = build_trainer(self.recipe, self.args)
+        self._prepare()
+        with self.stop.watching():
+            self._train()
+            if self.health.diverged is not None:
+                raise RunError(self._diverged())
+            state = self.trainer.state
+            interrupted = self.stop.stopping and state.global_step < state.max_steps
+            if not interrupted:
+                self._save()
+                self._evaluate()
+        return self._finish(interrupted)
+
+    def _prepare(self) -> None:
+        trainer, args, facts = self.trainer, self.args, self.facts
+        engine = trainer.accelerator.distributed_type.value
+        if facts.data is not None and facts.data != self.prepared.digest:
+            raise ValueError(
+                "--resume: the data is not what the run began with; put it back as it was, or "
+                "start another run"
+            )
+        if facts.engine is not None and facts.engine != engine:
+            raise ValueError(
+                f"--resume: the run was {facts.engine}, this one is {engine}, which cannot read "
+                "its optimizer; start it as before"
+            )
+        if trainer.injection_report is not None:
+            self._say([f"\n{trainer.injection_report}\n"])
+        first = self.recipe.values["training"].get("eval_on_start", True)
+        args.eval_on_start = bool(first and self.prepared.eval and facts.checkpoint is None)
+        for callback in (_Start(self.folder, facts), self.health, self.stop):
+            trainer.add_callback(callback)
+        self.health.watch(trainer)
+        guard_saves(
+            trainer,
+            facts.run,
+            saving=self.stop.saving,
+            healthy=lambda: self.health.check(trainer.model, args, trainer.state.global_step),
+        )
+        if hasattr(trainer, "create_model_card"):  # TRL's overwrites README.md with every save
+            trainer.create_model_card = lambda *_, **__: None
+        earlier = self.folder.earlier if self.folder is not None and self.folder.resumes else {}
+        self.samples = earlier.get("samples") or self._begin_samples()
+        if self.folder is not None:
+            self.folder.facts |= {
+                "samples": self.samples,
+                "base": location(self.recipe.model),
+                "command": self.command,
+                "data": self.prepared.digest,
+                "engine": engine,
+                "processes": args.world_size,
+            }
+
+    def _begin_samples(self) -> list[dict[str, str]]:
+        """What the model writes before training, for the report, where one process can tell."""
+        trainer, count = self.trainer, self.recipe.data.samples
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        sharded |= getattr(trainer.model, "_tp_size", None) is not None
+        if self.folder is None or self.prepared.eval is None or not count or sharded:
+            return []
+        if self.facts.checkpoint is not None:
+            return []
+        found = samples_of(self.prepared.eval, trainer.processing_class, count)
+        return [{**asdict(sample), "before": self._complete(sample.ids)} for sample in found]
+
+    def _complete(self, ids: list[int]) -> str:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        return complete(model, self.trainer.processing_class, ids)
+
+    def _train(self) -> None:
+        trainer = self.trainer
+        try:
+            trainer.train(resume_from_checkpoint=self.facts.checkpoint)
+        except _NothingLeft:
+            trainer.is_in_train = False
+        except KeyboardInterrupt:
+            if trainer.state.global_step < trainer.state.max_steps or not trainer.state.max_steps:
+                raise
+        self.health.check(trainer.model, self.args, trainer.state.global_step)
+
+    def _save(self) -> None:
+        self.stop.saving(True)
+        try:
+            with contextlib.ExitStack() as stack:
+                staging = [None]
+                if self.folder is not None:
+                    self.folder.begin()
+                    staging = [str(stack.enter_context(self.folder.staging()))]
+                if self.args.world_size > 1:
+                    broadcast_object_list(staging)
+                self.trainer.save_model(staging[0])
+                self.trainer.accelerator.wait_for_everyone()
+                if self.folder is not None:
+                    self.folder.publish(Path(staging[0]))
+        except SAVE_ERRORS as error:
+            raise SaveError(
+                f"the model could not be saved in {self.recipe.output_dir}: "
+                f"{' '.join(str(error).split())}. "
+                + what_is_left(self.recipe.output_dir, self.facts.run)
+            ) from error
+        finally:
+            self.stop.saving(False)
+
+    def _evaluate(self) -> None:
+        """Evaluates the model as it is, unless that was just done; a signal ends it."""
+        try:
+            self.stop.interrupt_at_once()
+            if self.prepared.eval is not None and not _evaluated_now(self.trainer.state):
+                self.trainer.evaluate()
+            for sample in self.samples:
+                sample["after"] = self._complete(sample["ids"])
+        except KeyboardInterrupt:
+            self._say(["The final evaluation was interrupted; the trained model is saved."])
+
+    def _finish(self, interrupted: bool) -> RunResult:
+        state, report = self.trainer.state, None
+        peaks = gather_object([round(peak_memory_gib(), 3)])
+        summary = summarize(state.log_history)
+        summary |= {
+            "steps": state.global_step,
+            "minutes": (time.perf_counter() - self.started) / 60,
+            "engine": self.trainer.accelerator.distributed_type.value,
+            "processes": self.args.world_size,
+            "peak_memory_gib": max(summary["peak_memory_gib"], *peaks),
+            "peak_memory_gib_by_process": peaks,
+        }
+        if self.folder is not None:
+            self.folder.begin()
+            files = self.folder.facts["files"]
+            if interrupted:
+                self.folder.write("interrupted", summary=summary, files=files)
+            else:
+                report = self.recipe.output_dir / "report.html"
+                files = sorted({*files, report.name})
+                self.folder.write("finished", summary=summary, files=files)
+                self._report(report, summary)
+        return RunResult(
+            self.recipe.output_dir,
+            interrupted,
+            summary,
+            report,
+            [] if interrupted else self._warnings(),
+            self.args.process_index == 0,
+        )
+
+    def _warnings(self) -> list[str]:
+        steps = self.health.bad_losses
+        if not steps:
+            return []
+        told = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
+        return [f"a loss was NaN or infinite, logged at step {told}; the weights are finite"]
+
+    def _diverged(self) -> str:
+        if self.folder is not None:
+            self.folder.begin()
+            self.folder.write("diverged", files=self.folder.facts["files"])
+        return (
+            f"the weights became NaN or infinite by step {self.health.diverged}, and are not "
+            "saved. Lower training.learning_rate, or look for examples that give no finite loss. "
+            + what_is_left(self.recipe.output_dir, self.facts.run)
+        )
+
+    def _report(self, path: Path, summary: dict[str, Any]) -> None:
+        injection, prepared = self.trainer.injection_report, self.prepared
+        write_report(
+            path,
+            title=f"{self.recipe.path.stem}: {self.recipe.model.label}",
+            summary=summary,
+            log_history=self.trainer.state.log_history,
+            injection=injection and {"table": injection.table(), **json.loads(injection.to_json())},
+            recipe=self.recipe.shown,
+            machine=machine()
+            | {
+                "Engine": summary["engine"],
+                "Processes": summary["processes"],
+                "Peak memory by process": f"{summary['peak_memory_gib_by_process']} GiB",
+            },
+            samples=self.samples,
+            notes=[
+                f"{len(prepared.train)} training rows ({prepared.kind})",
+                *prepared.notes,
+                f"begun {self.folder.facts['started']}",
+                *([self.command] if self.command else []),
+            ],
+        )
+
+    def _say(self, lines) -> None:
+        if self.args.process_index == 0:
+            for line in lines:
+                print(line, flush=True)
 
 
 def _evaluated_now(state) -> bool:
     """Whether the last evaluation was of the model as it is."""
     steps = [e["step"] for e in state.log_history if "eval_runtime" in e]
     return bool(steps) and steps[-1] == state.global_step
-
-
-def _report(recipe: Recipe, trainer, prepared: Prepared, summary: dict[str, Any]) -> Path:
-    injection = trainer.injection_report
-    return write_report(
-        recipe.output_dir / "report.html",
-        title=f"{recipe.path.stem}: {recipe.model.label}",
-        summary=summary,
-        log_history=trainer.state.log_history,
-        injection=injection and {"table": injection.table(), **json.loads(injection.to_json())},
-        recipe=recipe.values,
-        machine=machine(),
-        notes=[f"{len(prepared.train)} training rows ({prepared.kind})", *prepared.notes],
-    )

@@ -1,115 +1,254 @@
-"""Runs untrusted Python in a process of its own, under limits of time, memory and files.
+"""Checks programs that are not trusted against tests, in processes that cannot touch the run.
 
-It protects a training run from endless loops, runaway memory and early exits of generated code. It
-is not a jail: the code has the rights of the user, could start processes and reach the network.
+    this process ── job ──> checking process <── calls, plain data ──> candidate's process
+                 <─ verdict ─
+
+The candidate's process has its own user, process, network, IPC and mount namespaces, a read-only
+file system with the interpreter and nothing else, no environment, and limits of processor time,
+memory, files and processes. The checking processes are in a sandbox of their own: tests are code
+too. What makes a sandbox, in this order of preference:
+
+| bubblewrap | the program `bwrap` |
+| namespaces | system calls of Linux, where a user may make namespaces |
+| process | limits alone. Unsafe: the code has the rights of the user, only the verdict is ours |
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import glob
 import os
-import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
-MIB = 1024**2
+from liger_trainer.runs.judge import limits, wire
 
-# What the child runs. The program arrives on stdin, so that it is in no argument list, and what it
-# reports must carry the secret: `exit(0)` in the program is then no success.
-_CHILD = """
-import os, sys
-seconds, memory, secret = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform != "darwin":  # which refuses this limit
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-except ImportError:  # not a POSIX system: the wall clock alone limits
-    pass
-report, source = os.dup(1), sys.stdin.read()
-null = os.open(os.devnull, os.O_RDWR)
-for stream in (0, 1, 2):
-    os.dup2(null, stream)
-del sys.argv[1:]
-scope = {"__name__": "__main__"}
-try:
-    exec(compile(source, "<program>", "exec"), scope)
-    said = "passed " + str(scope.get("RESULT", ""))
-except BaseException as error:
-    said = "raised " + type(error).__name__
-os.write(report, (secret + " " + said).encode())
-os._exit(0)
-"""
+SANDBOXES = ("bubblewrap", "namespaces", "process")
+_JUDGE = Path(__file__).parent / "judge"
+_INSIDE = "/judge"  # where a sandbox finds the folder `judge`
+_MAX_ANSWER = 65536
+_BOOT = (
+    "import sys; sys.path.append(sys.argv[1]); "
+    "from liger_trainer.runs.judge.{module} import main; main(*sys.argv[2:])"
+)
+_LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "/lib64")
+_STORES = ("/nix/store", "/gnu/store", "/etc/ld.so.cache")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a program ended.
+class Job:
+    """A program and what is asked of it: `tests` define `check(candidate)`, `name` is called.
 
-    `error` is None where it ran to its end, else the name of the exception, or `timeout` (also for
-    a process that was killed at a limit, or that left early). `result` is the text of its variable
-    `RESULT`.
+    `source` is the problem's own text, whose definitions the tests may use.
     """
 
-    error: str | None
-    result: str = ""
+    program: str
+    source: str
+    tests: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How many of the assertions held. `error` is the name of the first failure, or `timeout` for a
+    process that ended at a limit or too early. `note` tells what could not be checked.
+    """
+
+    held: int = 0
+    total: int = 0
+    error: str | None = "timeout"
+    note: str | None = None
+
+    @property
+    def share(self) -> float:
+        return self.held / self.total if self.total else 0.0
 
     @property
     def passed(self) -> bool:
-        return self.error is None
+        return self.error is None and 0 < self.held == self.total
 
 
-def run_program(source: str, *, seconds: int = 4, memory_mib: int = 1024) -> Outcome:
-    """Runs `source` in an isolated interpreter and tells how it ended.
+@functools.cache
+def find_sandbox(choice: str = "auto") -> str:
+    """Return the name of a sandbox that works here: `choice`, or the first that is safe.
 
-    `seconds` limit the processor time, and, times five, the wall clock: a busy machine must not
-    change the outcome. The program's output is dropped, and it cannot write to files.
+    Raise ValueError, with the reasons and the choices, where there is none.
     """
-    secret = secrets.token_hex(16)
-    limits = [str(seconds), str(memory_mib * MIB), secret]
-    with tempfile.TemporaryDirectory() as folder:
+    reasons = []
+    for name in SANDBOXES[:2] if choice == "auto" else (choice,):
+        reason = _why_not(name)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise ValueError(
+        "reward.sandbox: nothing here can run code that is not trusted. "
+        + "; ".join(reasons)
+        + ". Install bubblewrap, or allow user namespaces; or, where this machine holds nothing of "
+        "value (a container of its own), set `reward.sandbox: process`, which is unsafe: the code "
+        "then has your rights"
+    )
+
+
+def judge(
+    jobs: Iterable[Job], *, sandbox: str = "auto", seconds: int = 4, memory_mib: int = 1024
+) -> list[Verdict]:
+    """Return the verdict of each job, in order, as many at a time as there are processors.
+
+    `seconds` limit the processor time of a program and, apart, of its tests, and, times five, the
+    wall clock: a busy machine must not change the outcome. No process and no file is left behind.
+    """
+    return _judge(list(jobs), find_sandbox(sandbox), seconds, memory_mib)
+
+
+def _judge(jobs: list[Job], sandbox: str, seconds: int, memory_mib: int) -> list[Verdict]:
+    arguments = (str(seconds), str(memory_mib))
+    requests, theirs = socket.socketpair()
+    with requests, _running(sandbox, "checker", arguments, theirs) as checker:
+
+        def judge_one(job: Job) -> Verdict:
+            with contextlib.ExitStack() as stack:
+                report, their_report = map(stack.enter_context, socket.socketpair())
+                calls, their_calls = map(stack.enter_context, socket.socketpair())
+                stack.enter_context(_running(sandbox, "candidate", arguments, their_calls))
+                try:
+                    socket.send_fds(requests, [b"."], [calls.fileno(), their_report.fileno()])
+                    calls.close()
+                    their_report.close()
+                    return _ask(report, job, time.monotonic() + 5 * seconds)
+                except (OSError, ValueError):
+                    ended = checker.poll() is not None
+                    return Verdict(note="the checking process ended" if ended else None)
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return list(pool.map(judge_one, jobs))
+
+
+def _ask(report: socket.socket, job: Job, deadline: float) -> Verdict:
+    """Send the job and read the verdict. Raise OSError or ValueError without one."""
+    message = wire.encode((job.program, job.source, job.tests, job.name))
+    report.settimeout(max(0.01, deadline - time.monotonic()))
+    report.sendall(len(message).to_bytes(8, "big") + message)
+    answer = b""
+    while piece := report.recv(65536):
+        answer += piece
+        if len(answer) > _MAX_ANSWER:
+            raise ValueError("not a verdict")
+        report.settimeout(max(0.01, deadline - time.monotonic()))
+    match wire.decode(answer[8:]):
+        case (int(held), int(total), str() | None as error, str() | None as note):
+            if 0 <= held <= total:
+                return Verdict(held, total, error, note)
+    raise ValueError("not a verdict")
+
+
+@contextlib.contextmanager
+def _running(
+    sandbox: str, module: str, arguments: tuple[str, ...], channel: socket.socket, stderr=None
+) -> Iterator[subprocess.Popen]:
+    """A process of `judge` with `channel` as its standard input; afterwards it is gone."""
+    command, filter_ = _command(sandbox, module, arguments)
+    with contextlib.ExitStack() as stack:
+        given = []
+        if filter_ is not None:
+            read, write = os.pipe()
+            stack.callback(os.close, read)
+            os.write(write, filter_)
+            os.close(write)
+            given, command = [read], [part.replace("{filter}", str(read)) for part in command]
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _CHILD, *limits],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={"PYTHONHASHSEED": "0"},
+            command,
+            stdin=channel,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr or subprocess.DEVNULL,
+            cwd="/",
+            env={"PYTHONHASHSEED": "0"},  # sets are in the same order in every run
             start_new_session=True,
+            pass_fds=given,
         )
-        try:
-            said, _ = process.communicate(source.encode(), timeout=5 * seconds)
-        except subprocess.TimeoutExpired:
-            said = b""
-        finally:
-            _kill(process)
-    first, _, rest = said.decode(errors="replace").partition(" ")
-    if first != secret:
-        return Outcome("timeout")
-    kind, _, detail = rest.partition(" ")
-    return Outcome(None, detail) if kind == "passed" else Outcome(detail)
-
-
-def run_programs(sources: Iterable[str], **limits: int) -> list[Outcome]:
-    """`run_program` of each, as many at a time as there are processors, in the given order."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda source: run_program(source, **limits), sources))
-
-
-def _kill(process: subprocess.Popen) -> None:
-    """Ends the process and whatever it started in its session."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg"):
+    channel.close()
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        pipe.close()
+        process.wait()
+
+
+def _command(
+    sandbox: str, module: str, arguments: tuple[str, ...]
+) -> tuple[list[str], bytes | None]:
+    """The command line, and the filter that it reads from the descriptor `{filter}`, if any.
+
+    The checking process has to fork, so it installs the filter later.
+    """
+    entry = "namespaces" if sandbox == "namespaces" else module
+    boot = _BOOT.replace("{module}", entry)
+    python = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-c", boot]
+    if sandbox == "process":
+        return [*python, str(_JUDGE.parents[2]), *arguments, ""], None
+    filter_ = limits.system_call_filter()
+    if sandbox == "namespaces":
+        view = os.fsdecode(wire.encode(_view()))
+        arguments = (view, module, *arguments, filter_.hex())
+        return [*python, str(_JUDGE.parents[2]), *arguments], None
+    options = [f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts")]
+    options += ["--uid", "65534", "--gid", "65534", "--new-session", "--die-with-parent"]
+    for operation, *paths in _view():
+        options += [f"--{operation}", *paths]
+        options += ["--remount-ro", *paths] if operation == "tmpfs" else []
+    options += ["--remount-ro", "/", "--chdir", "/"]
+    bubblewrap = [shutil.which("bwrap") or "bwrap", *options]
+    if module == "checker":
+        return [*bubblewrap, "--", *python, _INSIDE, *arguments, filter_.hex()], None
+    bubblewrap += ["--seccomp", "{filter}", "--"]
+    return [*bubblewrap, *python, _INSIDE, *arguments, ""], filter_
+
+
+@functools.cache
+def _view() -> list[tuple[str, ...]]:
+    """What the file system of a sandbox holds: Python, the libraries that it is linked with, the
+    folder `judge`. No installed package: HumanEval's holds the solutions.
+    """
+    python = Path(os.path.realpath(sys.executable))
+    prefix = python.parents[1]
+    view: list[tuple[str, ...]] = []
+    bound: list[str] = []
+    for path in (*_LIBRARIES, *_STORES, f"{prefix}/lib", f"{prefix}/lib64", str(python)):
+        if os.path.islink(path):
+            view.append(("symlink", os.readlink(path), path))
+        elif os.path.exists(path) and not any(path.startswith(f"{b}/") for b in bound):
+            view.append(("ro-bind", path, path))
+            bound.append(path)
+    for path in sorted({p for b in bound for p in glob.glob(f"{b}/python3*/*-packages")}):
+        view.append(("tmpfs", path))
+    view.append(("ro-bind", str(_JUDGE), f"{_INSIDE}/liger_trainer/runs/judge"))
+    return view
+
+
+def _why_not(name: str) -> str | None:
+    """Why this sandbox cannot be used here; None where it can, for a job was judged in it."""
+    if not hasattr(os, "fork"):
+        return "only on POSIX systems"
+    if name == "bubblewrap" and shutil.which("bwrap") is None:
+        return "the program `bwrap` is not installed"
+    try:
+        ours, theirs = socket.socketpair()
+        ours.close()
+        with _running(name, "candidate", ("4", "1024"), theirs, subprocess.PIPE) as process:
+            said = process.communicate(timeout=60)[1].decode(errors="replace").strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if process.returncode:
+        return said.splitlines()[-1] if said else f"exit code {process.returncode}"
+    trial = Job("def f():\n    return 1", "", "def check(f):\n    assert f() == 1", "f")
+    verdict = _judge([trial], name, 4, 1024)[0]
+    return None if verdict.passed else f"a trial ended with {verdict.error}"

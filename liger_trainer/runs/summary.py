@@ -33,14 +33,14 @@ def summarize(log_history: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if train:
         found |= {"train_loss_first": train[0]["loss"], "train_loss_last": train[-1]["loss"]}
-    held_out = _held_out(log_history)
-    if "loss" in held_out:
-        before, after = held_out["loss"]
+    metrics = held_out(log_history)
+    if "loss" in metrics:
+        before, after = metrics["loss"]
         found |= {"eval_loss_before": before, "eval_loss_after": after}
     tokens = sum(e["tokens"] for e in train)
     seconds = sum(e["tokens"] / e["tokens_per_second"] for e in train if e["tokens_per_second"])
     return found | {
-        "held_out": held_out,
+        "held_out": metrics,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds if seconds else None,
         "peak_memory_gib": max([peak_memory_gib(), *(e["peak_memory_gib"] for e in train)]),
@@ -54,15 +54,19 @@ def machine() -> dict[str, str]:
     else:
         device = f"CPU, {torch.get_num_threads()} threads"
     facts = {"Device": device, "Python": platform.python_version()}
-    for package in _REPORTED_PACKAGES:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "not installed"
-    return facts
+    return facts | {package: version_of(package) for package in _REPORTED_PACKAGES}
 
 
-def _held_out(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
+def version_of(package: str) -> str:
+    """The installed version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def held_out(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each metric of evaluations, without `eval_`: its first and its last value."""
     found: dict[str, list[float]] = {}
     for entry in log_history:
         for key, value in entry.items():

@@ -1,12 +1,10 @@
-"""Callbacks of a recipe run: tokens per second, peak memory, and stopping on a signal."""
+"""Callbacks of a recipe run: tokens per second, peak memory, progress."""
 
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 import time
-from contextlib import contextmanager
 
 import torch
 from transformers import ProgressCallback, TrainerCallback
@@ -117,36 +115,3 @@ class Progress(ProgressCallback):
         known = [text.format(float(logs[key])) for key, text in self.COLUMNS if key in (logs or {})]
         if state.is_world_process_zero and self.training_bar is not None and known:
             self.training_bar.write(f"step {state.global_step:>5}  " + "  ".join(known))
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM ends training after the current step, with a checkpoint.
-
-    A second signal interrupts at once.
-    """
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-
-    @contextmanager
-    def watching(self):
-        """Handles both signals within the block."""
-        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.received is not None and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
-            control.should_evaluate = False
-        return control

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jinja2 import TemplateError
+
 IGNORE_INDEX = -100
 COLUMNS = {
     "messages": ("messages",),
@@ -18,6 +20,10 @@ COLUMNS = {
 _SENTINEL = "\x01"  # no template strips it and no text holds it
 
 Piece = tuple[str, bool]  # (text, whether it is trained on)
+
+
+class RowError(ValueError):
+    """An example that cannot be encoded; the message says why, to follow "because"."""
 
 
 def detect_format(column_names: list[str]) -> str:
@@ -37,7 +43,8 @@ def encoder(
 ) -> Callable[[dict], dict]:
     """A function from one example to `input_ids` and `labels`, both cut at `max_length`.
 
-    Raises ValueError when chat messages meet a tokenizer without chat template.
+    Raises ValueError when chat messages meet a tokenizer without chat template, and RowError for
+    an example that the template refuses.
     """
     to_pieces = {
         "messages": _message_pieces,
@@ -131,9 +138,12 @@ def message_pieces(tokenizer, messages: list[dict], *, first_trained: int = 0, t
         )
 
     def render(some: list[dict], prompting: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            some, tokenize=False, add_generation_prompt=prompting, tools=tools
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                some, tokenize=False, add_generation_prompt=prompting, tools=tools
+            )
+        except (TemplateError, TypeError) as error:
+            raise RowError(f"the chat template refuses it: {error}") from error
 
     messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
     full, pieces, at = render(messages), [], 0
@@ -162,7 +172,7 @@ def _turn(render, tokenizer, messages: list[dict], i: int, full: str) -> tuple[i
     if full.startswith(until):
         return start, len(until.rstrip())
     if start < 0:
-        raise ValueError(f"data: the chat template does not show the content of message {i}")
+        raise RowError(f"the chat template does not show the content of message {i + 1}")
     end = len(full) - (len(changed) - changed.find(_SENTINEL) - 1)
     closing = [t for t in tokenizer.all_special_tokens if full[end:].lstrip().startswith(t)]
     if closing:

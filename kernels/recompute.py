@@ -1,0 +1,245 @@
+"""Outputs that backward makes again instead of keeping them.
+
+A norm's output and a gated product are saved for backward by the linear layers that read them,
+although one cheap kernel gives them back from tensors that are saved anyway. A function that makes
+such an output marks it with how it was made (`recomputable`). Within `recomputing()`, autograd then
+keeps the recipe instead of the tensor; the first reader in backward runs it, the others share the
+result, and after the last one it is gone. Results are the same bit for bit: it is the same kernel
+on the same bits.
+
+The dtype casts of a marked tensor (three bf16 copies for q, k and v under autocast) are recipes
+too, and of any other tensor that was cast from 16 bits to fp32 the 16 bits are kept, once.
+
+Everything else is kept as it is. Saved-tensor hooks take the check for in-place changes away from
+autograd; it is made here, with the same outcome.
+
+Within other people's saved-tensor hooks (checkpointing, offloading) theirs decide, and nothing is
+marked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from liger_trainer.kernels.runtime import pays
+
+_MARK = "_liger_recipe"
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_NARROW = (torch.bfloat16, torch.float16)
+_MIN_WIDENED = 1 << 20  # elements from which on 2 bytes each are worth a kernel
+
+
+def recomputing() -> contextlib.AbstractContextManager:
+    """Within it, autograd keeps recipes of the tensors that are marked.
+
+    Does nothing within other saved-tensor hooks, or where torch allows none.
+    """
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled() or _top_hooks(True) is not None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+
+
+def _is_recomputing() -> bool:
+    """Whether the saved-tensor hooks in force are those of `recomputing`."""
+    if torch.compiler.is_compiling():
+        return False
+    hooks = _top_hooks(True)
+    return hooks is not None and hooks[0] is _pack
+
+
+def recomputable(
+    y: torch.Tensor,
+    function: Callable[..., torch.Tensor],
+    sources: tuple[torch.Tensor, ...],
+    parameters: tuple[torch.Tensor | None, ...] = (),
+) -> torch.Tensor:
+    """Mark `y` as the result of `function(*sources, *parameters)`, and return it.
+
+    Args:
+        y: a tensor that owns its memory.
+        function: gives `y` bit for bit, whenever it runs.
+        sources: tensors that autograd keeps for the backward of `y` anyway.
+        parameters: small ones (a norm's weight). They are copied: an engine may free them between
+            forward and backward, or an optimizer change them.
+    """
+    if y.requires_grad and _is_recomputing():
+        copies = tuple(None if p is None else p.detach().clone() for p in parameters)
+        _mark(y, Recipe(y, function, sources, copies))
+    return y
+
+
+def by_torch(
+    function: Callable[..., torch.Tensor],
+    sources: tuple[torch.Tensor, ...],
+    parameters: tuple[torch.Tensor | None, ...] = (),
+) -> torch.Tensor:
+    """`function(*sources, *parameters)` in plain torch; within `recomputing()` its backward keeps
+    only its arguments, and its result is marked."""
+    arguments = (*sources, *parameters)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments)
+    if not (needed and _is_recomputing()):
+        return function(*arguments)
+    return recomputable(_FromArguments.apply(function, *arguments), function, sources, parameters)
+
+
+class _FromArguments(torch.autograd.Function):
+    """Keeps the arguments; backward runs the function again and differentiates that."""
+
+    @staticmethod
+    def forward(ctx, function, *arguments):
+        ctx.function, ctx.autocast = function, _autocast_state(arguments[0])
+        ctx.save_for_backward(*arguments)
+        return function(*arguments)
+
+    @staticmethod
+    def backward(ctx, dy):
+        arguments = ctx.saved_tensors
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            y = ctx.function(*arguments)
+        needed = ctx.needs_input_grad[1:]
+        wanted = [t for t, need in zip(arguments, needed, strict=True) if need]
+        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
+        return None, *(next(grads) if need else None for need in needed)
+
+
+def _autocast_state(x: torch.Tensor) -> dict[str, object]:
+    device = x.device.type
+    return {
+        "device_type": device,
+        "dtype": torch.get_autocast_dtype(device),
+        "enabled": torch.is_autocast_enabled(device),
+    }
+
+
+class Recipe:
+    """How a tensor was made. What it needs is packed when the first reader is."""
+
+    __slots__ = (
+        "__weakref__", "autocast", "casts", "function", "output", "packed", "parameters", "readers",
+        "sources", "stream", "unread", "value", "version",
+    )  # fmt: skip
+
+    def __init__(self, y, function, sources, parameters=()):
+        self.function, self.parameters = function, parameters
+        self.sources = tuple((t, t._version) for t in sources)
+        self.output, self.version = weakref.ref(y), y._version
+        self.autocast = _autocast_state(y)
+        self.packed, self.value, self.stream = None, None, None
+        self.readers = self.unread = 0
+        self.casts: dict[torch.dtype, weakref.ref[Recipe]] = {}  # each of which holds this one
+
+    def __reduce__(self):
+        return _nothing, ()  # a tensor that is saved to a file goes without
+
+    def accepts(self, y: torch.Tensor) -> bool:
+        """Whether it gives `y` as it is now; registers one more reader if so."""
+        if y._version != self.version:
+            return False
+        if self.packed is None:
+            if any(t._version != version for t, version in self.sources):
+                return False
+            self.packed = tuple(_pack(t) for t, _ in self.sources)
+            self.sources = ()
+        self.readers += 1
+        self.unread += 1
+        return True
+
+    def read(self) -> torch.Tensor:
+        stream = _stream(self.packed[0])
+        value = self.value if self.stream == stream else None
+        if value is None:
+            with torch.no_grad(), torch.autocast(**self.autocast):
+                value = self.function(*map(_unpack, self.packed), *self.parameters)
+        self.unread -= 1
+        if self.unread > 0:
+            self.value, self.stream = value, stream
+        else:  # the last reader; with retain_graph they all come again
+            self.value, self.unread = None, self.readers
+        return value
+
+    def cast(self, y: torch.Tensor) -> Recipe | None:
+        """The recipe of `y`, a cast of what this one gives."""
+        output = self.output()
+        # As long as the output is unchanged, so it was when it was cast.
+        if output is None or output._version != self.version or output.device != y.device:
+            return None
+        dtype = y.dtype
+        known = self.casts.get(dtype, _nothing)()
+        if known is None:
+            known = Recipe(y, lambda t: t.to(dtype), (output,))
+            self.casts[dtype] = weakref.ref(known)
+        return known
+
+
+def _nothing() -> None:
+    return None
+
+
+def _mark(y: torch.Tensor, recipe: Recipe) -> None:
+    setattr(y, _MARK, recipe)
+    # Casts find it by the node that made their source. Weakly: nodes outlive what they keep.
+    y.grad_fn.metadata[_MARK] = weakref.ref(recipe)
+
+
+def _stream(packed: tuple) -> int | None:
+    """The CUDA stream that a recipe's sources would be read on."""
+    tensor = packed[0]
+    while isinstance(tensor, Recipe):
+        tensor = tensor.packed[0][0]
+    if not tensor.is_cuda:
+        return None
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index)
+
+
+def _pack(t: torch.Tensor) -> tuple:
+    """(recipe, view or None) or (tensor, version)."""
+    base = t._base if t._is_view() else t
+    recipe = getattr(base, _MARK, None) or _recipe_of_cast(base)
+    if recipe is not None and t.dtype == base.dtype and recipe.accepts(base):
+        return recipe, None if t is base else (t.shape, t.stride(), t.storage_offset())
+    # Detached, or a node that saves its own output would keep itself alive.
+    return t if t.grad_fn is None else t.detach(), t._version
+
+
+def _unpack(packed: tuple) -> torch.Tensor:
+    kept, state = packed
+    if isinstance(kept, Recipe):
+        value = kept.read()
+        return value if state is None else value.as_strided(*state)
+    if kept._version != state:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: {kept.dtype} {list(kept.shape)} is at version {kept._version}; expected "
+            f"version {state}. Change it after backward, or change a copy."
+        )
+    return kept
+
+
+def _recipe_of_cast(y: torch.Tensor) -> Recipe | None:
+    node = y.grad_fn
+    if type(node).__name__ != "ToCopyBackward0" or y._version:  # changed since
+        return None
+    source, output = node.next_functions[0]
+    if source is None:
+        return None
+    known = source.metadata.get(_MARK, _nothing)()
+    if known is not None:
+        recipe = known.cast(y)
+    elif y.dtype == torch.float32 and pays(y, _MIN_WIDENED):
+        recipe = _widened(y, source._input_metadata[output].dtype)
+    else:
+        recipe = None
+    if recipe is not None:
+        setattr(y, _MARK, recipe)
+    return recipe
+
+
+def _widened(y: torch.Tensor, dtype: torch.dtype) -> Recipe | None:
+    """The recipe of an fp32 tensor that was cast from `dtype`: its 16 bits are kept."""
+    if dtype not in _NARROW:
+        return None
+    return Recipe(y, lambda t: t.to(torch.float32), (y.detach().to(dtype),))

@@ -1,0 +1,49 @@
+"""`liger-trainer chat`: a conversation with the model of a run."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLES = """examples:
+  liger-trainer chat runs/smollm2-135m
+
+`/new` begins another conversation; Ctrl-D ends.
+"""
+
+
+def add_to(commands, **shared) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser("chat", help="talk with the model of a run", **shared)
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--new-tokens", type=int, default=256, metavar="N")
+    parser.set_defaults(main=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Read a turn, write the answer, until the input ends."""
+    from transformers import TextStreamer
+
+    from liger_trainer.runs.finished import open_run
+    from liger_trainer.runs.load import load_model, load_tokenizer
+    from liger_trainer.runs.samples import complete, prompt_ids
+
+    run = open_run(options.run)
+    tokenizer = load_tokenizer(run.tuned)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"chat: the tokenizer in {run.path} has no chat template; use generate")
+    model = load_model(run.tuned)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if said == "/new":
+            turns = []
+        elif said:
+            turns.append({"role": "user", "content": said})
+            ids = prompt_ids(turns, tokenizer)
+            answer = complete(model, tokenizer, ids, options.new_tokens, streamer=streamer)
+            turns.append({"role": "assistant", "content": answer})

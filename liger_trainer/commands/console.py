@@ -1,0 +1,33 @@
+"""Tables and text on the terminal; in a file, lines are as long as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_WIDTH_OF_FILES = 240
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table; cells are plain text."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console().print(table)
+
+
+def print_titled(title: str, text: str) -> None:
+    """Print a text below its title."""
+    console().print(Text(title, style="bold"))
+    console().print(Text(text), soft_wrap=True)
+
+
+def console() -> Console:
+    """The terminal, or the file that is written to instead."""
+    found = Console()
+    return found if found.is_terminal else Console(width=_WIDTH_OF_FILES)

@@ -1,0 +1,54 @@
+"""`liger-trainer env`: versions, devices, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+
+_OPTIONAL = {
+    "peft": "LoRA",
+    "trl": "DPO, KTO, ORPO, SimPO, GRPO",
+    "bitsandbytes": "4-bit and 8-bit weights, 8-bit optimizers",
+    "flash-attn": "model.attn_implementation: flash_attention_2",
+    "deepspeed": "ZeRO",
+    "wandb": "training.report_to: wandb",
+    "tensorboard": "training.report_to: tensorboard",
+    "trackio": "training.report_to: trackio",
+    "gguf": "GGUF files",
+    "argcomplete": "completion in the shell",
+}
+
+EXAMPLES = """examples:
+  liger-trainer env
+"""
+
+
+def add_to(commands, **shared) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser("env", help="versions, devices, and what is missing", **shared)
+    parser.set_defaults(main=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print two tables."""
+    import platform
+
+    import torch
+
+    from liger_trainer.commands.console import print_table
+    from liger_trainer.runs.packages import installed
+    from liger_trainer.runs.recipe import native_bf16
+    from liger_trainer.runs.summary import machine, version_of
+
+    facts = {"Platform": platform.platform(), **machine()}
+    facts["CUDA of torch"] = torch.version.cuda or "none"
+    facts["bf16 at full speed"] = "yes" if native_bf16() else "no"
+    print_table(["what", "value"], facts.items())
+    print()
+    print_table(
+        ["optional", "version", "for", "command"],
+        [
+            [name, version_of(name), what, "" if installed(name) else f"pip install {name}"]
+            for name, what in _OPTIONAL.items()
+        ],
+    )
+    return 0

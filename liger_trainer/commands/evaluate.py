@@ -1,0 +1,51 @@
+"""`liger-trainer evaluate`: the held-out metrics of a run's model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+EXAMPLES = """examples:
+  liger-trainer evaluate runs/smollm2-135m
+  liger-trainer evaluate runs/mine data.path=other.jsonl data.eval_fraction=0.5 --json
+"""
+
+
+def add_to(commands, **shared) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "evaluate", help="held-out metrics of a run's model, by its own recipe", **shared
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="wins over the run's value"
+    )
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    parser.set_defaults(main=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print each metric, as it is now and as the run recorded it."""
+    from liger_trainer.commands.console import print_table
+    from liger_trainer.runs.build import load_trained
+    from liger_trainer.runs.finished import open_run
+    from liger_trainer.runs.summary import held_out
+
+    run = open_run(options.run, [*options.overrides, "training.report_to=none"])
+    trainer, prepared = load_trained(run.recipe, run.path)
+    if prepared.eval is None:
+        raise ValueError("evaluate: the recipe holds nothing out; set data.eval_fraction=0.1, say")
+    now = {k: v[-1] for k, v in held_out([trainer.evaluate()]).items()}
+    if options.json:
+        print(json.dumps(now, indent=2))
+        return 0
+    then = {k: v[-1] for k, v in run.record["summary"]["held_out"].items()}
+    print_table(
+        ["held out", "now", "after training"],
+        [[name, f"{value:.4f}", _number(then.get(name))] for name, value in now.items()],
+    )
+    return 0
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

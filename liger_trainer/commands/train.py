@@ -1,0 +1,188 @@
+"""`liger-trainer train`: run a recipe, or say what it would do."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+from liger_trainer.runs.errors import ToldElsewhere
+from liger_trainer.runs.secrets import hidden_override
+
+if TYPE_CHECKING:
+    from liger_trainer.runs.recipe import Recipe
+    from liger_trainer.runs.run import RunResult
+
+
+EXAMPLES = """examples:
+  liger-trainer train sft/smollm2-135m
+  liger-trainer train mine.yaml training.learning_rate=2e-5 data.path=train.jsonl
+  liger-trainer train mine.yaml --dry-run
+  liger-trainer train mine.yaml --resume
+  liger-trainer train mine.yaml --resume training.num_train_epochs=3
+"""
+
+
+def add_to(commands, **shared) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser("train", help="run a recipe", **shared)
+    add_arguments(parser)
+    parser.set_defaults(main=main)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every command that runs a recipe takes."""
+    recipe = parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file, or a name of `liger-trainer recipes`"
+    )
+    recipe.completer = _recipes
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="wins over the recipe's value"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print configuration, injection plan and conflicts"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue a run, or extend it")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the run in the output folder, once the new one has begun to train",
+    )
+
+
+def _recipes(prefix: str, **_) -> list[str]:
+    """For completion in the shell: names of recipes, and files."""
+    from glob import glob
+
+    from liger_trainer.runs.shipped import recipe_names
+
+    found = [*recipe_names(), *glob(f"{prefix}*.yaml"), *glob(f"{prefix}*/")]
+    return [name for name in found if name.startswith(prefix)]
+
+
+def main(options: argparse.Namespace) -> int:
+    """Train, or say what would be done."""
+    if options.dry_run:
+        return _dry_run(_recipe(options), resume=options.resume, overwrite=options.overwrite)
+    recipe = _recipe(options)
+    from liger_trainer.runs.plan import conflicts
+    from liger_trainer.runs.run import run
+
+    for conflict in conflicts(recipe) if _local_rank() == 0 else ():
+        print(f"warning: {conflict}", file=sys.stderr)
+    words = ["liger-trainer", "train", options.recipe, *map(hidden_override, options.overrides)]
+    command = shlex.join(words)
+    try:
+        result = run(recipe, resume=options.resume, overwrite=options.overwrite, command=command)
+    except KeyboardInterrupt:
+        print(f"\n{_what_is_left(recipe, command)}", file=sys.stderr)
+        return 130
+    finally:
+        _leave_together()
+    return _tell(result, command)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe, checked; of the processes of one machine, the first one tells what is wrong."""
+    from liger_trainer.runs.checks import require
+    from liger_trainer.runs.recipe import load_recipe
+
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if not options.dry_run:
+            require(recipe)
+    except (ValueError, OSError):
+        if _local_rank() != 0:
+            raise ToldElsewhere from None
+        raise
+    return recipe
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _leave_together() -> None:
+    """Ends the process group, where there is one: torch complains of processes that do not."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _tell(result: RunResult, command: str) -> int:
+    """Print what a run came to, and return the exit code."""
+    if not result.is_main:
+        return 130 if result.interrupted else bool(result.warnings)
+    if result.interrupted:
+        print(
+            f"Interrupted after step {result.summary['steps']}, with a checkpoint. Continue with:"
+            f"\n  {command} --resume"
+        )
+        return 130
+    print(_summary(result))
+    for warning in result.warnings:
+        print(f"error: {warning}", file=sys.stderr)
+    return bool(result.warnings)
+
+
+def _what_is_left(recipe: Recipe, command: str) -> str:
+    """What a run that was interrupted at once has left."""
+    from liger_trainer.runs import checkpoints
+    from liger_trainer.runs import folder as run_folder
+
+    earlier = run_folder.read(recipe.output_dir)
+    checkpoint = earlier and checkpoints.newest(recipe.output_dir, earlier["id"])[0]
+    if checkpoint is None:
+        return "Interrupted at once: this run has left no complete checkpoint."
+    return f"Interrupted at once: {checkpoint} is complete. Continue with:\n  {command} --resume"
+
+
+def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
+    from liger_trainer.runs import checks
+    from liger_trainer.runs import folder as run_folder
+    from liger_trainer.runs.plan import conflicts, injection_plan, model_conflicts, resolved_yaml
+
+    print(f"# {recipe.path}, resolved\n{resolved_yaml(recipe)}\n\n# Injection plan")
+    found = [*checks.problems(recipe), *conflicts(recipe)]
+    refusal = run_folder.refusal(recipe, resume=resume, overwrite=overwrite)
+    found += [refusal] if refusal else []
+    training = recipe.values["training"]
+    try:
+        found += model_conflicts(recipe)
+        if training.get("use_liger_kernel"):
+            print(injection_plan(recipe.model, training.get("liger_kernel_config")))
+        else:
+            print("nothing: training.use_liger_kernel is off")
+        found += checks.model_problems(recipe)
+    except (OSError, ValueError) as error:  # a hub that cannot be reached, a file that is broken
+        print("not known: the model's configuration could not be loaded")
+        found.append(f"model: {' '.join(str(error).split())}")
+    for check in (checks.training_problems, checks.data_problems):
+        try:
+            found += check(recipe)
+        except (OSError, ValueError) as error:
+            found.append(" ".join(str(error).split()))
+    print("\n# Conflicts")
+    print("\n".join(f"- {conflict}" for conflict in found) or "none")
+    return 1 if found else 0
+
+
+def _summary(result: RunResult) -> str:
+    """The closing lines of a run."""
+    from liger_trainer.runs.html import telling
+
+    numbers = result.summary
+    lines = [(f"held-out {name}", f"{b} before, {a} after") for name, b, a in telling(numbers)]
+    if numbers["tokens_per_second"]:
+        lines.append(("speed", f"{numbers['tokens_per_second']:,.0f} tokens/s"))
+    lines += [
+        ("peak memory", f"{numbers['peak_memory_gib']:.2f} GiB"),
+        ("steps", f"{numbers['steps']:,} in {numbers['minutes']:.1f} minutes"),
+        ("model", str(result.output_dir)),
+        ("report", str(result.report)),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

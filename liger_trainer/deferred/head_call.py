@@ -1,0 +1,215 @@
+"""Calls of an output head, made by whoever consumes its logits.
+
+A deferred head is called for real when its logits are consumed: through `nn.Module.__call__`, with
+every hook on it, but with the consumer's work in place of the head's own forward. The weights are
+read there and nowhere else. So whatever gathers weights before a module's forward, frees them after
+it, gathers them again before its backward and reduces their gradients does so for the loss just as
+it would for the logits, and nothing has to be known about it.
+
+Only tensors pass through the hooks. They get a one-element *anchor* that depends on the results:
+what a hook registers on the module's output then runs before the backward of the results, and no
+hook can round or change the results themselves.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial
+from torch.nn.modules import module as _global_hooks
+
+from liger_trainer.deferred.scope import recording
+from liger_trainer.swap import Swapped
+
+Results = tuple[torch.Tensor | None, ...]
+
+
+class Operands(NamedTuple):
+    """One summand of the logits: hidden [..., H] @ weight [V, H]^T + bias [V]."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class Term(NamedTuple):
+    """A linear layer onto the vocabulary and its input, to be called when consumed."""
+
+    layer: nn.Module
+    hidden: torch.Tensor
+    scale: float = 1.0
+
+
+Body = Callable[[torch.Tensor], "Results | torch.Tensor"]
+Consumer = Callable[[list[Operands]], "Results | torch.Tensor"]
+
+
+class CallableHead(Swapped):
+    """A module whose forward can be taken over for one call."""
+
+    def forward(self, *args, **kwargs):
+        body = _pending.take(self)
+        if body is not None:
+            return body(*args, **kwargs)
+        if isinstance(self, nn.Linear) and isinstance(self.weight, DTensor):
+            operands = weights_of(self)
+            if not isinstance(args[0], DTensor):
+                return F.linear(args[0], *operands)
+        return super().forward(*args, **kwargs)
+
+
+def weights_of(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weight and bias, gathered if they are shards.
+
+    Shards appear where logits are consumed after the forward of the module that holds them, if that
+    frees its weights at its end (FSDP2 with a resharded root). The gradient is averaged over the
+    ranks and scattered, as it would be for any other weight there.
+    """
+    weight, bias = layer.weight, layer.bias
+    return _whole(weight), None if bias is None else _whole(bias)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / mesh.size())
+    return whole
+
+
+class _Pending(threading.local):
+    module: nn.Module | None = None
+    body: Body | None = None
+
+    def take(self, module: nn.Module) -> Body | None:
+        if self.module is not module:
+            return None
+        body, self.module, self.body = self.body, None, None
+        return body
+
+
+_pending = _Pending()
+
+
+def consume(terms: Sequence[Term], consumer: Consumer) -> Results | torch.Tensor:
+    """Call the layers of all terms, one inside the other, and `consumer` in the innermost.
+
+    Return the consumer's results; or, if a head turns out to be more than a sum of linear layers,
+    its plain logits.
+    """
+
+    def enter(index: int, gathered: list[Operands]):
+        if index == len(terms):
+            return consumer(gathered)
+        layer, hidden, scale = terms[index]
+        if scale != 1.0:
+            hidden = hidden * scale
+
+        def body(x, *_):
+            if isinstance(layer, nn.Linear):
+                found = Operands(x, *weights_of(layer))
+                return enter(index + 1, [*gathered, found])
+            return _inside_composite(layer, x, lambda own: enter(index + 1, [*gathered, *own]))
+
+        return _in_place_of_forward(layer, hidden, body)
+
+    return enter(0, [])
+
+
+def _inside_composite(head: nn.Module, hidden: torch.Tensor, consumer: Consumer):
+    """Run a composite head (an adapter around a linear layer) to see of which terms it consists."""
+    if any(isinstance(p, DTensor) for p in head.parameters()):
+        raise RuntimeError(
+            "The adapter on the output head lies in shards here: its logits are consumed after the "
+            "forward of the module that holds it. Keep the weights of that module after its "
+            "forward (reshard_after_forward=False for the root), or compute the loss in the "
+            "model's forward, by giving it labels."
+        )
+    with recording():
+        logits = head._liger_base.forward(head, hidden)
+    terms = getattr(logits, "linear_terms", None)
+    if terms is None:
+        return logits.materialize() if hasattr(logits, "materialize") else logits
+    return consume(terms, consumer)
+
+
+def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body):
+    if not _is_hooked(module):
+        return body(hidden)
+    results: list[Results] = []
+
+    def forward(*args, **kwargs):
+        found = body(*args, **kwargs)
+        if isinstance(found, torch.Tensor):
+            return found
+        results.append(found)
+        differentiable = [r for r in found if r is not None and r.requires_grad]
+        if torch.is_grad_enabled() and differentiable:
+            return (_Anchor.apply(*differentiable),)
+        return (hidden.new_zeros(1),)
+
+    _pending.module, _pending.body = module, forward
+    try:
+        returned = nn.Module.__call__(module, hidden)
+    finally:
+        _pending.take(module)
+    if not results:
+        return returned
+    if not (isinstance(returned, tuple) and len(returned) == 1 and returned[0].shape == (1,)):
+        raise RuntimeError(
+            f"a forward hook on the output head ({type(module).__name__}) changes what it returns, "
+            "which deferred logits cannot follow. Register it before the kernels are injected, or "
+            "set fused_linear_cross_entropy to false in liger_kernel_config."
+        )
+    return _behind(returned[0], results[0])
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or _global_hooks._global_forward_hooks
+        or _global_hooks._global_forward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def _behind(anchor: torch.Tensor, results: Results) -> Results:
+    """`results`, whose backward runs after the hooks on the anchor."""
+    if not anchor.requires_grad:
+        return results
+    wanted = [r is not None and r.requires_grad for r in results]
+    behind = iter(_Behind.apply(anchor, *(r for r, w in zip(results, wanted, strict=True) if w)))
+    return tuple(next(behind) if w else r for r, w in zip(results, wanted, strict=True))
+
+
+class _Anchor(torch.autograd.Function):
+    """Keeps the results' backward waiting until the gradient of the anchor has passed."""
+
+    @staticmethod
+    def forward(ctx, *results):
+        return results[0].new_zeros(1)
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Behind(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anchor, *results):
+        ctx.set_materialize_grads(False)
+        ctx.like = anchor.dtype, anchor.device
+        return tuple(r.view_as(r) for r in results)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dtype, device = ctx.like
+        return torch.zeros(1, dtype=dtype, device=device), *grads

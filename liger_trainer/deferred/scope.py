@@ -1,0 +1,88 @@
+"""When logits are deferred: only while a loss is computed.
+
+A head returns deferred logits in a forward that is given labels, and inside `loss_scope()`, which
+trainers open around their loss. Every other forward returns the plain tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from torch import nn
+
+
+class Scope:
+    """One stretch of code that computes a loss; weights do not change while it is open."""
+
+    open = True
+
+
+RECORDED = Scope()
+"""Of the terms of a composite head, which are consumed at once."""
+
+
+class _State(threading.local):
+    scope: Scope | None = None
+    head: nn.Module | None = None  # the head whose calls are deferred at the moment
+    recording = False  # inside a composite head: its linear layers return their terms
+
+
+_state = _State()
+
+
+@contextlib.contextmanager
+def loss_scope() -> Iterator[None]:
+    """Defer the logits of every injected model inside the block, for a loss of your own:
+
+        with loss_scope():
+            logits = model(input_ids).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    The loss is then fused with the head. Anything else that is done to the logits computes them.
+    A forward that is given labels needs no scope.
+    """
+    if _state.scope is not None:  # the outer one reaches further
+        yield
+        return
+    scope = _state.scope = Scope()
+    try:
+        yield
+    finally:
+        scope.open, _state.scope = False, None
+
+
+def in_loss_scope() -> bool:
+    return _state.scope is not None
+
+
+@contextlib.contextmanager
+def deferring(head: nn.Module) -> Iterator[None]:
+    """Within it, calls of `head` are deferred."""
+    before = _state.head
+    with loss_scope():
+        _state.head = head
+        try:
+            yield
+        finally:
+            _state.head = before
+
+
+def scope_of(head: nn.Module) -> Scope | None:
+    """The scope in which calls of `head` are deferred; None if they are not."""
+    return _state.scope if _state.head is head else None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Within it, a linear layer onto the vocabulary returns the term that it would compute."""
+    before, _state.recording = _state.recording, True
+    try:
+        yield
+    finally:
+        _state.recording = before
+
+
+def is_recording() -> bool:
+    return _state.recording

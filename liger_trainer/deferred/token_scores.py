@@ -1,0 +1,197 @@
+"""Scores of labels under logits, and divergences of them, that may be deferred: never built then.
+
+Also registers the expressions with which user code scores tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from liger_trainer.deferred.handlers import implements
+from liger_trainer.deferred.head_call import consume
+from liger_trainer.deferred.logits import DeferredLogits, State, consume_logits
+from liger_trainer.deferred.tensor import Deferred
+from liger_trainer.kernels.divergence import divergence as divergence_of_logits
+from liger_trainer.kernels.jensen_shannon import DivergenceOptions
+from liger_trainer.kernels.linear_divergence import linear_divergence
+from liger_trainer.kernels.linear_log_probs import linear_log_probs
+from liger_trainer.kernels.log_probs import log_probs
+from liger_trainer.kernels.loss import scale_sum
+from liger_trainer.kernels.scores import ScoreOptions, TokenScores
+
+
+def token_scores(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    outputs: Sequence[str] = (),
+    weighting: str | None = None,
+) -> TokenScores:
+    """Return scores of `labels` [...] under `logits` [..., V]; label -100 marks ignored tokens.
+
+    Deferred logits go through `linear_log_probs` with whatever scale and softcap the model applied
+    to them; `weighting` is explained there. Other logits go through `log_probs`.
+    """
+    state = fusable(logits)
+    if state is not None:
+        scores = _fused_scores(logits, state, labels, temperature, outputs, weighting)
+        if scores is not None:
+            return scores
+    return _plain_scores(logits, labels, temperature, outputs)
+
+
+def _plain_scores(logits, labels, temperature, outputs) -> TokenScores:
+    if isinstance(logits, Deferred):
+        logits = logits.materialize()
+    return log_probs(logits, labels, outputs=outputs, options=ScoreOptions(temperature=temperature))
+
+
+def _fused_scores(logits, state: State, labels, temperature, outputs, weighting):
+    scale, softcap = state.transform
+    if state.origin.dtype == torch.float16:
+        weighting = None  # the loss scale must reach the logits' gradient before it is rounded
+    options = ScoreOptions(scale=scale, softcap=softcap, temperature=temperature)
+
+    def fused(operands):
+        hidden, weights, biases = zip(*operands, strict=True)
+        return tuple(
+            linear_log_probs(
+                list(hidden), list(weights), labels, biases[0],
+                outputs=outputs, options=options, weighting=weighting,
+            )
+        )  # fmt: skip
+
+    def plain(z):
+        return tuple(_plain_scores(z, labels, temperature, outputs))
+
+    results = consume_logits(logits, fused, plain)
+    return None if results is None else TokenScores(*results)
+
+
+def fusable(logits: torch.Tensor) -> State | None:
+    """What deferred logits are made of, if a kernel can take it from there; else None."""
+    state = logits.state if isinstance(logits, DeferredLogits) else None
+    if state is None or not state.origin.fused or state.has_log_softmax or not state.transform:
+        return None
+    return state
+
+
+def divergence(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the generalized Jensen-Shannon divergence of the logits, over the tokens of `mask`,
+    and the student's entropy of each token."""
+    states = fusable(student), fusable(teacher)
+    plain_options = DivergenceOptions(float(beta), float(temperature))
+
+    def plain(z, other=None):
+        other = teacher if other is None else other
+        other = other.materialize() if isinstance(other, Deferred) else other
+        values, entropy = divergence_of_logits(z, other.detach(), plain_options)
+        values, entropy = values.where(mask, 0.0), entropy.where(mask, 0.0)
+        if reduction == "none":
+            return values, entropy
+        count = mask.sum().clamp_min(1)
+        return scale_sum(values.sum(), reduction, count, num_items_in_batch), entropy
+
+    results = None
+    if None not in states:
+        (scale, softcap), (teacher_scale, teacher_softcap) = (s.transform for s in states)
+        options = DivergenceOptions(
+            float(beta), float(temperature), scale, softcap, teacher_scale, teacher_softcap
+        )
+
+        def fused(operands):
+            def with_teacher(others):
+                return linear_divergence(
+                    [o.hidden for o in operands], [o.weight for o in operands],
+                    [o.hidden.detach().to(states[1].origin.dtype) for o in others],
+                    [o.weight for o in others],
+                    mask, operands[0].bias, others[0].bias,
+                    options=options, reduction=reduction, num_items_in_batch=num_items_in_batch,
+                )  # fmt: skip
+
+            states[1].origin.check()
+            return consume(states[1].terms, with_teacher)
+
+        results = consume_logits(student, fused, plain)
+    if results is None:
+        results = plain(student.materialize() if isinstance(student, Deferred) else student)
+    return results
+
+
+# --- expressions of user code ---------------------------------------------------------------------
+
+
+@implements(torch.gather, torch.Tensor.gather)
+def _gather(input, dim, index):
+    return _label_log_probs(input, dim, index)
+
+
+@implements(torch.take_along_dim, torch.Tensor.take_along_dim)
+def _take_along_dim(input, indices, dim=None):
+    return _label_log_probs(input, dim, indices)
+
+
+def _label_log_probs(logits, dim, index):
+    """log_softmax(logits).gather(-1, labels): the labels' log-probabilities."""
+    state = logits.state if isinstance(logits, DeferredLogits) else None
+    if state is None or not isinstance(index, torch.Tensor) or not isinstance(dim, int):
+        return NotImplemented
+    fits = dim % logits.ndim == logits.ndim - 1 and index.shape == (*logits.shape[:-1], 1)
+    names = [name for name, _ in state.ops]
+    if not fits or "log_softmax" not in names or index.dtype != torch.int64:
+        return NotImplemented
+    before = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")])
+    if not state.origin.fused or before.transform is None:
+        return NotImplemented
+    scale, softcap = before.transform
+    options = ScoreOptions(scale=scale, softcap=softcap)
+    labels = index.squeeze(-1)
+
+    def fused(operands):
+        hidden, weights, biases = zip(*operands, strict=True)
+        scores = linear_log_probs(list(hidden), list(weights), labels, biases[0], options=options)
+        return (scores.log_probs,)
+
+    def plain(z):
+        return (z.gather(-1, index).squeeze(-1),)
+
+    results = consume_logits(logits, fused, plain)
+    return NotImplemented if results is None else results[0].unsqueeze(-1).to(logits.dtype)
+
+
+@implements(torch.mean, torch.Tensor.mean)
+def _mean(logits):
+    """The mean of all logits, as a number to report: no logits, where the head is linear."""
+    state = fusable(logits)
+    if state is None or logits.requires_grad or not logits.numel():
+        return NotImplemented
+    scale, softcap = state.transform
+    if softcap is not None:
+        return NotImplemented
+
+    def fused(operands):
+        total = sum(
+            torch.dot(
+                o.hidden.float().reshape(-1, o.hidden.shape[-1]).mean(0), o.weight.float().mean(0)
+            )
+            for o in operands
+        )
+        if operands[0].bias is not None:
+            total = total + operands[0].bias.float().mean()
+        return ((total * scale).to(logits.dtype),)
+
+    results = consume_logits(logits, fused, lambda z: (z.mean(),))
+    return NotImplemented if results is None else results[0]

@@ -1,0 +1,57 @@
+"""A folder that holds an adapter, or a run, as the model of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+# Fields of the section `model` that say which weights are meant; the others say how to load them.
+LOCATION = ("name_or_path", "package", "gguf_file", "revision", "subfolder", "variant", "config")
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def located(arguments: Any) -> tuple[Any, Path | None]:
+    """The arguments of the base model, and the adapter to put on it, if `arguments` name one.
+
+    The base is what `run.json` says beside the adapter, or else `adapter_config.json`.
+    Raises ValueError for a run that has left no model, and for an adapter without a base.
+    """
+    folder = Path(arguments.name_or_path or "")
+    if arguments.package is not None or not arguments.name_or_path or not folder.is_dir():
+        return arguments, None
+    run = read_json(folder / "run.json")
+    if not any((folder / name).is_file() for name in _MODEL_FILES) and run:
+        raise ValueError(
+            f"model.name_or_path: the run in {folder} has left no model, its state is "
+            f"{run.get('state')!r}: finish it with --resume"
+        )
+    if not (folder / "adapter_config.json").is_file():
+        return arguments, None
+    base = run.get("base")
+    if base is None:
+        name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not name:
+            raise ValueError(f"model.name_or_path: {folder}/adapter_config.json names no base")
+        base = {"name_or_path": name}
+    chosen = {key: base.get(key) for key in LOCATION}
+    if arguments.config:
+        chosen["config"] = {**(chosen["config"] or {}), **arguments.config}
+    # An adapter of an adapter that is no run's: rare, and one more step.
+    return located(dataclasses.replace(arguments, **chosen))[0], folder
+
+
+def location(arguments: Any) -> dict[str, Any]:
+    """What `run.json` keeps as `base`: where the base model of `arguments` is."""
+    base, _ = located(arguments)
+    return {key: getattr(base, key) for key in LOCATION if getattr(base, key) is not None}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no file or no object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,34 @@
+"""The model card of a run: what it came from, how it was trained, what it reaches."""
+
+from __future__ import annotations
+
+import yaml
+
+from liger_trainer.runs.finished import FinishedRun
+from liger_trainer.runs.html import telling
+from liger_trainer.runs.summary import machine
+
+
+def model_card(run: FinishedRun) -> str:
+    """Markdown with the metadata that a hub reads."""
+    base = run.record["base"].get("name_or_path") or run.record["base"].get("package")
+    method, summary = run.recipe.method, run.record["summary"]
+    front = {
+        "base_model": base,
+        "library_name": "peft" if run.is_adapter else "transformers",
+        "tags": ["liger-trainer", method],
+    }
+    rows = "\n".join(f"| {n} | {b} | {a} |" for n, b, a in telling(summary))
+    versions = ", ".join(f"{k} {v}" for k, v in machine().items() if k not in ("Device", "Python"))
+    recipe = yaml.safe_dump(run.record["recipe"], sort_keys=False).rstrip()
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {run.path.resolve().name}",
+        f"{base}, trained by {method} with liger-trainer: {summary['steps']:,} steps, "
+        f"{summary['tokens']:,} tokens.",
+        f"| held out | before | after |\n|---|---|---|\n{rows}" if rows else "",
+        f"Begun {run.record['started']}.\n\n```bash\n{run.record['command']}\n```",
+        f"```yaml\n{recipe}\n```",
+        f"{versions}.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"

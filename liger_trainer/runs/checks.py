@@ -1,0 +1,125 @@
+"""What would make a run fail, found before anything is loaded or written."""
+
+from __future__ import annotations
+
+import os
+
+from liger_trainer.runs.adapters import located
+from liger_trainer.runs.build import generations_conflict, load_rewards
+from liger_trainer.runs.data import DataArguments, fit, format_of, is_file_name, load_source
+from liger_trainer.runs.load import load_tokenizer, meta_model
+from liger_trainer.runs.packages import missing
+from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.rewards import columns_of
+
+_ROWS = 100  # that a dry run looks at
+_AT_LEAST = {
+    "dataloader_num_workers": 0,
+    "eval_accumulation_steps": 1,
+    "generation_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "max_completion_length": 1,
+    "max_grad_norm": 0,
+    "num_generations": 2,
+    "per_device_eval_batch_size": 1,
+    "per_device_train_batch_size": 1,
+    "save_total_limit": 1,
+    "seed": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+}
+_ABOVE_ZERO = ("eval_steps", "logging_steps", "num_train_epochs", "save_steps")
+
+
+def require(recipe: Recipe) -> None:
+    """Raises ValueError with all `problems`."""
+    found = problems(recipe)
+    if found:
+        raise ValueError("; ".join(found))
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """Sentences about what the recipe alone shows: packages that are missing, numbers that cannot
+    be meant."""
+    fields, found = recipe.values["training"], missing(recipe.values)
+    for key, least in _AT_LEAST.items():
+        if fields.get(key) is not None and fields[key] < least:
+            found.append(f"training.{key} is {fields[key]}; it must be at least {least}")
+    for key in _ABOVE_ZERO:
+        if fields.get(key) is not None and fields[key] <= 0:
+            found.append(f"training.{key} is {fields[key]}; it must be above 0")
+    if fields.get("max_steps", -1) != -1 and fields["max_steps"] < 1:
+        found.append(
+            f"training.max_steps is {fields['max_steps']}; it must be at least 1, or -1 for what "
+            "training.num_train_epochs comes to"
+        )
+    try:
+        _, adapter = located(recipe.model)
+    except ValueError as error:
+        return [*found, str(error)]
+    if adapter is not None and recipe.values.get("peft") is not None:
+        found.append(
+            f"peft: the model in {adapter} is an adapter already; remove the section to train it "
+            "further, or make one model of it first: `liger-trainer merge`"
+        )
+    return found
+
+
+def model_problems(recipe: Recipe) -> list[str]:
+    """What the model's configuration shows of the section `peft`, without weights."""
+    config = recipe.peft_config()
+    if config is None:
+        return []
+    import peft
+
+    try:
+        peft.get_peft_model(meta_model(recipe.model), config)
+    except ValueError as error:
+        return [f"peft: {' '.join(str(error).split())}"]
+    return []
+
+
+def training_problems(recipe: Recipe) -> list[str]:
+    """What the installed release says of the section `training`, as ValueError, and of batches."""
+    args, data = recipe.training_arguments(), recipe.data
+    held_out = data.eval_path or data.eval_split or data.eval_fraction
+    return generations_conflict(args) if held_out else []
+
+
+def data_problems(recipe: Recipe) -> list[str]:
+    """What the first rows of local data show. A hub's data would have to be fetched."""
+    data = recipe.data
+    paths = [path for path in (data.path, data.eval_path) if path is not None]
+    if any(not _is_local(path) for path in paths):
+        return []
+    rewards = load_rewards(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    for path, split, what in _sources(data):
+        rows = load_source(data, path, split)
+        rows = rows.select(range(min(_ROWS, len(rows))))
+        fit(
+            rows,
+            data,
+            tokenizer,
+            kind=format_of(rows, recipe.kind.examples),
+            what=f"of the first {len(rows)} {what}",
+            seed=0,
+            notes=[],
+            needed=columns_of(rewards),
+        )
+    return []
+
+
+def _sources(data: DataArguments) -> list[tuple[str | None, str, str]]:
+    found = [(data.path, data.split, "training")]
+    if data.eval_path:
+        found.append((data.eval_path, "train", "held-out"))
+    elif data.eval_split:
+        found.append((data.path, data.eval_split, "held-out"))
+    return found
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path is one of this machine, also where nothing is there."""
+    return os.path.exists(path) or path.startswith(("/", ".")) or is_file_name(path)

@@ -1,0 +1,56 @@
+"""A run that has ended, and what it left: for the commands that come after training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from liger_trainer.runs import folder as run_folder
+from liger_trainer.runs.adapters import LOCATION
+from liger_trainer.runs.load import ModelArguments
+from liger_trainer.runs.recipe import Recipe, recipe_of
+from liger_trainer.runs.secrets import HIDDEN
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The folder of a finished run, what is recorded of it, and its recipe."""
+
+    path: Path
+    record: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def is_adapter(self) -> bool:
+        return (self.path / "adapter_config.json").is_file()
+
+    @property
+    def tuned(self) -> ModelArguments:
+        """The model that came out."""
+        elsewhere = dict.fromkeys(LOCATION)
+        return dataclasses.replace(
+            self.recipe.model, **{**elsewhere, "name_or_path": str(self.path)}
+        )
+
+
+def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
+    """The finished run in a folder. Raises ValueError when there is none, in one line."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {str(path)!r}")
+    record = run_folder.read(path)
+    if record is None:
+        raise ValueError(f"{path} holds no run: it has no {run_folder.RUN_FILE}")
+    if record["state"] != "finished":
+        raise ValueError(f"the run in {path} is {record['state']}, not finished")
+    values = {section: _known(keys) for section, keys in record["recipe"].items()}
+    values["training"]["output_dir"] = str(path)
+    return FinishedRun(path, record, recipe_of(values, path / "run.yaml", overrides))
+
+
+def _known(keys: Any) -> Any:
+    """A section without the values that were hidden when it was written."""
+    return {k: v for k, v in keys.items() if v != HIDDEN} if isinstance(keys, dict) else keys

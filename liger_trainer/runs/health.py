@@ -1,0 +1,77 @@
+"""Noticing that training has diverged: weights or losses that are NaN or infinite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from transformers import TrainerCallback
+
+
+class Health(TrainerCallback):
+    """Ends training once the weights are not finite, and remembers losses that were not.
+
+    Trainer logs a mean of earlier losses in place of one that is NaN, so the losses themselves are
+    watched. The weights are looked at when a loss or a gradient norm is not finite, and before
+    every save. (A gradient norm alone may be: a scaler of fp16 skips such steps.)
+    """
+
+    def __init__(self):
+        self.diverged: int | None = None  # the step after which the weights were not finite
+        self.bad_losses: list[int] = []  # the steps at which they were logged
+        self._bad = torch.tensor(False)
+
+    def watch(self, trainer) -> None:
+        """Looks at the loss of every step of `trainer`, without waiting for the device."""
+        step = trainer.training_step
+
+        def training_step(*args, **kwargs):
+            loss = step(*args, **kwargs)
+            bad = ~torch.isfinite(loss.detach()).all()
+            self._bad = self._bad.to(bad.device) | bad
+            return loss
+
+        trainer.training_step = training_step
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        logs = logs or {}
+        bad = bool(self._bad) or not _finite(logs.get("eval_loss"))
+        self._bad = torch.tensor(False)
+        if _in_any_process(bad, args):
+            self.bad_losses.append(state.global_step)
+        elif _finite(logs.get("grad_norm")):
+            return control
+        if not self.check(model, args, state.global_step):
+            control.should_training_stop = True
+            control.should_evaluate = control.should_save = False
+        return control
+
+    def check(self, model, args, step: int) -> bool:
+        """Whether the trainable weights of all processes are finite."""
+        if self.diverged is None and _in_any_process(not weights_are_finite(model), args):
+            self.diverged = step
+        return self.diverged is None
+
+
+def weights_are_finite(model) -> bool:
+    """Whether this process's part of the trainable weights is finite."""
+    flags = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            part = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3 keeps a shard there
+            part = part.to_local() if hasattr(part, "to_local") else part
+            flags.append(torch.isfinite(part).all())
+    by_device = {flag.device: [f for f in flags if f.device == flag.device] for flag in flags}
+    return all(bool(torch.stack(same).all()) for same in by_device.values())
+
+
+def _in_any_process(found: bool, args) -> bool:
+    if args.world_size == 1:
+        return found
+    flag = torch.tensor(float(found), device=args.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _finite(value) -> bool:
+    return value is None or math.isfinite(float(value))

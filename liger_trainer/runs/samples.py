@@ -1,0 +1,86 @@
+"""Completions of held-out examples, for people to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from liger_trainer.runs.tokenize import IGNORE_INDEX
+
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, what the data answers (if it does), and what the model does."""
+
+    prompt: str
+    ids: list[int]
+    expected: str = ""
+
+
+def samples_of(dataset: Any, tokenizer, count: int) -> list[Sample]:
+    """The first `count` examples of a prepared dataset that have a prompt: what comes before the
+    first label of a tokenized one, else the column `prompt`."""
+    found = []
+    rows = getattr(dataset, "dataset", dataset)  # of packed examples, those that were packed
+    for row in (rows[i] for i in range(min(len(rows), 4 * count))):
+        sample = _tokenized(row, tokenizer) if "labels" in row else _prompted(row, tokenizer)
+        if sample.ids and len(found) < count:
+            found.append(sample)
+    return found
+
+
+def complete(model, tokenizer, ids: list[int], new_tokens: int = NEW_TOKENS, **options) -> str:
+    """What a model writes after `ids`, without sampling."""
+    training = model.training
+    model.eval()
+    try:
+        inputs = torch.tensor([ids], device=next(model.parameters()).device)
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                **options,
+            )
+    finally:
+        model.train(training)
+    return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+
+def prompt_ids(prompt: str | list[dict], tokenizer) -> list[int]:
+    """Token ids of a text, or of messages that the assistant is to answer."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def shown(prompt: str | list[dict]) -> str:
+    """A prompt for people."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in prompt)
+
+
+def _tokenized(row: dict, tokenizer) -> Sample:
+    labels, ids = row["labels"], row["input_ids"]
+    first = next((i for i, label in enumerate(labels) if label != IGNORE_INDEX), 0)
+    last = next((i for i, v in enumerate(labels) if i > first and v == IGNORE_INDEX), len(ids))
+    prompt, expected = (
+        tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:first], ids[first:last])
+    )
+    return Sample(prompt, ids[:first], expected)
+
+
+def _prompted(row: dict, tokenizer) -> Sample:
+    expected = row.get("chosen") or (row.get("completion") if row.get("label", True) else "") or ""
+    return Sample(shown(row["prompt"]), prompt_ids(row["prompt"], tokenizer), shown(expected))

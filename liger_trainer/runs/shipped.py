@@ -1,0 +1,66 @@
+"""What comes with the package: recipes, configurations of accelerate, data. A leaf.
+
+The folder `recipes` lies inside the package in a wheel, beside it in a checkout.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_MEMORY = re.compile(r"take ([\d.]+ GB)")
+
+
+def folder() -> Path:
+    """The folder `recipes`. Raises FileNotFoundError for an installation without it."""
+    package = Path(__file__).resolve().parents[1]
+    places = [package / "recipes", package.parent / "recipes"]
+    found = next((path for path in places if path.is_dir()), None)
+    if found is None:
+        raise FileNotFoundError(f"this installation has no recipes; looked for {places[0]}")
+    return found
+
+
+def shipped(name: str) -> Path:
+    """A file below `recipes/`. Raises FileNotFoundError for an installation without it."""
+    path = folder() / name
+    if not path.is_file():
+        raise FileNotFoundError(f"this installation has no {path}")
+    return path
+
+
+def recipe_names() -> list[str]:
+    """The names of all recipes, such as `sft/qwen3-8b-lora`."""
+    paths = folder().glob("*/*.yaml")
+    return sorted(_name(path) for path in paths if path.parent.name != "accelerate")
+
+
+def accelerate_names() -> list[str]:
+    """The names of all configurations of accelerate, such as `fsdp2`."""
+    return sorted(path.stem for path in folder().glob("accelerate/*.yaml"))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the comment at the top of a recipe says."""
+
+    about: str  # its first sentence
+    memory: str  # of weights, gradients and optimizer; empty if it does not say
+
+
+def header(path: Path) -> Header:
+    """The comment at the top of a recipe."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    text = " ".join(comment)
+    memory = _MEMORY.search(text)
+    return Header(text.partition(". ")[0].rstrip("."), memory[1] if memory else "")
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.stem}"
