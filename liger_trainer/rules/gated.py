@@ -72,15 +72,6 @@ class DeferredActivation(Deferred):
         self._owner._liger_unfused = True  # not gated after all: do not defer again
         return self._form.activation(self.gate)
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in _ON_THE_GRADIENT:  # which a fused product would not send here
-            return func(args[0].materialise(), *args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-_ON_THE_GRADIENT = (torch.Tensor.register_hook, torch.Tensor.retain_grad)
-
 
 def _multiply(a, b, **kwargs):
     activation, up = (a, b) if isinstance(a, DeferredActivation) else (b, a)
@@ -91,9 +82,23 @@ def _multiply(a, b, **kwargs):
     return activation._form.product(activation.gate, up)
 
 
-for _function in (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,
-                  torch.Tensor.__mul__, torch.Tensor.__rmul__):  # fmt: skip
-    DeferredActivation.handlers[_function] = _multiply
+_PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,
+             torch.Tensor.__mul__, torch.Tensor.__rmul__)  # fmt: skip
+
+
+def _register_hook(activation, hook):
+    return activation.materialize().register_hook(hook)  # a fused product would send nothing here
+
+
+def _retain_grad(activation):
+    return activation.materialize().retain_grad()
+
+
+DeferredActivation.handlers |= dict.fromkeys(_PRODUCTS, _multiply)
+DeferredActivation.handlers |= {
+    torch.Tensor.register_hook: _register_hook,
+    torch.Tensor.retain_grad: _retain_grad,
+}
 
 
 class FusedActivation(Swapped):
@@ -259,5 +264,4 @@ def _note(a, b, **kwargs):
     return torch.empty_like(recorded._gate)
 
 
-for _function in DeferredActivation.handlers:
-    _Recorded.handlers[_function] = _note
+_Recorded.handlers |= dict.fromkeys(_PRODUCTS, _note)
