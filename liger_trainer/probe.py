@@ -11,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from liger_trainer.kernels.runtime import every_size
 SCALES = (1e-3, 1.0, 100.0)
 TOLERANCE_FP32 = 2e-5  # relative to the largest value; sums over a row in another order
 FACTOR = 2.0
-IN_TRAINING = "in training mode"
+Form = TypeVar("Form")  # what a rule calls one of the formulas that it tries
 _ON_CPU = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are
 
 
@@ -169,7 +170,7 @@ def draw(shape: tuple[int, ...], scale: float, device: torch.device, seed: int) 
     return (torch.randn(shape, generator=generator, **_ON_CPU) * scale).to(device)
 
 
-def compare(original: Callable, candidate: Callable, cases: Iterator[Case]) -> Verdict:
+def compare(original: Callable, candidate: Callable, cases: Iterable[Case]) -> Verdict:
     """Runs both on each case. A case in 16 bits is also run, by the original, in fp32.
 
     `original(*inputs)` and `candidate(*inputs)` return a tensor or a tuple of tensors.
@@ -205,21 +206,37 @@ def compare(original: Callable, candidate: Callable, cases: Iterator[Case]) -> V
     return Verdict(True, worst, "equal", rounding)
 
 
-def compare_in_both_modes(
-    twin: nn.Module, original: Callable, candidate: Callable, cases: Callable[[], Iterator[Case]]
-) -> Verdict:
-    """`compare` with `original`, a function of `twin`, in evaluation and in training mode."""
-    verdict = compare(original, candidate, cases())
-    if not verdict.equal:
-        return verdict
-    twin.train()
-    try:
+def choose(
+    original: Callable,
+    candidates: Mapping[Form, Callable],
+    cases: Callable[[], Iterable[Case]],
+    otherwise: str,
+    twin: nn.Module | None = None,
+) -> tuple[Form | None, Verdict]:
+    """Return the form whose candidate equals `original`, the one that rounds like it if several do.
+
+    If `original` is a function of the module `twin`, which is in evaluation mode, it must be equal
+    in training mode, too. `otherwise` is the reason if none of the results is right.
+    """
+    found, nearest = [], None
+    for form, candidate in candidates.items():
         verdict = compare(original, candidate, cases())
-    finally:
+        if verdict.equal:
+            found.append((form, verdict))
+        elif nearest is None or (verdict.max_error or 9e9) < (nearest.max_error or 9e9):
+            nearest = verdict
+    if not found:
+        reason = nearest.reason if nearest.max_error is None else otherwise
+        return None, dataclasses.replace(nearest, reason=reason)
+    form, verdict = min(found, key=lambda pair: pair[1].rounding)
+    if twin is not None:
+        twin.train()
+        in_training = compare(original, candidates[form], cases())
         twin.eval()
-    if verdict.equal:
-        return verdict
-    return dataclasses.replace(verdict, reason=f"{verdict.reason} {IN_TRAINING}")
+        if not in_training.equal:
+            reason = f"{in_training.reason} in training mode"
+            return None, dataclasses.replace(in_training, reason=reason)
+    return form, verdict
 
 
 def evaluate(function: Callable, case: Case) -> list[torch.Tensor]:

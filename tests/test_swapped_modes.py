@@ -505,3 +505,20 @@ def test_dropout_after_injection_is_that_of_the_plain_model():
     before = torch.get_rng_state()
     inject(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- compiled --------------------------------------------------------------------------------
+
+
+def test_swapped_modules_compile_to_one_graph_and_notice_changes():
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.LayerNorm(8), Norm(8), Mlp(nn.SiLU()), Mlp(nn.GELU()))
+    plain = copy.deepcopy(model)
+    inject(model, strict=True)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(compiled(x), plain(x))
+    for each in (model, plain):
+        each[1].eps = 0.5
+        each[3].act.approximate = "tanh"
+    torch.testing.assert_close(compiled(x), plain(x))

@@ -72,15 +72,6 @@ class DeferredActivation(Deferred):
         self._owner._liger_unfused = True  # not gated after all: do not defer again
         return self._form.activation(self.gate)
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in _ON_THE_GRADIENT:  # which a fused product would not send here
-            return func(args[0].materialise(), *args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-_ON_THE_GRADIENT = (torch.Tensor.register_hook, torch.Tensor.retain_grad)
-
 
 def _multiply(a, b, **kwargs):
     activation, up = (a, b) if isinstance(a, DeferredActivation) else (b, a)
@@ -91,9 +82,23 @@ def _multiply(a, b, **kwargs):
     return activation._form.product(activation.gate, up)
 
 
-for _function in (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,
-                  torch.Tensor.__mul__, torch.Tensor.__rmul__):  # fmt: skip
-    DeferredActivation.handlers[_function] = _multiply
+_PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,
+             torch.Tensor.__mul__, torch.Tensor.__rmul__)  # fmt: skip
+
+
+def _register_hook(activation, hook):
+    return activation.materialize().register_hook(hook)  # a fused product would send nothing here
+
+
+def _retain_grad(activation):
+    return activation.materialize().retain_grad()
+
+
+DeferredActivation.handlers |= dict.fromkeys(_PRODUCTS, _multiply)
+DeferredActivation.handlers |= {
+    torch.Tensor.register_hook: _register_hook,
+    torch.Tensor.retain_grad: _retain_grad,
+}
 
 
 class FusedActivation(Swapped):
@@ -173,37 +178,39 @@ _MODULES = ("activations", "activation")
 
 def identify(child: nn.Module, device: torch.device) -> tuple[Gate | None, probe.Verdict]:
     """Return the gate whose product equals `child(gate) * up`."""
-    twin = probe.random_copy(child, device)
 
     def original(x, up):
         return twin(x) * up
 
     try:
-        impurity = probe.impurity(original, twin, next(_cases(device)).inputs)
-    except Exception:  # takes no single tensor
-        impurity = "is neither SiLU nor GELU"
-    if impurity is not None:
-        return None, probe.Verdict(False, None, impurity)
-    found = []
-    for gate in _GATES:
-        cases = functools.partial(_cases, device)
-        verdict = probe.compare_in_both_modes(twin, original, gate.product, cases)
-        if verdict.equal:
-            found.append((gate, verdict))
-    if found:
-        return min(found, key=lambda pair: pair[1].max_error)
-    return None, probe.Verdict(False, None, "is neither SiLU nor GELU")
+        twin = probe.random_copy(child, device).eval()
+        reason = probe.impurity(original, twin, next(_cases(device)).inputs)
+    except Exception:  # has no copy, or takes no single tensor
+        reason = _NEITHER
+    if reason is not None:
+        return None, probe.Verdict(False, None, reason)
+    candidates = {gate: gate.product for gate in _GATES}
+    cases = functools.partial(_cases, device)
+    return probe.choose(original, candidates, cases, _NEITHER, twin)
+
+
+_NEITHER = "is neither SiLU nor GELU"
 
 
 def _cases(device: torch.device) -> Iterator[probe.Case]:
+    shapes = {1.0: (4, 33), 1e-3: (2, 3, 65), 100.0: (1, 3000)}
     for dtype in (torch.float32, torch.bfloat16):
-        for shape, scale in (((4, 33), 1.0), ((2, 3, 65), 1e-3), ((1, 3000), 100.0), ((17,), 1.0)):
-            gate, up = (probe.draw(shape, scale, device, i).to(dtype) for i in range(2))
-            inputs = (gate.requires_grad_(), up.requires_grad_())
-            yield probe.Case(inputs, f"{dtype} input {shape} of size {scale:g}")
-    gate, up = (probe.draw((4, 33), 1.0, device, i) for i in range(2))
-    gate[0, 0] = float("nan")
-    yield probe.Case((gate.requires_grad_(), up.requires_grad_()), "a NaN")
+        for scale, shape in shapes.items():
+            yield _case(f"{dtype} input {shape} of size {scale:g}", shape, scale, device, dtype)
+    yield _case("one row", (17,), 1.0, device)
+    yield _case("a NaN", (4, 33), 1.0, device, first=float("nan"))
+
+
+def _case(label, shape, scale, device, dtype=torch.float32, first=None) -> probe.Case:
+    gate, up = (probe.draw(shape, scale, device, i).to(dtype) for i in range(2))
+    if first is not None:
+        gate[0, 0] = first
+    return probe.Case((gate.requires_grad_(), up.requires_grad_()), label)
 
 
 def is_gated(module: nn.Module, name: str) -> bool | None:
@@ -257,5 +264,4 @@ def _note(a, b, **kwargs):
     return torch.empty_like(recorded._gate)
 
 
-for _function in DeferredActivation.handlers:
-    _Recorded.handlers[_function] = _note
+_Recorded.handlers |= dict.fromkeys(_PRODUCTS, _note)

@@ -109,14 +109,11 @@ def identify(
     cases = functools.partial(norm_cases.cases, width, ranks, parameters, device, states=2)
     if (reason := probe.impurity(original, twin, next(cases()).inputs)) is not None:
         return None, probe.Verdict(False, None, reason)
-    found = []
-    for form in _forms(module, eps, names[0], width):
-        verdict = probe.compare_in_both_modes(twin, original, form.apply, cases)
-        if verdict.equal:
-            found.append((form, verdict))
-    if not found:
-        return None, probe.Verdict(False, None, "no known form of RMSNorm with a gate")
-    form, verdict = min(found, key=lambda pair: pair[1].rounding)
+    candidates = {form: form.apply for form in _forms(module, eps, names[0], width)}
+    otherwise = "no known form of RMSNorm with a gate"
+    form, verdict = probe.choose(original, candidates, cases, otherwise, twin)
+    if form is None:
+        return None, verdict
     return dataclasses.replace(form, ranks=ranks, inputs=inputs), verdict
 
 

@@ -152,20 +152,12 @@ def identify(
     cases = functools.partial(norm_cases.cases, width, ranks, parameters, device)
     if (reason := probe.impurity(original, twin, next(cases()).inputs)) is not None:
         return None, probe.Verdict(False, None, reason)
-    found, nearest = [], None
-    for form in _forms(module):
-        candidate = _candidate(form, [name for name, _ in twin.named_parameters()])
-        verdict = probe.compare_in_both_modes(twin, original, candidate, cases)
-        if verdict.equal:
-            found.append((form, verdict))
-        elif nearest is None or (verdict.max_error or 9e9) < (nearest.max_error or 9e9):
-            nearest = verdict
-    if not found:
-        reason = nearest.reason
-        if nearest.max_error is not None and not reason.endswith(probe.IN_TRAINING):
-            reason = "neither RMSNorm nor LayerNorm"
-        return None, dataclasses.replace(nearest, reason=reason)
-    form, verdict = min(found, key=lambda pair: pair[1].rounding)
+    names = [name for name, _ in twin.named_parameters()]
+    candidates = {form: _candidate(form, names) for form in _forms(module)}
+    otherwise = "neither RMSNorm nor LayerNorm"
+    form, verdict = probe.choose(original, candidates, cases, otherwise, twin)
+    if form is None:
+        return None, verdict
     upcast = _output_under_autocast(original, cases()) == torch.float32
     proven = {"autocast_to_fp32": upcast, "ranks": ranks, "input": required[0]}
     return dataclasses.replace(form, **proven), verdict

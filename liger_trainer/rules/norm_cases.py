@@ -77,7 +77,7 @@ def cases(
 
     for scale in sorted(probe.SCALES, key=lambda scale: scale != 1.0):
         yield case(f"{torch.float32} input of size {scale:g}", scale)
-    for each in ranks:
+    for each in {*ranks} - {rank}:
         yield case(f"input of rank {each}", rank=each)
     if rank > 1:
         yield case("many rows", rows=131)

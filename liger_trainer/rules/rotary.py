@@ -162,18 +162,11 @@ def _call_of(function: FunctionType) -> RotaryCall | None:
 def identify(function: Callable, device: torch.device) -> tuple[RotaryForm | None, probe.Verdict]:
     """Return the form that equals `function`, for full and, if it takes that, partial rotation."""
     call = _call_of(function)
-    found, nearest = [], None
-    cases = _cases(device, call.dims[0], _accepts_partial(function, device))
-    for form in _FORMS:
-        verdict = _compare(function, call, form, call.dims[0], cases)
-        if verdict.equal:
-            found.append((form, verdict))
-        elif nearest is None or (verdict.max_error or 9e9) < (nearest.max_error or 9e9):
-            nearest = verdict
-    if found:
-        return min(found, key=lambda pair: pair[1].rounding)
-    reason = nearest.reason if nearest.max_error is None else "no known form of rotary embedding"
-    return None, dataclasses.replace(nearest, reason=reason)
+    heads = call.dims[0]
+    cases = _cases(device, heads, _accepts_partial(function, device))
+    candidates = {form: _candidate(form, heads) for form in _FORMS}
+    otherwise = "no known form of rotary embedding"
+    return probe.choose(_original(function, call, heads), candidates, lambda: cases, otherwise)
 
 
 def proven_call(function: Callable, form: RotaryForm, device: torch.device) -> RotaryCall:
@@ -182,22 +175,23 @@ def proven_call(function: Callable, form: RotaryForm, device: torch.device) -> R
     if call.dim is None:
         return call
     other = 3 - call.dims[0]
-    cases = _cases(device, other, _accepts_partial(function, device))
-    equal = _compare(function, call, form, other, cases).equal
+    cases = [c for c in _cases(device, other, False) if c.inputs[2].dtype == torch.float32]
+    equal = probe.compare(_original(function, call, other), _candidate(form, other), cases).equal
     return dataclasses.replace(call, dims=(*call.dims, other) if equal else call.dims)
 
 
-def _compare(function, call, form, heads: int, cases: list[probe.Case]) -> probe.Verdict:
-    def original(*tensors):
-        option = {} if call.dim is None else {call.dim: heads}
-        return function(**dict(zip(call.tensors, tensors, strict=True)), **option)
+def _original(function: Callable, call: RotaryCall, heads: int) -> Callable:
+    option = {} if call.dim is None else {call.dim: heads}
+    return lambda *tensors: function(**dict(zip(call.tensors, tensors, strict=True)), **option)
 
-    def candidate(q, k, cos, sin):
+
+def _candidate(form: RotaryForm, heads: int) -> Callable:
+    def rotate(q, k, cos, sin):
         q, k = (t if heads == 1 else t.transpose(1, 2) for t in (q, k))
         rotated = rope(q, k, cos, sin, **dataclasses.asdict(form))
         return rotated if heads == 1 else tuple(t.transpose(1, 2) for t in rotated)
 
-    return probe.compare(original, candidate, iter(cases))
+    return rotate
 
 
 def _accepts_partial(function: Callable, device: torch.device) -> bool:
