@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -366,7 +367,7 @@ def test_a_look_alike_is_refused():
 
 
 def test_small_inputs_run_as_they_are(monkeypatch):
-    monkeypatch.setattr(runtime, "_every_size", False)
+    monkeypatch.setattr(runtime, "_every_size", ContextVar("every_size", default=False))
     ours = adapted()
     assert inject(ours).coverage["lora"] == (7, 7)
     calls = count_fused(monkeypatch)
