@@ -165,7 +165,6 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
         ("dpo", "data.packing=true", "data.packing: not for dpo"),
         ("kto", "data.assistant_only=false", "data.assistant_only: not for kto"),
         ("grpo", "data.max_length=64", r"data.max_length: not for grpo"),
-        ("sft", "data.invalid=drop", "data.invalid: not for sft"),
         ("dpo", "training.max_length=64", "set data.max_length instead"),
         (
             "orpo",

@@ -149,4 +149,4 @@ def test_a_gate_that_is_no_gate_is_left_alone():
         def forward(self, x, residual):
             return F.rms_norm(x, (64,), self.weight, self.eps) + residual
 
-    assert "rms_norm" not in inject(nn.Sequential(Residual()), strict=True).coverage
+    assert not any(row.swapped for row in inject(nn.Sequential(Residual())).rows)

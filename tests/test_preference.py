@@ -100,7 +100,7 @@ def test_a_pair_becomes_two_labelled_examples(tmp_path):
 def test_pairs_of_one_prompt_are_on_one_side_of_the_split(tmp_path):
     path = tiny.pairs_file(tmp_path / "pairs.jsonl", 40)
     data = DataArguments(path=str(path), eval_fraction=0.25, group="group")
-    train, held_out = load_splits(data, 0)
+    train, held_out, *_ = load_splits(data, 0)
     assert len(set(held_out["group"])) == 1
     assert not set(train["group"]) & set(held_out["group"])
     assert len(train) + len(held_out) == 40
@@ -109,7 +109,7 @@ def test_pairs_of_one_prompt_are_on_one_side_of_the_split(tmp_path):
 
 
 def test_the_shipped_pairs_are_split_by_problem():
-    train, held_out = load_splits(DataArguments(loader="humaneval_pairs", eval_fraction=0.2), 0)
+    train, held_out, *_ = load_splits(DataArguments(loader="humaneval_pairs", eval_fraction=0.2), 0)
     assert len(train) + len(held_out) > 300
     assert not set(train["task_id"]) & set(held_out["task_id"])
     assert train[0]["chosen"][0]["role"] == "assistant"
