@@ -80,19 +80,27 @@ _QWEN4 = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+_LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _CHANGES = {
+    "bamba": {"attn_layer_indices": [1]},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": _LINEAR_AND_FULL,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen3_5_text": _LINEAR_AND_FULL,
+    "qwen3_5_moe_text": _LINEAR_AND_FULL,
+    "qwen3_next": _LINEAR_AND_FULL,
     "qwen4_exp_text": _QWEN4,
     "qwen4_exp": {"text_config": _QWEN4},
     "reformer": {"is_decoder": True},
     "zamba": {"num_hidden_layers": 3},
-    "zamba2": {"layer_types": ["mamba", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "attention_hidden_size": 128},
 }
 
 
@@ -113,6 +121,11 @@ def small_values(config: PretrainedConfig) -> dict:
             values[name] = value % 64 + 64
         elif isinstance(value, float) and "drop" in name:
             values[name] = 0.0
+    if "use_cache" in vars(config):
+        values["use_cache"] = False
+    if "qk_rope_head_dim" in values and "head_dim" in values:
+        values["head_dim"] = values["qk_rope_head_dim"]
+        values["num_key_value_heads"] = values["num_attention_heads"]
     return values | _CHANGES.get(config.model_type, {})
 
 

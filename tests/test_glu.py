@@ -91,9 +91,9 @@ def test_each_input_has_its_own_row_stride(kernel_device, function, reference):
 def test_halves_of_a_packed_projection_are_not_copied(kernel_device, monkeypatch):
     gate, up = torch.randn(3, 16, device=kernel_device).chunk(2, dim=-1)
     expected = swiglu_reference(gate, up)
-    monkeypatch.setattr(torch.Tensor, "contiguous", lambda *_: pytest.fail("copied"))
-    got = swiglu(gate, up)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "contiguous", lambda *_: pytest.fail("copied"))
+        got = swiglu(gate, up)
     torch.testing.assert_close(got, expected)
 
 

@@ -137,7 +137,9 @@ def test_token_accuracy_that_is_not_zero(arguments, tmp_path):
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_loss(loss_type, arguments, plain, tmp_path):
     config = {"loss_type": [loss_type], **LOSSES[loss_type]}
-    _, expected = trl_parity.parity("DPO", tmp_path, arguments(), config)
+    # DiscoPOP divides the log-ratio by 0.05, and rounding with it.
+    tolerance = trl_parity.Tolerance(relative=1e-4 if loss_type == "discopop" else 2e-5)
+    _, expected = trl_parity.parity("DPO", tmp_path, arguments(), config, tolerance)
     trl_parity.assert_far(expected, plain(config))
 
 

@@ -15,10 +15,10 @@ _MOST_NODES = 100_000  # after aliases are expanded; the largest recipe has a fe
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers (`2e-5` is a float), dates as text, and no key twice."""
+    """YAML 1.2: `2e-5` is a float, `no` and dates are text; and no key appears twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
-        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+        first: [(tag, p) for tag, p in found if not tag.endswith((":timestamp", ":bool"))]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -39,6 +39,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
