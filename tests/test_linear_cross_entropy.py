@@ -68,9 +68,9 @@ def test_matches_fp64(kernel_device, dtype, rows, reduction, options, weighted):
     assert_matches(candidate, reference, tensors, factor=3.0)
 
 
-@pytest.mark.parametrize("ignored", [0, 1, 2, 7])
-@pytest.mark.parametrize("rows", [3, 8, 16, 24, 40, 64])
-@pytest.mark.parametrize("tokens", [1, 7, 8, 9, 40])
+@pytest.mark.parametrize("ignored", [0, 1, 7])
+@pytest.mark.parametrize("rows", [3, 8, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 9, 40])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_any_number_of_supervised_tokens(kernel_device, ignored, rows, tokens, reduction):
     tensors, labels = problem(kernel_device, ignored=ignored, tokens=tokens)
