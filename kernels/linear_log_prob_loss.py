@@ -239,7 +239,7 @@ def _checked_groups(groups: torch.Tensor | None, labels: torch.Tensor) -> torch.
 
 def _group_order(labels_BT, groups_GK, vocab: int, options) -> tuple[torch.Tensor, torch.Tensor]:
     """(order, stats): tokens with a label first, group by group; and `partition`'s stats, followed
-    by the number of labelled tokens of each group."""
+    by the number of labeled tokens of each group."""
     batch, length = labels_BT.shape
     sequence = groups_GK.flatten()
     grouped = labels_BT[sequence]

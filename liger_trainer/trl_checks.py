@@ -29,7 +29,7 @@ _RENAMED = {"epsilon_low": "epsilon"}
 def check_options(trainer: type, args: TrainingArguments) -> None:
     """Raises ValueError for an option of `args` that the trainer's loss does not use.
 
-    The losses' own formulas decide (`kernels/preference.py` and its neighbours): they take no
+    The losses' own formulas decide (`kernels/preference.py` and its neighbors): they take no
     option in vain.
     """
     base = next((cls for cls in trainer.__mro__ if cls.__module__.startswith("trl.")), None)

@@ -1,6 +1,6 @@
 """LoRA on linear layers, as PEFT makes them: the base layer inside, adapters by name.
 
-A layer is recognised by its tables of adapters, and proven on a small copy: the same class and
+A layer is recognized by its tables of adapters, and proven on a small copy: the same class and
 settings, all its adapters active, other sizes. What may change between two calls (which adapters
 are active, merged, disabled, their factors, hooks) is read at every call; where the fused operation
 does not apply, the layer's own forward runs.

@@ -150,7 +150,7 @@ def prepare(
             method's trainer.
         needed: columns that have to be there besides the examples', for reward functions.
 
-    Raises ValueError when no format is recognised, when no example has a label left, and, unless
+    Raises ValueError when no format is recognized, when no example has a label left, and, unless
     `data.invalid` is "drop", for examples that cannot be trained on.
     """
     train, held_out, digest = load_splits(data, seed)
