@@ -206,7 +206,7 @@ def forward(
     gradient = None
 
     def finish(start: int, stop: int, keep: bool) -> None:
-        """Uses up the gradient in the workspace, the rows from `start` to `stop`."""
+        """Consume dlogits, the rows from `start` to `stop` of the workspace."""
         nonlocal gradient
         dlogits = logits[: stop - start]
         for out, weight, want in zip(dhidden, head.weight, plan.want_hidden, strict=True):

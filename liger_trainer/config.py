@@ -11,7 +11,7 @@ ACTIVATION_MEMORY = ("lean", "keep")
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """One switch per kernel, all on. `fused_linear_cross_entropy` has precedence over
+    """One switch per kernel, all on. `fused_linear_cross_entropy` takes precedence over
     `cross_entropy`, which serves logits that exist anyway.
 
     `activation_memory`: "lean" computes again in backward what one kernel gives back from tensors

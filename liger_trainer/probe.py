@@ -179,7 +179,7 @@ def compare(original: Callable, candidate: Callable, cases: Iterable[Case]) -> V
     for case in cases:
         try:
             expected = evaluate(original, case)
-        except Exception as error:  # whatever a stranger's module raises: it cannot be probed
+        except Exception as error:  # third-party modules may raise anything
             if case.optional:
                 continue
             return Verdict(False, None, f"cannot be run on its own: {_first_line(error)}")

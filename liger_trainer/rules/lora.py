@@ -166,7 +166,7 @@ def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Ve
     for case in _cases(parameters, is_adapter, torch.float64, torch.float64, device):
         try:
             expected = probe.evaluate(original, case)
-        except Exception as error:  # whatever a stranger's module raises: it cannot be probed
+        except Exception as error:  # third-party modules may raise anything
             return probe.Verdict(False, None, f"cannot be run on its own: {error}"[:100])
         with every_size():
             got = probe.evaluate(candidate, case)
