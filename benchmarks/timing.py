@@ -31,7 +31,7 @@ def measure(fn: Callable[[], object], *, warmup: int = 3, repeats: int = 12) -> 
 def measure_graph(fn: Callable[[], object], *, warmup: int = 3, repeats: int = 30) -> float:
     """Median milliseconds of replays of a CUDA graph of `fn()`: device time alone.
 
-    Raises RuntimeError if `fn` cannot be captured (it synchronises, say).
+    Raises RuntimeError if `fn` cannot be captured (it synchronizes, say).
     """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -4,7 +4,7 @@ The formula and its options are in `jensen_shannon.py`. One kernel reads the two
 token three times: for both log-sum-exps; for the divergence and the student's entropy; and, where
 wanted, for the gradient, which may overwrite the student's logits.
 
-Shapes: N tokens, V vocabulary. Logits in fp32, bf16 or fp16, the two sides need not agree;
+Shapes: N tokens, V vocabulary. Logits in fp32, bf16 or fp16, the two sides may differ;
 everything inside is fp32 (fp64 for fp64 student logits, torch path only). The gradient is rounded
 once, to the dtype of the student's logits.
 """

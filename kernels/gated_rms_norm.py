@@ -1,6 +1,6 @@
 """RMSNorm with a gate: y = weight * norm(x) * act(gate), or y = weight * norm(x * act(gate)).
 
-    norm(u) = u * rstd over each group of W neighbouring columns, rstd = 1 / sqrt(mean(u^2) + eps)
+    norm(u) = u * rstd over each group of W neighboring columns, rstd = 1 / sqrt(mean(u^2) + eps)
     act(g)  = g σ(g) (silu) or σ(g) (sigmoid)
 
 Shapes: x, gate, y [..., H]; weight [H]; rstd [..., G], fp32, for G = H / W groups. In kernels R is

@@ -161,7 +161,7 @@ def _add_product_(buffer: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor, 
 def _column_sums(dlogits: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """Sum over rows of scale_n * dlogits_n.
 
-    The scale is normalised by its largest magnitude: a common factor is then exact in 16 bits.
+    The scale is normalized by its largest magnitude: a common factor is then exact in 16 bits.
     """
     if scale is None:
         return torch.mv(dlogits.t(), dlogits.new_ones(dlogits.shape[0]))
@@ -206,7 +206,7 @@ def forward(
     gradient = None
 
     def finish(start: int, stop: int, keep: bool) -> None:
-        """Uses up the gradient in the workspace, the rows from `start` to `stop`."""
+        """Consume dlogits, the rows from `start` to `stop` of the workspace."""
         nonlocal gradient
         dlogits = logits[: stop - start]
         for out, weight, want in zip(dhidden, head.weight, plan.want_hidden, strict=True):

@@ -8,7 +8,7 @@ For one token with student logits z_s [V], teacher logits z_t [V] over the same 
     KL(p || q) = sum_v p_v * log(p_v / q_v)                    (0 log 0 = 0)
 
     beta = 0         KL(p_t || p_s)                                       forward KL
-    0 < beta < 1     (1 - beta) * KL(p_s || m) + beta * KL(p_t || m)      generalised Jensen-Shannon
+    0 < beta < 1     (1 - beta) * KL(p_s || m) + beta * KL(p_t || m)      generalized Jensen-Shannon
     beta = 1         KL(p_s || p_t)                                       reverse KL
 
 as in GKD (arXiv:2306.13649), in nats and without a factor temperature**2. Scale and softcap are

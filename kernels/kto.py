@@ -81,7 +81,7 @@ class KTOLoss:
 
     @property
     def couples_groups(self) -> bool:
-        """Whether a completion's loss depends on the others: `kl` apart, never."""
+        """Whether a completion's loss depends on the others. Never, except through `kl`."""
         return False
 
     def __call__(

@@ -1,7 +1,7 @@
 """LayerNorm: y = weight * xhat + bias, with xhat = (x - mean) * rstd, rstd = 1 / sqrt(var + eps).
 
 Shapes: x, y [..., H]; weight, bias [H], each optional; mean, rstd [...], fp32. In kernels R is
-rows, H the normalised width. The variance is the biased one, over H.
+rows, H the normalized width. The variance is the biased one, over H.
 Dtypes: x, weight and bias are fp32, bf16 or fp16 each; all arithmetic is fp32 (fp64 on the torch
 path) and y has x's dtype.
 

@@ -3,7 +3,7 @@
     student logits = sum_t hidden_t @ weight_t^T + bias        teacher logits likewise
     (divergence, student entropy) = what `jensen_shannon.py` defines
 
-for N tokens, one vocabulary V, and hidden sizes of the two models that need not agree. A sum has
+for N tokens, one vocabulary V, and hidden sizes of the two models that may differ. A sum has
 one term for a plain head; a head with a low-rank adapter has a second one (hidden_2 = s * A x
 [N, r], weight_2 = B [V, r]). The gradient reaches the student; the teacher is a constant.
 

@@ -3,13 +3,13 @@
     scores = scores of sum_t hidden_t @ weight_t^T + bias with labels     (`scores.py`)
     total  = sum over groups of loss(scores of the group)
 
-A group is a set of sequences whose loss needs no others: the pair of a preference loss, one
-sequence of a policy loss, or the whole batch. As soon as the logits of a group are there, its loss
-is evaluated on the group's few numbers, its gradient taken by autograd, and the group's d hidden
-and d weight are finished before the next logits take the place. So a loss written in a few lines of
-plain torch costs three matrix products of 2 N H V FLOP (two with a frozen head, one without
-gradient), N the number of tokens with a label, and one workspace of memory. A group that does not
-fit the workspace has its logits computed twice (four products).
+A group is a set of sequences whose loss depends on no other sequence: the pair of a preference
+loss, one sequence of a policy loss, or the whole batch. As soon as the logits of a group are there,
+its loss is evaluated on the group's few numbers, its gradient taken by autograd, and the group's d
+hidden and d weight are finished before the next logits take the place. So a loss written in a few
+lines of plain torch costs three matrix products of 2 N H V FLOP (two with a frozen head, one
+without gradient), N the number of tokens with a label, and one workspace of memory. A group that
+does not fit the workspace has its logits computed twice (four products).
 
 The gradient of the logits is formed before the caller scales the loss: in fp16 small ones
 underflow, use bf16.
@@ -239,7 +239,7 @@ def _checked_groups(groups: torch.Tensor | None, labels: torch.Tensor) -> torch.
 
 def _group_order(labels_BT, groups_GK, vocab: int, options) -> tuple[torch.Tensor, torch.Tensor]:
     """(order, stats): tokens with a label first, group by group; and `partition`'s stats, followed
-    by the number of labelled tokens of each group."""
+    by the number of labeled tokens of each group."""
     batch, length = labels_BT.shape
     sequence = groups_GK.flatten()
     grouped = labels_BT[sequence]

@@ -12,8 +12,8 @@ Cost, in matrix products of 2 N H V FLOP with N the number of tokens that have a
     else                               3 plus the share that did not fit, below 4  (frozen head: 3)
     with `weighting`, whatever fits                                             3  (frozen head: 2)
 
-`weighting` is a promise about the gradient g_n that will arrive at log_probs: "uniform" (the same
-for all tokens: negative log-likelihood) or "probability" (proportional to the token's probability:
+`weighting` declares the gradient g_n of log_probs in advance: "uniform" (the same for all
+tokens: negative log-likelihood) or "probability" (proportional to the token's probability:
 dynamic fine-tuning, arXiv:2508.05629). All three products are then finished in forward. A gradient
 that breaks the promise turns all gradients but those of ignored tokens into NaN, as does one that
 arrives at another output.
@@ -68,7 +68,7 @@ def linear_log_probs_reference(
 
 
 def _promised(log_probs_N: torch.Tensor, weighting: str) -> torch.Tensor:
-    """The promised gradient of log_probs, up to a factor; tokens without label are not meant."""
+    """The promised gradient of log_probs, up to a factor; ignored tokens are excluded."""
     return torch.ones_like(log_probs_N) if weighting == "uniform" else log_probs_N.exp()
 
 
@@ -171,7 +171,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def _even_ends(total: int, plan: Plan) -> list[int]:
-    """Ends of units for a gradient that is known token by token: any will do."""
+    """Return arbitrary group boundaries: the gradient is per token."""
     rows = plan.workspace(total)
     return [*range(rows, total, rows), total] if total else []
 

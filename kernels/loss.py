@@ -8,7 +8,7 @@ For one token with logits z [V], label c, class weights w [V] (1 when absent) an
     loss = (1 - eps) * w_c * (lse - y_c)  +  eps / V * sum_v w_v * (lse - y_v)  +  z_loss * lse**2
 
 where eps is the label smoothing (Szegedy et al., 2016, arXiv:1512.00567; the same definition as
-`torch.nn.functional.cross_entropy`), z_loss the weight of the log-normaliser penalty (PaLM,
+`torch.nn.functional.cross_entropy`), z_loss the weight of the log-normalizer penalty (PaLM,
 arXiv:2204.02311) and softcap the tanh bound of Gemma 2 (arXiv:2408.00118). A token whose label is
 `ignore_index` has loss 0 and gradient 0; one whose label lies outside [0, V) has loss NaN.
 

@@ -1,4 +1,4 @@
-"""The operands of a linear head on their way to a chunk loop: checked, planned, cast."""
+"""Validate the operands of a linear head, plan the chunk loop, cast to the compute dtype."""
 
 from __future__ import annotations
 

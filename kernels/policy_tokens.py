@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """Losses [B, T] or [B, 1], and what is told about them; see `policy.PolicyOutput`."""
+    """Losses [B, T] or [B, 1], and per-token diagnostics; see `policy.PolicyOutput`."""
 
     loss: torch.Tensor
     clipped_low: torch.Tensor | None = None

@@ -2,7 +2,7 @@
 
 With w the chosen and l the rejected completion of a prompt, beta > 0, and for each of them
 
-    m = mean_t log p_t      length-normalised log-probability, over the tokens of the completion
+    m = mean_t log p_t      length-normalized log-probability, over the tokens of the completion
     S = sum_t log p_t
 
 ORPO (arXiv:2403.07691), with odds(m) = e^m / (1 - e^m):

@@ -1,6 +1,6 @@
 """RMSNorm: y = (offset + weight) * xhat, with xhat = x * rstd and rstd = 1 / sqrt(mean(x^2) + eps).
 
-Shapes: x, y [..., H]; weight [H]; rstd [...], fp32. In kernels R is rows, H the normalised width.
+Shapes: x, y [..., H]; weight [H]; rstd [...], fp32. In kernels R is rows, H the normalized width.
 Dtypes: x and weight are fp32, bf16 or fp16 each; all arithmetic is fp32 (fp64 on the torch path).
 
 Backward, with g = dy * (offset + weight):

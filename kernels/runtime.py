@@ -42,7 +42,7 @@ _warned_no_triton = False
 
 @contextlib.contextmanager
 def every_size() -> Iterator[None]:
-    """Within it, kernels also run on inputs too small for them to pay: to prove or to test."""
+    """Run kernels below the size at which they win, too; used by the probe and by tests."""
     token = _every_size.set(True)
     try:
         yield
@@ -64,9 +64,9 @@ def interpreted() -> Iterator[None]:
 
 
 def pays(x: torch.Tensor, elements: int) -> bool:
-    """Whether a kernel that pays from `elements` elements on should run for `x`.
+    """Return True if `x` has enough elements for the kernel to beat PyTorch.
 
-    Below, launching from Python takes longer than torch's own kernels run. Compiled code launches
+    Below, launching from Python takes longer than PyTorch's own kernels run. Compiled code launches
     without Python.
     """
     return x.numel() >= elements or torch.compiler.is_compiling() or _every_size.get()

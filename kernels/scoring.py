@@ -3,7 +3,7 @@
 Two ways to a gradient, both used by `linear_log_probs.py` and `linear_log_prob_loss.py`, which say
 what they compute and cost:
 
-- `forward` and `backward`: the loss is somebody else's and its gradient arrives in backward. The
+- `forward` and `backward`: the caller computes the loss, and its gradient arrives in backward. The
   last workspace of logits is kept until then; what did not fit it is computed again.
 - `forward_with_gradient`: the gradient of the loss in the scores of some rows is known as soon as
   their scores are. It is used at once, and nothing is computed twice.
@@ -83,7 +83,7 @@ class Scoring:
         self.gradient = HeadGradient(head, self.plan, dtypes)
 
     def use_(self, begin: int, stop: int, grads: ScoreGradients) -> None:
-        """Turns the logits of these rows into their gradient, and that into all others.
+        """Overwrite these rows with dlogits and accumulate d hidden, d weight and d bias.
 
         `grads` holds a value for every token, in the tokens' own order.
         """

@@ -43,8 +43,7 @@ def workspace(n: int, most: int) -> int:
 
 
 def unit_rows(ends: list[int], most: int) -> int:
-    """As `workspace`, for rows that come in units; where they can be cut in two, two workspaces
-    of half the size replace a large one."""
+    """Like `workspace`, but never split a group; prefer two half-size chunks."""
     total = ends[-1] if ends else 0
     if total >= SPLIT_ROWS:
         halves = min(max(end, total - end) for end in ends)
@@ -54,8 +53,7 @@ def unit_rows(ends: list[int], most: int) -> int:
 
 
 def sum_dtype(dtype: torch.dtype, few: bool) -> torch.dtype:
-    """In which dtype d weight of a weight of `dtype` is summed, over at most two workspaces if
-    `few`.
+    """Return the accumulation dtype of d weight; `few`: over at most two workspaces.
 
     Two need one rounding between them, no larger than the last one; so the gradient itself is the
     buffer. More are summed in fp32, and so is fp16, whose range a sum before its division by the

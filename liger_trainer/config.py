@@ -11,23 +11,23 @@ ACTIVATION_MEMORY = ("lean", "keep")
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """One switch per kernel, all on. `fused_linear_cross_entropy` has precedence over
+    """One switch per kernel, all on. `fused_linear_cross_entropy` takes precedence over
     `cross_entropy`, which serves logits that exist anyway.
 
     `activation_memory`: "lean" computes again in backward what one kernel gives back from tensors
     that are kept anyway (norm outputs, gated products, casts), to the same bits; "keep" keeps it.
     """
 
-    rms_norm: bool = True
-    layer_norm: bool = True
-    rope: bool = True
-    attention: bool = True
-    swiglu: bool = True
-    geglu: bool = True
-    cross_entropy: bool = True
-    fused_linear_cross_entropy: bool = True
-    lora: bool = True
-    activation_memory: str = "lean"
+    rms_norm: bool = True  # RMSNorm, with or without a gate
+    layer_norm: bool = True  # LayerNorm
+    rope: bool = True  # rotary embeddings
+    attention: bool = True  # plain, packed and windowed rows attend without a mask
+    swiglu: bool = True  # SiLU times a gate
+    geglu: bool = True  # GELU times a gate
+    cross_entropy: bool = True  # the loss of logits that exist
+    fused_linear_cross_entropy: bool = True  # output head and loss in one, without logits
+    lora: bool = True  # a linear layer and its adapters in one
+    activation_memory: str = "lean"  # recompute cheap outputs in backward; or "keep" them
 
     @classmethod
     def from_dict(cls, config: Mapping[str, bool | str] | KernelConfig | None) -> KernelConfig:

@@ -1,6 +1,6 @@
 """Does a candidate compute the same function as the original?
 
-Both run on random input, and on a random copy of the weights (at initialisation they are 1 or 0,
+Both run on random input, and on a random copy of the weights (at initialization they are 1 or 0,
 which hides most mistakes), at several magnitudes (clamps and epsilons show only at the extremes),
 forward and backward. In fp32 they must agree to rounding. In 16 bits the candidate must be as near
 to the original in fp32 as the original in 16 bits is; and every output must have the same dtype.
@@ -179,7 +179,7 @@ def compare(original: Callable, candidate: Callable, cases: Iterable[Case]) -> V
     for case in cases:
         try:
             expected = evaluate(original, case)
-        except Exception as error:  # whatever a stranger's module raises: it cannot be probed
+        except Exception as error:  # third-party modules may raise anything
             if case.optional:
                 continue
             return Verdict(False, None, f"cannot be run on its own: {_first_line(error)}")

@@ -22,7 +22,7 @@ class _SwappedType(type):
 
 
 class Swapped(metaclass=_SwappedType):
-    """First base of every swapped class. `key` parameterises the swap and is hashable."""
+    """First base of every swapped class. `key` parameterizes the swap and is hashable."""
 
     _liger_base: type
     _liger_key: tuple = ()

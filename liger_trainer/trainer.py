@@ -125,7 +125,7 @@ def _load_tokenizer(name: str, model_init_kwargs: dict[str, Any]):
     chosen = {k: v for k, v in model_init_kwargs.items() if k in shared}
     try:
         return AutoTokenizer.from_pretrained(name, **chosen)
-    except (OSError, ValueError):  # a folder with weights only: the data is tokenised already
+    except (OSError, ValueError):  # a folder with weights only: the data is tokenized already
         return None
 
 

@@ -168,7 +168,7 @@ _WEIGHTING = {"nll": "uniform", "dft": "probability"}
 
 
 class _Nothing:
-    """No object is an instance of it."""
+    """`isinstance(x, _Nothing)` is always False."""
 
 
 @contextlib.contextmanager

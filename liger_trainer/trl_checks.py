@@ -1,4 +1,4 @@
-"""What TRL's trainers would pass over in silence is an error here, before training starts."""
+"""Raise, before training starts, for what TRL's trainers would silently accept."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _RENAMED = {"epsilon_low": "epsilon"}
 def check_options(trainer: type, args: TrainingArguments) -> None:
     """Raises ValueError for an option of `args` that the trainer's loss does not use.
 
-    The losses' own formulas decide (`kernels/preference.py` and its neighbours): they take no
-    option in vain.
+    The losses' own formulas decide (`kernels/preference.py` and its neighbors): they
+    reject options without effect.
     """
     base = next((cls for cls in trainer.__mro__ if cls.__module__.startswith("trl.")), None)
     loss = _LOSSES.get(getattr(base, "__qualname__", None))

@@ -1,4 +1,4 @@
-"""Norms with a gate are recognised by what they compute; experts keep their fused product."""
+"""Norms with a gate are recognized by what they compute; experts keep their fused product."""
 
 import copy
 

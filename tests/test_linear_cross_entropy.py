@@ -291,7 +291,7 @@ def test_refuses_operands_that_do_not_fit():
 
 @pytest.mark.gpu
 def test_host_never_waits_for_an_idle_device():
-    """No synchronising call; the count arrives by event, behind queued work."""
+    """No synchronizing call; the count arrives by event, behind queued work."""
     tokens, width, vocab = 8192, 512, 32000
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)

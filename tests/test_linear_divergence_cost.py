@@ -146,7 +146,7 @@ def test_weight_gradient_does_not_lose_precision_with_many_workspaces(device, re
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_host_never_waits_for_an_idle_device(reduction):
-    """No synchronising call; the count arrives by event, behind queued work."""
+    """No synchronizing call; the count arrives by event, behind queued work."""
     tokens, width, vocab = 8192, 512, 32000
     hidden, hidden_t = torch.randn(2, tokens, width, device="cuda", dtype=torch.bfloat16)
     weight, weight_t = torch.randn(2, vocab, width, device="cuda", dtype=torch.bfloat16)

@@ -147,7 +147,7 @@ def test_an_empty_batch_has_loss_zero(place):
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [4096, 300], ids=["groups fit", "groups do not fit"])
 def test_host_never_waits_for_an_idle_device(rows, monkeypatch):
-    """No synchronising call; the counts arrive by event, behind queued work."""
+    """No synchronizing call; the counts arrive by event, behind queued work."""
     monkeypatch.setattr(operands, "FIRST_ROWS", 256)
     batch, length, width, vocab = 16, 512, 512, 32000
     hidden = torch.randn(batch, length, width, device="cuda", dtype=torch.bfloat16)

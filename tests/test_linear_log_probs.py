@@ -303,7 +303,7 @@ def test_refuses_operands_that_do_not_fit():
 @pytest.mark.gpu
 @pytest.mark.parametrize("weighting", [None, "uniform"])
 def test_host_never_waits_for_an_idle_device(weighting, monkeypatch):
-    """No synchronising call; the count arrives by event, behind queued work."""
+    """No synchronizing call; the count arrives by event, behind queued work."""
     monkeypatch.setattr(operands, "FIRST_ROWS", 1024)
     tokens, width, vocab = 8192, 512, 32000
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)

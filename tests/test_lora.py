@@ -301,7 +301,7 @@ def test_dropout_of_a_model_trains_and_is_off_in_evaluation():
 
 
 class QuantisedLinear(nn.Linear):
-    """Stands in for a quantised layer: its weight is none, its forward is its own."""
+    """Stands in for a quantized layer: its weight is none, its forward is its own."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype) * 0.5, self.bias)

@@ -1,4 +1,4 @@
-"""Reward modelling with the drop-in is that of TRL's own trainer: losses, metrics, gradients."""
+"""Reward modeling with the drop-in is that of TRL's own trainer: losses, metrics, gradients."""
 
 import pytest
 import tiny

@@ -53,7 +53,7 @@ COMMON = {
     "dataloader_pin_memory": False,
     "disable_tqdm": True,
 }
-FAR = 20  # a wrong option is at least so many tolerances away
+FAR = 20  # a wrong option must differ by at least this many tolerances
 
 
 class Tolerance(NamedTuple):

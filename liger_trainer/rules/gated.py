@@ -2,7 +2,7 @@
 
 The activation module is swapped, not the MLP around it: it returns a deferred activation, and the
 multiplication of that with anything of its shape runs the fused kernel. So every way of writing a
-gated MLP is served, dense, packed or as experts, and none has to be recognised. Whatever else
+gated MLP is served, dense, packed or as experts, and none has to be recognized. Whatever else
 happens to the activation computes it as before.
 
 Small inputs and compiled code use the activation itself: there the fusion does not pay, or the

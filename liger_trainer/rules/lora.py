@@ -1,6 +1,6 @@
 """LoRA on linear layers, as PEFT makes them: the base layer inside, adapters by name.
 
-A layer is recognised by its tables of adapters, and proven on a small copy: the same class and
+A layer is recognized by its tables of adapters, and proven on a small copy: the same class and
 settings, all its adapters active, other sizes. What may change between two calls (which adapters
 are active, merged, disabled, their factors, hooks) is read at every call; where the fused operation
 does not apply, the layer's own forward runs.
@@ -166,7 +166,7 @@ def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Ve
     for case in _cases(parameters, is_adapter, torch.float64, torch.float64, device):
         try:
             expected = probe.evaluate(original, case)
-        except Exception as error:  # whatever a stranger's module raises: it cannot be probed
+        except Exception as error:  # third-party modules may raise anything
             return probe.Verdict(False, None, f"cannot be run on its own: {error}"[:100])
         with every_size():
             got = probe.evaluate(candidate, case)

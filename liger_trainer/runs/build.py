@@ -124,7 +124,7 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     except NotImplementedError as error:  # TRL's word for options that exclude each other
         raise ValueError(f"training: {error}") from error
     if precomputed:
-        trainer.ref_model = None  # its work is done
+        trainer.ref_model = None  # no longer needed
     if not recipe.kind.counts_tokens:
         count_tokens(trainer)
     return trainer

@@ -33,17 +33,17 @@ class DataArguments:
     path: str | None = None  # hub name, folder, or .json, .jsonl, .csv, .parquet file
     loader: str | None = None  # one of LOADERS, which come with this package
     name: str | None = None  # configuration of a hub dataset
-    split: str = "train"
-    eval_path: str | None = None
-    eval_split: str | None = None
+    split: str = "train"  # or a slice of one: train[:90%]
+    eval_path: str | None = None  # held-out examples in a file or data set of their own
+    eval_split: str | None = None  # held-out split of the same data set
     eval_fraction: float | None = None  # share of `split` that is held out, by the seed
     columns: dict[str, str] | None = None  # {prompt: question}: our name to the dataset's
-    max_examples: int | None = None
-    max_length: int = 2048
-    packing: bool = False
+    max_examples: int | None = None  # after shuffling by the seed
+    max_length: int = 2048  # tokens of an example; longer ones are cut
+    packing: bool = False  # several examples fill a row; they do not attend to each other
     assistant_only: bool = True  # train on assistant turns and completions alone
-    num_proc: int | None = None
-    # Column whose equal values stay on one side of `eval_fraction`: pairs of one prompt, say.
+    num_proc: int | None = None  # processes that tokenize
+    # column whose equal values stay on one side of `eval_fraction`: pairs of one prompt, say
     group: str | None = None
     samples: int = 3  # held-out examples whose completions the report shows, before and after
     invalid: str = "raise"  # rows that cannot be trained on: "raise", or "drop" and count them
@@ -150,7 +150,7 @@ def prepare(
             method's trainer.
         needed: columns that have to be there besides the examples', for reward functions.
 
-    Raises ValueError when no format is recognised, when no example has a label left, and, unless
+    Raises ValueError when no format is recognized, when no example has a label left, and, unless
     `data.invalid` is "drop", for examples that cannot be trained on.
     """
     train, held_out, digest = load_splits(data, seed)

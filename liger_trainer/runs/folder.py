@@ -1,4 +1,4 @@
-"""The output folder of a run: who may write there, what was run, where to resume, what is ours.
+"""Ownership, state and resume point of a run's output folder.
 
 `run.json` holds the recipe as given, the state of the run and the files that it wrote. The folder
 becomes a run's own with its first optimizer step: until then it is as it was, so that a run which

@@ -111,7 +111,7 @@ def _cards(summary: dict[str, Any]) -> str:
 
 
 def telling(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, first and last value of the held-out metrics that tell most, formatted."""
+    """Return name, first and last value of the headline held-out metrics, formatted."""
     held_out, found = summary["held_out"], []
     for key, name, text in _TELLING:
         # Where there is a reward, the loss is that of a policy gradient, near 0 at any quality.

@@ -47,7 +47,7 @@ METHODS = {
     "grpo": Method("GRPO", "prompts", unused_data={**_PREFERENCE, **_ONLINE}),
 }
 
-# Fields of TRL's configurations that a recipe leaves alone, so that no value has two sources.
+# Fields of TRL's configurations that a recipe must not set: another section owns them.
 _ELSEWHERE = {
     "max_length": "set data.max_length instead",
     "dataset_num_proc": "set data.num_proc instead",

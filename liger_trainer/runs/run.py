@@ -33,7 +33,7 @@ from liger_trainer.runs.throughput import peak_memory_gib
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to. `interrupted` tells that it stopped early, with a checkpoint; `warnings`
+    """Result of a run. `interrupted` tells that it stopped early, with a checkpoint; `warnings`
     that something about the model is not right."""
 
     output_dir: Path

@@ -1,4 +1,4 @@
-"""What a run came to, in numbers: from the trainer's log, and from the machine."""
+"""Run summary: numbers from the trainer's log and from the machine."""
 
 from __future__ import annotations
 

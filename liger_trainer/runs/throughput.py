@@ -26,8 +26,8 @@ class Throughput(TrainerCallback):
     """Adds `tokens` (since the log before), `tokens_per_second` and `peak_memory_gib` to every
     training log.
 
-    Tokens are the real ones (no padding) of all devices that the policy was trained on; time
-    excludes evaluation and saving. The numbers land in `state.log_history`, which checkpoints keep.
+    Counts non-padding tokens of all devices that the policy was trained on; time excludes
+    evaluation and saving. The numbers land in `state.log_history`, which checkpoints keep.
     """
 
     def __init__(self):
