@@ -96,6 +96,7 @@ def deepspeed(stage: int, **options):
         config = {
             "train_micro_batch_size_per_gpu": MICRO,
             "gradient_accumulation_steps": 2,
+            "gradient_clipping": 0.0,
             "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, **options},
             "optimizer": {"type": "SGD", "params": {"lr": LR}},
             "zero_allow_untested_optimizer": True,

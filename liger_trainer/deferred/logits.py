@@ -36,6 +36,28 @@ WAY_OUT = (
 )
 
 
+class Seen(NamedTuple):
+    """A weight or bias of the head as it was at the head's call, and what tells of its change."""
+
+    layer: nn.Module
+    name: str
+    tensor: torch.Tensor
+    stamp: tuple | None
+
+    @property
+    def was_exchanged(self) -> bool:
+        """Whether an engine has put a shard in its place since."""
+        current = getattr(self.layer, self.name)
+        return type(current) is not DTensor and current.shape != self.tensor.shape
+
+    @property
+    def was_changed(self) -> bool:
+        current = getattr(self.layer, self.name)
+        if current is not self.tensor and type(current) is not DTensor and not self.was_exchanged:
+            return True
+        return self.stamp is not None and _in_memory(self.tensor) and _differs(self)
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """The call of a head that made the logits."""
@@ -47,18 +69,38 @@ class Origin:
     scope: Scope
     with_grad: bool
     autocast: tuple[bool, torch.dtype]
-    stamps: dict[int, tuple] = dataclasses.field(repr=False)
+    seen: tuple[Seen, ...] = dataclasses.field(repr=False)
+    hidden_version: int
     consumers: list = dataclasses.field(default_factory=list)  # who got gradients past the logits
 
     @contextlib.contextmanager
     def as_then(self):
-        """The grad mode and autocast of the call."""
+        """The grad mode, autocast and weights of the call."""
         enabled, dtype = self.autocast
         with (
             torch.set_grad_enabled(self.with_grad),
             torch.autocast(self.hidden.device.type, dtype=dtype, enabled=enabled),
+            self.weights(),
         ):
             yield
+
+    @contextlib.contextmanager
+    def weights(self):
+        """The weights of the call, where an engine has put shards in their place (FSDP1)."""
+        exchanged = [seen for seen in self.seen if seen.was_exchanged]
+        if not all(_in_memory(seen.tensor) for seen in exchanged):
+            raise RuntimeError(
+                "The output head's weights were freed before its logits were used. Compute the "
+                "loss in the model's forward, by giving it labels. " + WAY_OUT
+            )
+        shards = [(s.layer._parameters, s.name, s.layer._parameters[s.name]) for s in exchanged]
+        try:
+            for seen in exchanged:
+                seen.layer._parameters[seen.name] = seen.tensor
+            yield
+        finally:
+            for parameters, name, shard in shards:
+                parameters[name] = shard
 
     def check(self) -> None:
         """Raise RuntimeError if the logits would not be those of the time of the call.
@@ -69,13 +111,7 @@ class Origin:
         """
         if self.scope.open:
             return
-        now = stamps(self.head, self.hidden)
-        common = self.stamps.keys() & now.keys()
-        same = len(common) == len(self.stamps) or any(type(p) is DTensor for p in _weights(self))
-        for key in common:
-            (*before, sample), (*after, sample_now) = self.stamps[key], now[key]
-            same = same and before == after and (sample is None or sample.equal(sample_now))
-        if not same:
+        if self.hidden._version != self.hidden_version or any(s.was_changed for s in self.seen):
             raise RuntimeError(
                 "These logits were not computed during the forward, and the weights or hidden "
                 "states that they are made of have changed since (an optimizer step?). Read "
@@ -83,18 +119,33 @@ class Origin:
             )
 
 
-def _weights(origin: Origin) -> list[torch.Tensor]:
-    return list(origin.head.parameters())
+def _seen(head: nn.Module) -> tuple[Seen, ...]:
+    """The weights and biases of the head's linear layers, as they are."""
+    found = []
+    for layer in head.modules():
+        if isinstance(layer, nn.Linear):
+            for name in ("weight", "bias"):
+                tensor = getattr(layer, name)
+                if tensor is not None:
+                    found.append(Seen(layer, name, tensor, _stamp(tensor)))
+    return tuple(found)
 
 
-def stamps(head: nn.Module, hidden: torch.Tensor) -> dict[int, tuple]:
-    """What tells whether hidden states and weights have changed: version, address and a sample."""
-    found = {0: (hidden._version, None)}
-    for p in head.parameters():  # not `head.weight`, which an engine may answer by gathering
-        if p.numel() and not isinstance(p, DTensor):
-            steps = [slice(None, None, max(1, n // 32)) for n in p.shape]
-            found[id(p)] = (p._version, p.data_ptr(), p.detach()[tuple(steps)].clone())
-    return found
+def _stamp(tensor: torch.Tensor) -> tuple | None:
+    """Version, address and a sample; None for shards."""
+    if not tensor.numel() or isinstance(tensor, DTensor):
+        return None
+    steps = tuple(slice(None, None, max(1, n // 32)) for n in tensor.shape)
+    return tensor._version, tensor.data_ptr(), tensor.detach()[steps].clone()
+
+
+def _differs(seen: Seen) -> bool:
+    (*before, sample), (*after, sample_now) = seen.stamp, _stamp(seen.tensor)
+    return before != after or not sample.equal(sample_now)
+
+
+def _in_memory(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.untyped_storage().size() > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,24 +303,24 @@ def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bo
         scope=scope,
         with_grad=torch.is_grad_enabled(),
         autocast=autocast,
-        stamps={} if scope is RECORDED else stamps(head, hidden),
+        seen=() if scope is RECORDED else _seen(head),
+        hidden_version=hidden._version,
     )
     shape = (*hidden.shape[:-1], vocabulary)
     like = torch.empty(shape, dtype=origin.dtype, device="meta")
-    return _make(
-        State(origin, (Term(head, hidden),)), like, operands=(hidden, *_operands(head, hidden))
-    )
+    return _make(State(origin, (Term(head, hidden),)), like, operands=(hidden, *_operands(origin)))
 
 
-def _operands(head: nn.Module, hidden: torch.Tensor) -> list[torch.Tensor]:
+def _operands(origin: Origin) -> list[torch.Tensor]:
     """Parameters by which the logits hang in the autograd graph.
 
     A search for unused parameters must find them. Shards do not belong there, an engine puts the
     whole parameter in their place; unless nothing else requires a gradient.
     """
-    wanted = [p for p in head.parameters() if p.requires_grad]
+    tensors = (seen.tensor for seen in origin.seen) if origin.seen else origin.head.parameters()
+    wanted = [p for p in tensors if p.requires_grad]
     whole = [p for p in wanted if p.numel() and not isinstance(p, DTensor)]
-    return whole if whole or hidden.requires_grad else wanted
+    return whole if whole or origin.hidden.requires_grad else wanted
 
 
 def derive(parents, state: State, from_parents, like=None) -> DeferredLogits:
@@ -412,7 +463,7 @@ def _to_operands(ctx, grad) -> tuple[torch.Tensor | None, ...] | None:
         )
     origin.check()
     hidden = origin.hidden.detach().requires_grad_(ctx.needs_input_grad[3])
-    operands = (hidden, *_operands(origin.head, origin.hidden))
+    operands = (hidden, *_operands(origin))
     with origin.as_then(), torch.enable_grad():
         value = plain_call(origin.head, hidden)
     wanted = [t for t in operands if t.requires_grad]

@@ -122,8 +122,10 @@ def divergence(
                     options=options, reduction=reduction, num_items_in_batch=num_items_in_batch,
                 )  # fmt: skip
 
-            states[1].origin.check()
-            return consume(states[1].terms, with_teacher)
+            teacher = states[1].origin
+            teacher.check()
+            with teacher.weights():
+                return consume(states[1].terms, with_teacher)
 
         results = consume_logits(student, fused, plain)
     if results is None:
