@@ -16,21 +16,22 @@ from liger_trainer.commands import (
     inspect,
     launch,
     merge,
+    plan,
     push,
     recipes,
     train,
 )
 from liger_trainer.runs.errors import RunError, ToldElsewhere
 
-COMMANDS = (train, launch, recipes, inspect, env, evaluate, generate, chat, merge, push)
+COMMANDS = (train, launch, recipes, inspect, plan, env, evaluate, generate, chat, merge, push)
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done; 1: training failed, or `--strict` or `--dry-run` found something; 2: wrong input;
-    130: interrupted.
+    0: done; 1: training failed, `plan` found that it does not fit, or `--strict` or `--dry-run`
+    found something; 2: wrong input; 130: interrupted.
     """
     parser = build_parser()
     _complete(parser)

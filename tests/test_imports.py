@@ -25,12 +25,13 @@ LAYERS = [
 # Within `runs`, likewise.
 RUNS_LAYERS = [
     ["adapters", "errors", "secrets", "parse", "packages", "signals", "health", "judge", "rows"],
-    ["shipped"],
+    ["memory", "shapes", "shipped"],
     ["checkpoints", "loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
+    ["counts", "traffic"],
     ["collate", "html", "load", "preference", "rewards", "samples", "summary"],
     ["data"],
     ["recipe"],
-    ["build", "compare", "plan"],
+    ["build", "compare", "estimate", "plan"],
     ["checks", "folder"],
     ["finished", "run"],
     ["card"],

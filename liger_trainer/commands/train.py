@@ -34,13 +34,7 @@ def add_to(commands, **shared) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every command that runs a recipe takes."""
-    recipe = parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file, or a name of `liger-trainer recipes`"
-    )
-    recipe.completer = _recipes
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="wins over the recipe's value"
-    )
+    add_recipe(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print configuration, injection plan and conflicts"
     )
@@ -49,6 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite",
         action="store_true",
         help="replace the run in the output folder, once the new one has begun to train",
+    )
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """Add the recipe and its overrides."""
+    recipe = parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file, or a name of `liger-trainer recipes`"
+    )
+    recipe.completer = _recipes
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="wins over the recipe's value"
     )
 
 

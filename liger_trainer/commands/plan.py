@@ -1,0 +1,130 @@
+"""`liger-trainer plan`: whether a recipe fits on N GPUs, before they are rented."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from typing import TYPE_CHECKING
+
+from liger_trainer.commands import train
+from liger_trainer.runs.memory import ENGINES, GIB, usable
+from liger_trainer.runs.shapes import CONFIGS
+
+if TYPE_CHECKING:
+    from liger_trainer.runs.estimate import Estimate
+
+EXAMPLES = """examples:
+  liger-trainer plan sft/llama-3.1-8b-full --gpus 8 --memory 80
+  liger-trainer plan mine.yaml --gpus 64 --memory 80 --bandwidth 50
+  liger-trainer plan sft/qwen3-8b-lora --shape qwen3-8b --gpus 1 --memory 24
+
+Exit code 0: it fits; 1: it does not; 2: wrong input. `docs/planning.md` has the formulas, and how
+they compare with measured steps.
+"""
+
+
+def add_to(commands, **shared) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser("plan", help="memory and communication on N GPUs", **shared)
+    train.add_recipe(parser)
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--memory", type=float, required=True, metavar="GiB", help="of each GPU")
+    parser.add_argument(
+        "--engine", choices=ENGINES, help="default: ddp on one GPU, fsdp2 on several"
+    )
+    parser.add_argument(
+        "--shape", choices=CONFIGS, help="sizes of the model, in place of its configuration"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, metavar="GB/s", help="that one GPU can send, for times"
+    )
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=500.0,
+        metavar="TFLOP/s",
+        help="that one GPU sustains, for times (default: %(default)g)",
+    )
+    parser.set_defaults(main=main)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print memory and communication of a recipe's step per GPU, and whether it fits."""
+    for name in ("gpus", "memory", "bandwidth", "tflops"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} is {value}; it must be above 0")
+    from liger_trainer.runs.estimate import estimate, run_of
+    from liger_trainer.runs.recipe import load_recipe
+
+    engine = options.engine or ("fsdp2" if options.gpus > 1 else "ddp")
+    run = run_of(
+        load_recipe(options.recipe, options.overrides),
+        gpus=options.gpus,
+        memory=options.memory,
+        engine=engine,
+        shape=options.shape,
+    )
+    found = estimate(run)
+    _print_setting(found)
+    _print_memory(found)
+    _print_traffic(found, options.bandwidth, options.tflops)
+    return _print_verdict(found)
+
+
+def _print_setting(found: Estimate) -> None:
+    run, w = found.run, found.run.weights
+    kept = "checkpointed" if run.checkpointing else ("lean" if run.lean else "keep")
+    print(
+        f"{run.gpus} x {run.memory:g} GiB, {run.engine}; {w.trained + w.frozen:,} parameters, "
+        f"{w.trained:,} trained; {run.accumulation} x {run.tokens:,} tokens on a GPU, "
+        f"activations {kept}\n"
+    )
+
+
+def _print_memory(found: Estimate) -> None:
+    from liger_trainer.commands.console import print_table
+
+    rows = [[name, f"{size / GIB:.2f}"] for name, size in found.memory.parts.items() if size]
+    rows.append([f"peak, at {found.memory.moment}", f"{found.memory.total / GIB:.2f}"])
+    rows.append(["a GPU has, for tensors", f"{usable(found.run.memory) / GIB:.2f}"])
+    print_table(["memory of a GPU", "GiB"], rows)
+
+
+def _print_traffic(found: Estimate, bandwidth: float | None, tflops: float) -> None:
+    from liger_trainer.commands.console import print_table
+    from liger_trainer.runs.traffic import flops, traffic
+
+    if found.run.gpus == 1:
+        return
+    sent = {name: size for name, size in traffic(found.run).items() if size}
+    sent["together"] = sum(sent.values())
+    per = f", s at {bandwidth:g} GB/s" if bandwidth else ""
+    rows = [
+        [name, f"{size / 1e9:.2f}", *([f"{size / bandwidth / 1e9:.3f}"] if bandwidth else [])]
+        for name, size in sent.items()
+    ]
+    print()
+    columns = ["sent by a GPU in a step", "GB", *([per.removeprefix(", ")] if bandwidth else [])]
+    print_table(columns, rows)
+    if bandwidth:
+        moving, computing = sent["together"] / bandwidth / 1e9, flops(found.run) / tflops / 1e12
+        print(
+            f"computing {computing:.3f} s at {tflops:g} TFLOP/s; communication is "
+            f"{moving / (moving + computing):.0%} of a step if none of it overlaps, and "
+            f"{max(0.0, moving - computing) / max(moving, computing):.0%} if all can"
+        )
+
+
+def _print_verdict(found: Estimate) -> int:
+    from liger_trainer.runs.estimate import ways_out
+
+    need, have = found.memory.total / GIB, usable(found.run.memory) / GIB
+    sys.stdout.write("\n")
+    if found.fits:
+        print(f"fits: {need:.1f} of {have:.1f} GiB")
+        return 0
+    ways = "; or ".join(ways_out(found.run)) or f"nothing on GPUs of {found.run.memory:g} GiB"
+    print(f"does not fit: {need:.1f} of {have:.1f} GiB; what would: {ways}")
+    return 1

@@ -1,0 +1,226 @@
+"""Whether a recipe fits on N GPUs, from the model's configuration alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from liger_trainer.config import KernelConfig
+from liger_trainer.runs.adapters import located
+from liger_trainer.runs.counts import shape_of, weights_of
+from liger_trainer.runs.load import load_config
+from liger_trainer.runs.memory import Memory, Run, peak, usable
+from liger_trainer.runs.recipe import Recipe, defaults
+from liger_trainer.runs.shapes import CONFIGS
+
+_METHODS = {"sft": 1, "dpo": 2, "orpo": 2, "cpo": 2, "simpo": 2}  # sequences of an example
+# Bytes of optimizer states per trained element; None: two of the weight's own dtype.
+_OPTIMIZERS = {
+    "adamw_torch": None,
+    "adamw_torch_fused": None,
+    "adamw_8bit": 2 + 8 / 256,  # two bytes, and two fp32 scales for each block of 256
+    "adamw_bnb_8bit": 2 + 8 / 256,
+    "sgd": 0,
+}
+_MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A run, what it needs, and whether a GPU has that."""
+
+    run: Run
+    memory: Memory
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= usable(self.run.memory)
+
+
+def estimate(run: Run) -> Estimate:
+    return Estimate(run, peak(run))
+
+
+def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str | None) -> Run:
+    """What the formulas need to know of a recipe on `gpus` GPUs of `memory` GiB.
+
+    Only the model's configuration is loaded; with `shape`, a name of `CONFIGS`, not even that.
+    Raises ValueError for what the formulas do not cover, and for a configuration that cannot be
+    reached.
+    """
+    fields = defaults("training", recipe.method)
+    fields |= {key: value for key, (value, _) in recipe.training_fields().items()}
+    kernels = _covered(recipe, fields)
+    model = _meta_model(recipe, shape)
+    sizes, whole = shape_of(model), weights_of(model)
+    config = recipe.peft_config()
+    if config is not None:
+        import peft
+
+        try:
+            model = peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise ValueError(f"peft: {' '.join(str(error).split())}") from error
+    weights = weights_of(model)
+    # `auto` is decided by the machine, and every GPU of today has bf16.
+    mixed = bool(fields.get("bf16") or fields.get("fp16"))
+    narrow = mixed or engine.startswith("zero") or weights.head_dtype_bytes == 2
+    reference = recipe.kind.reference and config is None
+    return Run(
+        sizes,
+        weights,
+        tokens=fields["per_device_train_batch_size"]
+        * recipe.data.max_length
+        * _METHODS[recipe.method],
+        length=recipe.data.max_length,
+        batch=fields["per_device_train_batch_size"],
+        accumulation=fields["gradient_accumulation_steps"],
+        compute=2 if narrow else 4,
+        mixed=mixed,
+        lean=kernels.activation_memory == "lean",
+        checkpointing=_checkpointing(fields),
+        reduce_each=_reduce_each(fields),
+        optimizer=_OPTIMIZERS[_name(fields["optim"])],
+        reference_bytes=whole.trained_bytes if reference else 0,
+        engine=engine,
+        gpus=gpus,
+        memory=memory,
+    )
+
+
+def ways_out(run: Run) -> list[str]:
+    """What would make a run fit: each change that is enough alone, else the least of several.
+
+    Empty if nothing here does.
+    """
+    found = [f"{more} GPUs" for more in [_least(run)] if more is not None]
+    batches = _batches(run)
+    enough = [change for change in (_CHECKPOINTED, _REDUCED) if _fits(replace(run, **change))]
+    enough += [change for change in batches if _fits(replace(run, **change))][:1]
+    found += [", ".join(_words(run, change)) for change in enough if _words(run, change)]
+    if found:
+        return found
+    sharded = {} if run.sharded else {"engine": "fsdp2"}
+    both = sharded | _CHECKPOINTED | _REDUCED
+    for change in (sharded, sharded | _CHECKPOINTED, both, *(both | batch for batch in batches)):
+        more = _least(replace(run, **change))
+        if more is not None:
+            return [", ".join([*_words(run, change), f"{more} GPUs"])]
+    return []
+
+
+_CHECKPOINTED = {"checkpointing": True}
+_REDUCED = {"reduce_each": True}
+_WORDS = {
+    "engine": "--engine {}",
+    "checkpointing": "training.gradient_checkpointing=true",
+    "reduce_each": (
+        "training.accelerator_config='{{gradient_accumulation_kwargs: {{sync_each_batch: true}}}}'"
+    ),
+    "batch": "training.per_device_train_batch_size={}",
+}
+
+
+def _batches(run: Run) -> list[dict]:
+    """Fewer examples in a micro-batch, the largest number first."""
+    each = run.tokens // run.batch
+    return [{"batch": b, "tokens": b * each} for b in range(run.batch - 1, 0, -1)]
+
+
+def _words(run: Run, change: dict) -> list[str]:
+    """A change as a user makes it, without what is so already."""
+    return [
+        _WORDS[key].format(value)
+        for key, value in change.items()
+        if key in _WORDS and getattr(run, key) != value
+    ]
+
+
+def _fits(run: Run) -> bool:
+    return estimate(run).fits
+
+
+def _least(run: Run) -> int | None:
+    """The fewest GPUs, more than there are, on which a run fits."""
+    low, high = run.gpus, _MOST_GPUS
+    if low >= high:
+        return None
+    if not _fits(replace(run, gpus=high)):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = _fits(replace(run, gpus=middle))
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+
+def _covered(recipe: Recipe, fields: dict) -> KernelConfig:
+    """The kernels of a recipe. Raises ValueError for a recipe that the formulas do not describe."""
+    if recipe.method not in _METHODS:
+        raise ValueError(f"plan: not for method {recipe.method}; it is for {', '.join(_METHODS)}")
+    if not fields.get("use_liger_kernel"):
+        raise ValueError("plan: the formulas are those of training.use_liger_kernel=true")
+    kernels = KernelConfig.from_dict(fields.get("liger_kernel_config"))
+    switched_off = [
+        f.name for f in dataclasses.fields(kernels) if getattr(kernels, f.name) is False
+    ]
+    if switched_off:
+        raise ValueError(f"plan: the formulas are for all kernels; off: {', '.join(switched_off)}")
+    if located(recipe.model)[1] is not None:
+        raise ValueError("plan: the model is an adapter; name its base, and give a peft section")
+    if recipe.model.quantization:
+        raise ValueError("plan: model.quantization is not covered")
+    for key in ("fsdp", "deepspeed", "parallelism_config"):
+        if fields.get(key):
+            raise ValueError(f"plan: training.{key} is not read; remove it and use --engine")
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if fields[key] < 1:
+            raise ValueError(f"training.{key} is {fields[key]}; it must be at least 1")
+    if _name(fields["optim"]) not in _OPTIMIZERS:
+        raise ValueError(
+            f"plan: training.optim: {_name(fields['optim'])} is not covered; "
+            f"covered are {', '.join(_OPTIMIZERS)}"
+        )
+    return kernels
+
+
+def _meta_model(recipe: Recipe, shape: str | None):
+    """The model without weights, in the dtype that the recipe loads it in."""
+    if shape is None:
+        try:
+            config = load_config(recipe.model)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"plan: no configuration of {recipe.model.label}: {reason.rstrip('.')}. "
+                f"Without it, --shape is one of {', '.join(CONFIGS)}"
+            ) from error
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(f"plan: {type(config).__name__} is no language model of transformers")
+    else:
+        settings = dict(CONFIGS[shape])
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    named = recipe.model.dtype
+    if named in (None, "auto"):
+        dtype = getattr(config, "dtype", None) or torch.float32
+    else:
+        dtype = getattr(torch, named)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _checkpointing(fields: dict) -> bool:
+    return bool(fields.get("gradient_checkpointing") or fields.get("activation_checkpointing"))
+
+
+def _reduce_each(fields: dict) -> bool:
+    config = fields.get("accelerator_config")
+    kwargs = config.get("gradient_accumulation_kwargs") if isinstance(config, dict) else None
+    return bool((kwargs or {}).get("sync_each_batch"))
+
+
+def _name(optimizer) -> str:
+    return str(getattr(optimizer, "value", optimizer))

@@ -1,0 +1,79 @@
+"""`liger-trainer plan`: its output, exit codes, and what it refuses."""
+
+import dataclasses
+
+import pytest
+import tiny
+
+from liger_trainer import cli
+from liger_trainer.runs.estimate import estimate, run_of, ways_out
+from liger_trainer.runs.memory import GIB, usable
+from liger_trainer.runs.recipe import load_recipe
+
+FULL = ["plan", "sft/llama-3.1-8b-full", "--shape", "llama-8b", "--memory", "80"]
+
+
+def test_a_run_that_fits(capsys):
+    assert cli.main([*FULL, "--gpus", "8", "--bandwidth", "100"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("optimizer", "gathered weights", "all-gather", "s at 100 GB/s", "TFLOP/s"):
+        assert part in printed
+    assert printed.splitlines()[-1].startswith("fits: ")
+
+
+def test_a_run_that_does_not_fit_names_what_would(capsys):
+    words = [*FULL, "--gpus", "2", "training.gradient_checkpointing=false"]
+    assert cli.main(words) == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert verdict.startswith("does not fit: ")
+    assert "training.gradient_checkpointing=true" in verdict
+    run = run_of(load_recipe(FULL[1], words[-1:]), gpus=2, memory=80, engine="fsdp2", shape=FULL[3])
+    [more] = [int(way.split()[0]) for way in ways_out(run) if way.endswith(" GPUs")]
+    assert f"{more} GPUs" in verdict
+    assert estimate(dataclasses.replace(run, gpus=more)).fits
+    assert not estimate(dataclasses.replace(run, gpus=more - 1)).fits
+
+
+def test_a_run_for_which_no_gpu_is_large_enough(capsys):
+    assert cli.main([*FULL[:-1], "2"]) == 1
+    assert "what would: nothing on GPUs of 2 GiB" in capsys.readouterr().out
+    assert usable(2) < 2 * GIB
+
+
+def test_the_configuration_of_a_folder_is_enough(tmp_path, capsys):
+    values = tiny.recipe_values(tmp_path, use_liger_kernel=True)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    path = tiny.write_recipe(tmp_path, values)
+    assert cli.main(["plan", str(path), "--memory", "4"]) == 0
+    count = tiny.model().num_parameters()
+    assert f"{count:,} parameters, {count:,} trained" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--bandwidth", "nan"], "--bandwidth is nan"),
+        (["training.use_liger_kernel=false"], "training.use_liger_kernel=true"),
+        (["training.liger_kernel_config={rope: false}"], "off: rope"),
+        (["training.optim=adafactor"], "adafactor is not covered"),
+        (["training.per_device_train_batch_size=0"], "must be at least 1"),
+        (["model.quantization={load_in_4bit: true}"], "quantization is not covered"),
+        (["training.deepspeed=zero.json"], "use --engine"),
+        (["training.lerning_rate=1"], "did you mean 'learning_rate'"),
+    ],
+)
+def test_wrong_input(capsys, words, message):
+    assert cli.main([*FULL, *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_configuration_that_cannot_be_reached(tmp_path, capsys):
+    path = tiny.write_recipe(tmp_path, tiny.recipe_values(tmp_path, use_liger_kernel=True))
+    nowhere = f"model.name_or_path={tmp_path}/nowhere"
+    capsys.readouterr()
+    assert cli.main(["plan", str(path), "--memory", "4", nowhere]) == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert "--shape is one of llama-1b" in error
