@@ -97,8 +97,9 @@ class _FromArguments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        arguments = ctx.saved_tensors
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            # Aliases: a weight that is used again below must not lead this derivative down there.
+            arguments = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
             y = ctx.function(*arguments)
         needed = ctx.needs_input_grad[1:]
         wanted = [t for t, need in zip(arguments, needed, strict=True) if need]

@@ -202,13 +202,19 @@ def row(task: str, model_type: str) -> str:
     try:
         found = compare(task, model_type)
     except NotTrainedError as reason:
-        text = str(reason)[:90].replace("|", "/")
-        return f"| {model_type} | plain model not trained: {text} |" + " |" * (len(_RULES) + 1)
+        return _failed(model_type, f"plain model not trained: {reason}")
+    except Exception as error:  # a fault: the plain model trains
+        return _failed(model_type, f"raises {type(error).__name__}: {error}")
     coverage = [found.report.coverage.get(rule) for rule in _RULES]
     cells = [f"{c.swapped}/{c.eligible}" if c and c.eligible else "" for c in coverage]
     reasons = dict.fromkeys(f"{r.rule}: {r.reason}" for r in found.report.refused)
     state = "equal" if found.equal else f"differs ({found.loss:.0e}, {found.gradient:.0e})"
     return f"| {' | '.join([model_type, state, *cells, '; '.join(reasons)])} |".replace("  ", " ")
+
+
+def _failed(model_type: str, why: str) -> str:
+    why = " ".join(why.split())[:120].replace("|", "/")
+    return f"| {model_type} | {why} |" + " |" * (len(_RULES) + 1)
 
 
 def page(chosen: list[str]) -> None:

@@ -60,6 +60,20 @@ def test_bytes_kept_per_token_and_layer(every_size):
     assert kept("keep") >= needed + 2 * (2 * HIDDEN + INTERMEDIATE)
 
 
+def test_a_norm_that_reads_what_itself_has_made():
+    """Its weight is met again below; the derivative of the upper call ends at that call's input."""
+    gradients = []
+    for scope in (recomputing, recompute.contextlib.nullcontext):
+        torch.manual_seed(0)
+        x, weight = torch.randn(3, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+        with scope():
+            y = rms_norm(rms_norm(x, weight, eps=1e-6).tanh(), weight, eps=1e-6)
+            y.square().mul(x).sum().backward()
+        gradients.append((x.grad, weight.grad))
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_same_bits_as_the_run_that_keeps_everything(kernel_device, autocast):
     torch.manual_seed(0)

@@ -4,11 +4,11 @@ import pytest
 from architectures import compare, names
 
 CAUSAL = """
-afmoe apertus arcee bamba bloom cohere2 deepseek_v3 doge ernie4_5 exaone4 falcon
-falcon_h1 gemma4_text glm4_moe gpt_neox gpt_oss granitemoe helium jamba kimi_linear
-lfm2 llama4_text longcat_flash minimax modernbert-decoder nanochat olmo3 olmoe opt
-phimoe qwen2_moe qwen3_5_text qwen3_next seed_oss smollm3 stablelm starcoder2 t5gemma
-zamba2 qwen4_exp_text
+afmoe apertus arcee bamba bloom cohere2 deepseek_v3 doge ernie4_5 exaone4 falcon falcon_h1
+gemma3n_text gemma4_text glm4_moe gpt_neox gpt_oss granitemoe helium jamba kimi_linear
+lfm2 llama4_text longcat_flash minimax modernbert-decoder nanochat olmo3 olmoe opt phimoe
+qwen2_moe qwen3_5_text qwen3_next qwen4_exp_text seed_oss smollm3 stablelm starcoder2
+t5gemma zamba2
 """
 IMAGE_TEXT = ["llava", "qwen3_vl", "gemma3"]
 CASES = [("causal", name) for name in CAUSAL.split()] + [
