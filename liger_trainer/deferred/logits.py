@@ -47,12 +47,12 @@ class Seen(NamedTuple):
     @property
     def was_exchanged(self) -> bool:
         """Whether an engine has put a shard in its place since."""
-        current = getattr(self.layer, self.name)
+        current = _tensor_of(self.layer, self.name)
         return type(current) is not DTensor and current.shape != self.tensor.shape
 
     @property
     def was_changed(self) -> bool:
-        current = getattr(self.layer, self.name)
+        current = _tensor_of(self.layer, self.name)
         if current is not self.tensor and type(current) is not DTensor and not self.was_exchanged:
             return True
         return self.stamp is not None and _in_memory(self.tensor) and _differs(self)
@@ -125,10 +125,16 @@ def _seen(head: nn.Module) -> tuple[Seen, ...]:
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
             for name in ("weight", "bias"):
-                tensor = getattr(layer, name)
+                tensor = _tensor_of(layer, name)
                 if tensor is not None:
                     found.append(Seen(layer, name, tensor, _stamp(tensor)))
     return tuple(found)
+
+
+def _tensor_of(layer: nn.Linear, name: str) -> torch.Tensor | None:
+    """`layer.weight` or `.bias`, without asking for it: ZeRO-3 answers that by gathering."""
+    found = layer._parameters.get(name)
+    return vars(layer).get(name) if found is None else found
 
 
 def _stamp(tensor: torch.Tensor) -> tuple | None:
@@ -314,12 +320,16 @@ def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bo
 def _operands(origin: Origin) -> list[torch.Tensor]:
     """Parameters by which the logits hang in the autograd graph.
 
-    A search for unused parameters must find them. Shards do not belong there, an engine puts the
-    whole parameter in their place; unless nothing else requires a gradient.
+    A search for unused parameters must find them. But a parameter waits for all gradients that the
+    graph announces, and where hooks gather the head's weights for its backward alone, it must not
+    wait for longer; nor do shards belong there, an engine puts the whole parameter in their place.
+    So these are left out, unless nothing else requires a gradient.
     """
+    layers = [origin.head, *(seen.layer for seen in origin.seen)]
+    hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
     tensors = (seen.tensor for seen in origin.seen) if origin.seen else origin.head.parameters()
     wanted = [p for p in tensors if p.requires_grad]
-    whole = [p for p in wanted if p.numel() and not isinstance(p, DTensor)]
+    whole = [p for p in wanted if p.numel() and not isinstance(p, DTensor) and not hooked]
     return whole if whole or origin.hidden.requires_grad else wanted
 
 
