@@ -244,3 +244,15 @@ def test_negative_softcap_is_computed_plainly(head):
     got = F.cross_entropy((torch.tanh(deferred(head)) * -2.0).view(-1, VOCAB), labels().view(-1))
     expected = F.cross_entropy((torch.tanh(plain(head)) * -2.0).view(-1, VOCAB), labels().view(-1))
     torch.testing.assert_close(got, expected)
+
+
+def test_anomaly_detection_sees_gradients_and_changes_none(head):
+    def gradients(logits):
+        rows = logits.float().view(-1, VOCAB)
+        loss = F.cross_entropy(rows, labels().view(-1)) + 0.1 * logits.square().mean()
+        return torch.autograd.grad(loss, head)
+
+    with torch.autograd.detect_anomaly(check_nan=True):
+        got = gradients(deferred(head))
+    for a, b in zip(got, gradients(plain(head)), strict=True):
+        torch.testing.assert_close(a, b)

@@ -374,6 +374,10 @@ class _Like(NamedTuple):
     device: torch.device
 
 
+def _itself(value):
+    return value
+
+
 class DeferredGradient(Deferred):
     """The gradient of a consumer's results in the logits, which the operands have already got.
 
@@ -387,6 +391,10 @@ class DeferredGradient(Deferred):
     @classmethod
     def of(cls, like, make: Callable[[], torch.Tensor], extra=None) -> DeferredGradient:
         gradient = cls(like.shape, like.dtype, like.device)
+        if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+            # Anomaly detection looks at every gradient, from where autograd cannot compute one.
+            made = make()
+            make = functools.partial(_itself, made)
         gradient._make, gradient._extra = make, extra
         return gradient
 
