@@ -189,7 +189,8 @@ def compare(task: str, model_type: str) -> Comparison:
         if q.grad is not None
     ]
     largest = max(q.norm().item() for _, q in pairs)
-    errors = [(p - q).norm().item() / (q.norm().item() + 1e-4 * largest) for p, q in pairs]
+    # The floor makes 1e-7 of the largest gradient, fp32 rounding, count as nothing.
+    errors = [(p - q).norm().item() / (q.norm().item() + 1e-3 * largest) for p, q in pairs]
     difference = abs(loss.item() - expected.item()) / max(1.0, abs(expected.item()))
     return Comparison(difference, max(errors), report)
 
