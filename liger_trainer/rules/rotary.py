@@ -144,13 +144,16 @@ def _call_of(function: FunctionType) -> RotaryCall | None:
     if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         return None
     names = tuple(p.name for p in parameters)
-    required = [p.name for p in parameters if p.default is p.empty]
-    cos = next((n for n in required if "cos" in n), None)
-    sin = next((n for n in required if "sin" in n and "cos" not in n), None)  # cosine has both
-    if cos is None or sin is None or len(required) != 4:
+    # A tensor may be left out (None); what has a number for default is none.
+    candidates = [p.name for p in parameters if p.default is p.empty or p.default is None][:4]
+    cos = next((n for n in candidates if "cos" in n), None)
+    sin = next((n for n in candidates if "sin" in n and "cos" not in n), None)  # cosine has both
+    if cos is None or sin is None or len(candidates) != 4 or set(names[:4]) != set(candidates):
         return None
-    tensors = (*(n for n in required if n not in (cos, sin)), cos, sin)
+    tensors = (*(n for n in candidates if n not in (cos, sin)), cos, sin)
     options = [p for p in parameters if p.name not in tensors]
+    if any(p.default is p.empty for p in options):
+        return None
     dim = next((p for p in options if type(p.default) is int and p.default in (1, 2)), None)
     if dim is None:
         return RotaryCall(names, tensors, None)
