@@ -26,6 +26,7 @@ from collections.abc import Callable
 import torch
 
 from liger_trainer.kernels.runtime import pays
+from liger_trainer.kernels.second_derivative import gradients
 
 _MARK = "_liger_recipe"
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
@@ -97,14 +98,9 @@ class _FromArguments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            # Aliases: a weight that is used again below must not lead this derivative down there.
-            arguments = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            y = ctx.function(*arguments)
-        needed = ctx.needs_input_grad[1:]
-        wanted = [t for t, need in zip(arguments, needed, strict=True) if need]
-        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
-        return None, *(next(grads) if need else None for need in needed)
+        with torch.autocast(**ctx.autocast):
+            found = gradients(ctx.function, ctx.saved_tensors, dy, torch.is_grad_enabled())
+        return None, *found
 
 
 def _autocast_state(x: torch.Tensor) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -24,15 +24,22 @@ def twice_differentiable(reference: Callable) -> Callable:
         def wrapper(ctx, *grads):
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return backward(ctx, *grads)
-            function, tensors = reference(ctx)
-            # Aliases, so that the gradient of one does not go on through another that it came from.
-            tensors = [t if t is None or not t.requires_grad else t.view_as(t) for t in tensors]
-            outputs = function(*tensors)
-            wanted = [t for t in tensors if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
-            found = [None if t is None or not t.requires_grad else next(found) for t in tensors]
+            found = gradients(*reference(ctx), grads, create_graph=True)
             return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
         return wrapper
 
     return decorate
+
+
+def gradients(
+    function: Callable, tensors: Sequence[torch.Tensor | None], grads, create_graph: bool
+) -> list[torch.Tensor | None]:
+    """Run `function(*tensors)` and return the gradient of each tensor, None where it needs none."""
+    with torch.enable_grad():
+        # Aliases, so that the gradient of one does not go on through another that it came from.
+        tensors = [t if t is None or not t.requires_grad else t.view_as(t) for t in tensors]
+        outputs = function(*tensors)
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph))
+    return [None if t is None or not t.requires_grad else next(found) for t in tensors]
