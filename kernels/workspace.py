@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+CPU_MEMORY = 16 << 30
+"""What a CPU is taken to have: its workspace is 256 MiB."""
+
 SPLIT_ROWS = 4096
 """From so many rows on, two workspaces of half the size cost a few percent of time at most."""
 
@@ -14,23 +17,30 @@ SPLIT_ROWS = 4096
 def workspace_rows(
     tokens: int, vocab: int, trainable_width: int, hidden: torch.Tensor, workspaces: int = 1
 ) -> int:
-    """The most rows of logits to hold at once.
+    """The most rows of logits to hold at once on the device of `hidden`, see `rows_on`."""
+    if hidden.is_cuda:
+        memory = torch.cuda.get_device_properties(hidden.device).total_memory
+    else:
+        memory = CPU_MEMORY
+    return rows_on(memory, tokens, vocab, trainable_width, hidden.element_size(), workspaces)
 
-    What the budget holds: 1/64 of the device's memory, 256 MiB on a CPU; a quarter of it if there
-    is no d weight, whose summation is what large workspaces are for. If all tokens fit `workspaces`
-    of the budget and the fp32 buffer for d weight together, they may have both: the buffer is then
-    unnecessary.
+
+def rows_on(
+    memory: int, tokens: int, vocab: int, trainable_width: int, itemsize: int, workspaces: int = 1
+) -> int:
+    """The most rows of logits to hold at once on a device of `memory` bytes.
+
+    What the budget holds: 1/64 of the memory; a quarter of it if there is no d weight, whose
+    summation is what large workspaces are for. If all tokens fit `workspaces` of the budget and the
+    fp32 buffer for d weight together, they may have both: the buffer is then unnecessary.
 
     The answer depends on `tokens` through one comparison only, so that compiled code serves every
     number of tokens on the same side of it.
     """
-    if hidden.is_cuda:
-        budget = torch.cuda.get_device_properties(hidden.device).total_memory // 64
-    else:
-        budget = 256 << 20
+    budget = memory // 64
     if not trainable_width:
         budget //= 4
-    row = vocab * hidden.element_size()
+    row = vocab * itemsize
     without_buffer = (budget + vocab * trainable_width * 4) // row
     return without_buffer if tokens <= workspaces * without_buffer else max(256, budget // row)
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from liger_trainer import inject
 from liger_trainer.kernels import workspace as kernel_workspace
 from liger_trainer.runs.counts import shape_of, weights_of
-from liger_trainer.runs.memory import GIB, Run, kept_per_token, peak, states, workspace
+from liger_trainer.runs.memory import GIB, Run, head_memory, kept_per_token, peak, states
 from liger_trainer.runs.shapes import CONFIGS
 from liger_trainer.runs.traffic import flops, traffic
 
@@ -146,7 +146,7 @@ def test_the_workspace_is_the_kernels_own(tokens, trained):
     vocab, hidden = run.shape.vocab, run.shape.hidden
     like = torch.empty(0, hidden, dtype=bf16)
     most = kernel_workspace.workspace_rows(tokens, vocab, hidden * trained, like)
-    logits, d_weight = workspace(run)
+    logits, d_weight = head_memory(run)
     assert logits == kernel_workspace.workspace(tokens, most) * vocab * 2
     width = kernel_workspace.sum_dtype(bf16, tokens <= 2 * most).itemsize
     assert d_weight == width * vocab * hidden * trained

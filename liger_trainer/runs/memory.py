@@ -8,7 +8,6 @@ accumulation, the gradients of earlier micro-batches are there throughout.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -150,24 +149,19 @@ def states(run: Run) -> dict[str, float]:
     }
 
 
-def workspace(run: Run) -> tuple[float, float]:
+def head_memory(run: Run) -> tuple[float, float]:
     """Bytes of the head's logits and of the buffer that sums its weight's gradient.
 
-    As `kernels/workspace.py` decides: 1/64 of the device's memory, a quarter of that for a frozen
-    head; the sum is in fp32 over more than two workspaces.
+    As the kernels decide; the sum is in fp32 over more than two workspaces.
     """
+    from liger_trainer.kernels.workspace import rows_on, workspace  # they load torch
+
     s, trained = run.shape, run.weights.head_trained
-    budget, row = run.memory * GIB / 64, s.vocab * run.compute
-    budget = budget if trained else budget / 4
-    most = int((budget + 4 * s.vocab * s.hidden * trained) // row)
-    if run.tokens > most:
-        most = max(256, int(budget // row))
-    rows = run.tokens
-    if rows > most:
-        rows = min(most, math.ceil(rows / math.ceil(rows / most) / 64) * 64)
+    most = rows_on(int(run.memory * GIB), run.tokens, s.vocab, s.hidden * trained, run.compute)
     narrow = run.compute if run.sharded else run.weights.head_dtype_bytes
     width = narrow if run.tokens <= 2 * most else 4
-    return rows * row, width * s.vocab * s.hidden * trained
+    logits = workspace(run.tokens, most) * s.vocab * run.compute
+    return logits, width * s.vocab * s.hidden * trained
 
 
 def peak(run: Run) -> Memory:
@@ -197,7 +191,7 @@ def peak(run: Run) -> Memory:
     # Accelerate's `no_sync` keeps FSDP2's gradients whole until the last micro-batch.
     whole = c * w.trained if run.engine == "fsdp2" and not run.reduce_each else gradients
     earlier = whole if run.accumulation > 1 else 0
-    logits, d_weight = workspace(run)
+    logits, d_weight = head_memory(run)
     rest = run.tokens * s.hidden * (run.residual + 2 * c)  # final norm in and out, d hidden
     again = layer if run.checkpointing else 0
     # d gated, d gate, d up; the gated product, if it was kept, has gone by then.
