@@ -31,6 +31,8 @@ from typing import NamedTuple
 import torch
 from timing import environment, print_table
 
+from liger_trainer.runs.shapes import CONFIGS
+
 SHAPES = {
     "SmolLM2-135M": {
         "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
@@ -42,21 +44,13 @@ SHAPES = {
         "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
         "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
     },
-    "Llama-1B": {
-        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
-        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True,
-    },
+    "Llama-1B": CONFIGS["llama-1b"],
     "Qwen3-1.7B": {
         "model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144,
         "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
         "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
     },
-    "Llama-8B": {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 128256, "tie_word_embeddings": False,
-    },
+    "Llama-8B": CONFIGS["llama-8b"],
 }  # fmt: skip
 TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
