@@ -13,7 +13,6 @@ themselves a `DeferredGradient`, which is computed if somebody looks: hooks, `re
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -23,135 +22,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from liger_trainer.deferred.head_call import Operands, Results, Term, consume
+from liger_trainer.deferred.origin import WAY_OUT, Origin, seen_in
 from liger_trainer.deferred.scope import RECORDED, Scope
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.autograd import forbid_derivative
-
-WAY_OUT = (
-    "Do it with logits of a forward without labels (or outside loss_scope()), set "
-    "fused_linear_cross_entropy to false in liger_kernel_config, or call restore(model)."
-)
-
-
-class Seen(NamedTuple):
-    """A weight or bias of the head as it was at the head's call, and what tells of its change."""
-
-    layer: nn.Module
-    name: str
-    tensor: torch.Tensor
-    stamp: tuple | None
-
-    @property
-    def was_exchanged(self) -> bool:
-        """Whether an engine has put a shard in its place since."""
-        current = _tensor_of(self.layer, self.name)
-        return type(current) is not DTensor and current.shape != self.tensor.shape
-
-    @property
-    def was_changed(self) -> bool:
-        current = _tensor_of(self.layer, self.name)
-        if current is not self.tensor and type(current) is not DTensor and not self.was_exchanged:
-            return True
-        return self.stamp is not None and _in_memory(self.tensor) and _differs(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """The call of a head that made the logits."""
-
-    head: nn.Module
-    hidden: torch.Tensor
-    dtype: torch.dtype  # of the head's matrix products
-    fused: bool  # the loss is fused with the head; else it gets the plain logits
-    scope: Scope
-    with_grad: bool
-    autocast: tuple[bool, torch.dtype]
-    seen: tuple[Seen, ...] = dataclasses.field(repr=False)
-    hidden_version: int
-    consumers: list = dataclasses.field(default_factory=list)  # who got gradients past the logits
-
-    @contextlib.contextmanager
-    def as_then(self):
-        """The grad mode, autocast and weights of the call."""
-        enabled, dtype = self.autocast
-        with (
-            torch.set_grad_enabled(self.with_grad),
-            torch.autocast(self.hidden.device.type, dtype=dtype, enabled=enabled),
-            self.weights(),
-        ):
-            yield
-
-    @contextlib.contextmanager
-    def weights(self):
-        """The weights of the call, where an engine has put shards in their place (FSDP1)."""
-        exchanged = [seen for seen in self.seen if seen.was_exchanged]
-        if not all(_in_memory(seen.tensor) for seen in exchanged):
-            raise RuntimeError(
-                "The output head's weights were freed before its logits were used. Compute the "
-                "loss in the model's forward, by giving it labels. " + WAY_OUT
-            )
-        shards = [(s.layer._parameters, s.name, s.layer._parameters[s.name]) for s in exchanged]
-        try:
-            for seen in exchanged:
-                seen.layer._parameters[seen.name] = seen.tensor
-            yield
-        finally:
-            for parameters, name, shard in shards:
-                parameters[name] = shard
-
-    def check(self) -> None:
-        """Raise RuntimeError if the logits would not be those of the time of the call.
-
-        While the scope is open nothing can have changed. Afterwards version counters tell of
-        in-place changes, and a sample of the weights of those that these miss (fused optimizers,
-        writes to `.data`).
-        """
-        if self.scope.open:
-            return
-        if self.hidden._version != self.hidden_version or any(s.was_changed for s in self.seen):
-            raise RuntimeError(
-                "These logits were not computed during the forward, and the weights or hidden "
-                "states that they are made of have changed since (an optimizer step?). Read "
-                "outputs.logits before the change. " + WAY_OUT
-            )
-
-
-def _seen(head: nn.Module) -> tuple[Seen, ...]:
-    """The weights and biases of the head's linear layers, as they are."""
-    found = []
-    for layer in head.modules():
-        if isinstance(layer, nn.Linear):
-            for name in ("weight", "bias"):
-                tensor = _tensor_of(layer, name)
-                if tensor is not None:
-                    found.append(Seen(layer, name, tensor, _stamp(tensor)))
-    return tuple(found)
-
-
-def _tensor_of(layer: nn.Linear, name: str) -> torch.Tensor | None:
-    """`layer.weight` or `.bias`, without asking for it: ZeRO-3 answers that by gathering."""
-    found = layer._parameters.get(name)
-    return vars(layer).get(name) if found is None else found
-
-
-def _stamp(tensor: torch.Tensor) -> tuple | None:
-    """Version, address and a sample; None for shards."""
-    if not tensor.numel() or isinstance(tensor, DTensor):
-        return None
-    steps = tuple(slice(None, None, max(1, n // 32)) for n in tensor.shape)
-    return tensor._version, tensor.data_ptr(), tensor.detach()[steps].clone()
-
-
-def _differs(seen: Seen) -> bool:
-    (*before, sample), (*after, sample_now) = seen.stamp, _stamp(seen.tensor)
-    return before != after or not sample.equal(sample_now)
-
-
-def _in_memory(tensor: torch.Tensor) -> bool:
-    return tensor.numel() > 0 and tensor.untyped_storage().size() > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,28 +185,12 @@ def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bo
         scope=scope,
         with_grad=torch.is_grad_enabled(),
         autocast=autocast,
-        seen=() if scope is RECORDED else _seen(head),
+        seen=() if scope is RECORDED else seen_in(head),
         hidden_version=hidden._version,
     )
     shape = (*hidden.shape[:-1], vocabulary)
     like = torch.empty(shape, dtype=origin.dtype, device="meta")
-    return _make(State(origin, (Term(head, hidden),)), like, operands=(hidden, *_operands(origin)))
-
-
-def _operands(origin: Origin) -> list[torch.Tensor]:
-    """Parameters by which the logits hang in the autograd graph.
-
-    A search for unused parameters must find them. But a parameter waits for all gradients that the
-    graph announces, and where hooks gather the head's weights for its backward alone, it must not
-    wait for longer; nor do shards belong there, an engine puts the whole parameter in their place.
-    So these are left out, unless nothing else requires a gradient.
-    """
-    layers = [origin.head, *(seen.layer for seen in origin.seen)]
-    hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-    tensors = (seen.tensor for seen in origin.seen) if origin.seen else origin.head.parameters()
-    wanted = [p for p in tensors if p.requires_grad]
-    whole = [p for p in wanted if p.numel() and not isinstance(p, DTensor) and not hooked]
-    return whole if whole or origin.hidden.requires_grad else wanted
+    return _make(State(origin, (Term(head, hidden),)), like, operands=(hidden, *origin.operands()))
 
 
 def derive(parents, state: State, from_parents, like=None) -> DeferredLogits:
@@ -374,10 +234,6 @@ class _Like(NamedTuple):
     device: torch.device
 
 
-def _itself(value):
-    return value
-
-
 class DeferredGradient(Deferred):
     """The gradient of a consumer's results in the logits, which the operands have already got.
 
@@ -393,8 +249,8 @@ class DeferredGradient(Deferred):
         gradient = cls(like.shape, like.dtype, like.device)
         if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
             # Anomaly detection looks at every gradient, from where autograd cannot compute one.
-            made = make()
-            make = functools.partial(_itself, made)
+            make = functools.cache(make)
+            make()
         gradient._make, gradient._extra = make, extra
         return gradient
 
@@ -481,7 +337,7 @@ def _to_operands(ctx, grad) -> tuple[torch.Tensor | None, ...] | None:
         )
     origin.check()
     hidden = origin.hidden.detach().requires_grad_(ctx.needs_input_grad[3])
-    operands = (hidden, *_operands(origin))
+    operands = (hidden, *origin.operands())
     with origin.as_then(), torch.enable_grad():
         value = plain_call(origin.head, hidden)
     wanted = [t for t in operands if t.requires_grad]
