@@ -155,8 +155,9 @@ def command_reference() -> str:
 
 {NOTE}
 
-Exit codes: 0, done; 1, training failed, or `--strict` or `--dry-run` found something; 2, wrong
-input; 130, interrupted. Every command takes `--debug`, which shows the traceback of an error.
+Exit codes: 0, done; 1, training failed, `plan` found that it does not fit, or `--strict` or
+`--dry-run` found something; 2, wrong input; 130, interrupted. Every command
+takes `--debug`, which shows the traceback of an error.
 
 {_lines(sections)}"""
 
