@@ -12,15 +12,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from liger_trainer.kernels.jensen_shannon import DivergenceOptions
-from liger_trainer.kernels.kto import KTOLoss
-from liger_trainer.kernels.linear_divergence import linear_divergence
-from liger_trainer.kernels.linear_log_prob_loss import linear_log_prob_loss, pairs
-from liger_trainer.kernels.linear_log_probs import linear_log_probs
-from liger_trainer.kernels.policy import GRPOLoss
-from liger_trainer.kernels.preference import DPOLoss
-from liger_trainer.kernels.reference_free import ORPOLoss
-from liger_trainer.kernels.sequences import sequence_log_probs, tokens_per_group
+from liger_trainer.kernels.linear.divergence import linear_divergence
+from liger_trainer.kernels.linear.log_prob_loss import linear_log_prob_loss, pairs
+from liger_trainer.kernels.linear.log_probs import linear_log_probs
+from liger_trainer.kernels.logits.jensen_shannon import DivergenceOptions
+from liger_trainer.kernels.losses.dpo import DPOLoss
+from liger_trainer.kernels.losses.grpo import GRPOLoss
+from liger_trainer.kernels.losses.kto import KTOLoss
+from liger_trainer.kernels.losses.reference_free import ORPOLoss
+from liger_trainer.kernels.losses.sequences import sequence_log_probs, tokens_per_group
 
 
 class Sizes(NamedTuple):

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from timing import environment, measure, measure_graph, print_table
 
-from liger_trainer.kernels.cross_entropy import cross_entropy
-from liger_trainer.kernels.glu import geglu, swiglu
-from liger_trainer.kernels.layer_norm import layer_norm
-from liger_trainer.kernels.rms_norm import rms_norm, rms_norm_reference
-from liger_trainer.kernels.rope import rope, rope_reference
+from liger_trainer.kernels.layers.glu import geglu, swiglu
+from liger_trainer.kernels.layers.layer_norm import layer_norm
+from liger_trainer.kernels.layers.rms_norm import rms_norm, rms_norm_reference
+from liger_trainer.kernels.layers.rope import rope, rope_reference
+from liger_trainer.kernels.logits.cross_entropy import cross_entropy
 
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from timing import environment, measure, print_table
 
-from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
+from liger_trainer.kernels.linear.cross_entropy import linear_cross_entropy
 
 CASES = [  # tokens, hidden size, vocabulary, fraction of labels ignored
     (8192, 4096, 128256, 0.0),

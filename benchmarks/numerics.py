@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from timing import environment, print_table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 if not torch.cuda.is_available():  # before any kernel is decorated
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter
@@ -24,16 +24,16 @@ if not torch.cuda.is_available():  # before any kernel is decorated
 from oracle import run
 
 from liger_trainer.kernels import runtime
-from liger_trainer.kernels.cross_entropy import cross_entropy
-from liger_trainer.kernels.glu import geglu, geglu_reference, swiglu, swiglu_reference
-from liger_trainer.kernels.layer_norm import layer_norm, layer_norm_reference
-from liger_trainer.kernels.linear_cross_entropy import (
+from liger_trainer.kernels.layers.glu import geglu, geglu_reference, swiglu, swiglu_reference
+from liger_trainer.kernels.layers.layer_norm import layer_norm, layer_norm_reference
+from liger_trainer.kernels.layers.rms_norm import rms_norm, rms_norm_reference
+from liger_trainer.kernels.layers.rope import rope, rope_reference
+from liger_trainer.kernels.linear.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
-from liger_trainer.kernels.loss import LossOptions, cross_entropy_reference
-from liger_trainer.kernels.rms_norm import rms_norm, rms_norm_reference
-from liger_trainer.kernels.rope import rope, rope_reference
+from liger_trainer.kernels.logits.cross_entropy import cross_entropy
+from liger_trainer.kernels.logits.loss import LossOptions, cross_entropy_reference
 
 
 def cases(rows: int, width: int, vocab: int):

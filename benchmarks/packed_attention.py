@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timing import environment, measure, print_table
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from liger_trainer.kernels.packed_attention import dense_mask, documents_of, packed_attention
+from liger_trainer.kernels.layers.packed_attention import dense_mask, documents_of, packed_attention
 
 
 class Case(NamedTuple):

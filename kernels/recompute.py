@@ -25,8 +25,8 @@ from collections.abc import Callable
 
 import torch
 
-from liger_trainer.kernels.runtime import pays
-from liger_trainer.kernels.second_derivative import gradients
+from .runtime import pays
+from .second_derivative import gradients
 
 _MARK = "_liger_recipe"
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks

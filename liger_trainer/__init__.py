@@ -7,8 +7,8 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "inject": "injection",
-    "restore": "injection",
+    "inject": "injection.walk",
+    "restore": "injection.walk",
     "InjectionReport": "report",
     "KernelConfig": "config",
     "LigerTrainer": "trainer",

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 
-from liger_trainer import hook, trl
-from liger_trainer.injection import inject
+from liger_trainer import trainer_hook, trl
+from liger_trainer.injection.walk import inject
 
-_original: hook.Hook | None = None
+_original: trainer_hook.Hook | None = None
 
 
 def enable() -> None:
@@ -22,8 +22,8 @@ def enable() -> None:
     """
     global _original
     if _original is None:
-        _original = hook.current()
-        hook.replace(inject)
+        _original = trainer_hook.current()
+        trainer_hook.replace(inject)
         if importlib.util.find_spec("trl") is not None:
             trl.redirect()
 
@@ -32,7 +32,7 @@ def disable() -> None:
     """Undoes `enable`; models that were injected stay so until `restore(model)`."""
     global _original
     if _original is not None:
-        hook.replace(_original)
+        trainer_hook.replace(_original)
         _original = None
         if importlib.util.find_spec("trl") is not None:
             trl.undo_redirect()

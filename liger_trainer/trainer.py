@@ -17,9 +17,9 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from liger_trainer.deferred import loss_scope
-from liger_trainer.hook import handled_for, without_request
-from liger_trainer.injection import inject
+from liger_trainer.injection.walk import inject
 from liger_trainer.report import InjectionReport
+from liger_trainer.trainer_hook import handled_for, without_request
 
 
 class LigerTrainer(Trainer):

@@ -17,9 +17,9 @@ from liger_trainer.deferred.logits import (
     replay,
 )
 from liger_trainer.deferred.tensor import Deferred, as_wrapper
-from liger_trainer.kernels.cross_entropy import cross_entropy
-from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
-from liger_trainer.kernels.loss import LossOptions
+from liger_trainer.kernels.linear.cross_entropy import linear_cross_entropy
+from liger_trainer.kernels.logits.cross_entropy import cross_entropy
+from liger_trainer.kernels.logits.loss import LossOptions
 
 _Tensor = torch.Tensor
 

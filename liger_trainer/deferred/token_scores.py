@@ -14,13 +14,13 @@ from liger_trainer.deferred.handlers import implements
 from liger_trainer.deferred.head_call import consume
 from liger_trainer.deferred.logits import DeferredLogits, State, consume_logits
 from liger_trainer.deferred.tensor import Deferred
-from liger_trainer.kernels.divergence import divergence as divergence_of_logits
-from liger_trainer.kernels.jensen_shannon import DivergenceOptions
-from liger_trainer.kernels.linear_divergence import linear_divergence
-from liger_trainer.kernels.linear_log_probs import linear_log_probs
-from liger_trainer.kernels.log_probs import log_probs
-from liger_trainer.kernels.loss import scale_sum
-from liger_trainer.kernels.scores import ScoreOptions, TokenScores
+from liger_trainer.kernels.linear.divergence import linear_divergence
+from liger_trainer.kernels.linear.log_probs import linear_log_probs
+from liger_trainer.kernels.logits.divergence import divergence as divergence_of_logits
+from liger_trainer.kernels.logits.jensen_shannon import DivergenceOptions
+from liger_trainer.kernels.logits.log_probs import log_probs
+from liger_trainer.kernels.logits.reduction import scale_sum
+from liger_trainer.kernels.logits.scores import ScoreOptions, TokenScores
 
 
 def token_scores(

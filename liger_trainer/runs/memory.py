@@ -154,7 +154,7 @@ def head_memory(run: Run) -> tuple[float, float]:
 
     As the kernels decide; the sum is in fp32 over more than two workspaces.
     """
-    from liger_trainer.kernels.workspace import rows_on, workspace  # they load torch
+    from liger_trainer.kernels.linear.workspace import rows_on, workspace  # they load torch
 
     s, trained = run.shape, run.weights.head_trained
     most = rows_on(int(run.memory * GIB), run.tokens, s.vocab, s.hidden * trained, run.compute)

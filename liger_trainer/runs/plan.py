@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from liger_trainer.injection import inject
+from liger_trainer.injection.walk import inject
 from liger_trainer.report import InjectionReport
 from liger_trainer.runs.load import ModelArguments, load_config, meta_model
 from liger_trainer.runs.recipe import Recipe

@@ -1,0 +1,1 @@
+"""Norms, rotary embedding, gated units, LoRA and packed attention: the layers of a model."""

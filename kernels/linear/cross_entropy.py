@@ -1,0 +1,298 @@
+"""Linear head and cross entropy in one operation that never holds all logits.
+
+    logits = sum_t hidden_t @ weight_t^T + bias          loss = cross_entropy(logits, labels)
+
+for N tokens, hidden size H, vocabulary V. The sum has one term for a plain head; a head with a
+low-rank adapter has a second one (hidden_2 = s * A x [N, r], weight_2 = B [V, r]).
+
+Cost. The floor for a trainable head is three matrix products of 2 N H V FLOP (logits, d hidden,
+d weight), with N the number of *supervised* tokens. Exactly these are paid: tokens whose label is
+`ignore_index` are left out before the first product (all but the first `FIRST_ROWS` tokens' worth,
+see `supervised.py`), and logits are turned into their gradient in place.
+
+    reduction           head trainable                                   head frozen
+    "sum", "mean"       3 products                                       2
+    "none"              3 if the logits fit the workspace, else 4        2
+
+Memory. One workspace of logits (`workspace.py`). If all supervised tokens fit it, their gradient is
+kept until backward, where d weight is a single product, accumulated in fp32 by the hardware. Over
+two workspaces d weight is summed in its own dtype, the second product onto the rounded first; over
+more in an fp32 buffer that is rounded once.
+
+Row scaling. d loss_n / d logits is known up to the factor g_n that backward receives. It scales the
+rows of d hidden and, for d weight, the rows of `hidden` (N x H): never the logits (N x V).
+
+Formula of the loss, options and sources: `loss.py`. The chunk loop: `head.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from ..autograd import first_derivative_only
+from ..logits.loss import LossOptions, accumulate_dtype, cross_entropy_reference
+from ..logits.reduction import (
+    REDUCTIONS,
+    check_labels,
+    checked_weights,
+    mean_denominator,
+    reduce_loss,
+    scale_sum,
+)
+from ..runtime import on_device, register_op
+from . import head as chunks
+from .head import Plan, Saved
+from .operands import checked_operands, make_head, make_plan
+from .supervised import HostStats, partition
+from .workspace import sum_dtype
+
+# --- torch reference -------------------------------------------------------------------------
+
+
+def linear_cross_entropy_reference(
+    hidden: Sequence[torch.Tensor],
+    weight: Sequence[torch.Tensor],
+    labels_N: torch.Tensor,
+    bias_V: torch.Tensor | None = None,
+    class_weight_V: torch.Tensor | None = None,
+    options: LossOptions = LossOptions(),
+) -> torch.Tensor:
+    """Loss per token [N], from all logits at once."""
+    logits_NV = sum(h @ w.to(h.dtype).t() for h, w in zip(hidden, weight, strict=True))
+    if bias_V is not None:
+        logits_NV = logits_NV + bias_V.to(logits_NV.dtype)
+    return cross_entropy_reference(logits_NV, labels_N, class_weight_V, options)
+
+
+# --- planning --------------------------------------------------------------------------------
+
+
+def _partition(weight, labels, plan: Plan, options: LossOptions):
+    want_order = labels.shape[0] > plan.first
+    return partition(labels, weight[0].shape[0], options.ignore_index, want_order)
+
+
+# --- op registration -------------------------------------------------------------------------
+# Eager calls go straight to the chunk loop; torch.compile sees these two ops. The shapes of their
+# outputs follow from the inputs' shapes alone, so the workspace is kept only if all tokens, not
+# just the supervised ones, fit it.
+
+_STATIC = (
+    "bool[] want_hidden, bool[] want_weight, bool want_bias, bool uniform, int rows, int first,"
+    " int ignore_index, float label_smoothing, float z_loss, float scale,"
+    " float? softcap"
+)
+_OPERANDS = (
+    "Tensor[] hidden, Tensor[] weight, Tensor? bias, Tensor labels, Tensor? class_weight,"
+    " Tensor? row_weight"
+)
+
+
+def _flatten(plan: Plan, options: LossOptions) -> list:
+    flat = [list(v) if isinstance(v, tuple) else v for v in dataclasses.astuple(plan)]
+    return flat + list(dataclasses.astuple(options))
+
+
+def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, *options):
+    plan = Plan(tuple(want_hidden), tuple(want_weight), want_bias, uniform, rows, first)
+    return plan, LossOptions(*options)
+
+
+def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
+    plan, options = _unflatten(*static)
+    order, stats = _partition(weight, labels, plan, options)
+    head = make_head(hidden, weight, bias, labels, options, order, HostStats(stats), class_weight)
+    loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight], static=True)
+    filled = torch.tensor([saved.filled])
+    return (loss, stats, order, filled, saved.dlogits, saved.dbias,
+            saved.dhidden, saved.dweight)  # fmt: skip
+
+
+def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
+    plan, _ = _unflatten(*static)
+    n, vocab, like = labels.shape[0], weight[0].shape[0], hidden[0]
+    accumulate = accumulate_dtype(like)
+    kept = plan.want_head and n <= plan.rows
+    summed = plan.want_head and plan.uniform and not kept
+    few = n <= 2 * plan.rows
+    return (
+        like.new_empty(n, dtype=accumulate),
+        labels.new_empty(2),
+        labels.new_empty(n if n > plan.first else 0),
+        torch.empty(1, dtype=torch.int64, device="cpu"),
+        like.new_empty((n if kept else 0, vocab)),
+        like.new_empty(vocab if summed and plan.want_bias else 0, dtype=accumulate),
+        [h.new_empty(h.shape if w else 0) for h, w in zip(hidden, plan.want_hidden, strict=True)],
+        [
+            like.new_empty(w.shape if summed and want else 0, dtype=sum_dtype(w.dtype, few))
+            for w, want in zip(weight, plan.want_weight, strict=True)
+        ],
+    )
+
+
+def _launch_bwd(
+    hidden, weight, bias, labels, class_weight, row_weight,
+    g, stats, order, filled, dlogits, dbias, dhidden, dweight, *static,
+):  # fmt: skip
+    plan, options = _unflatten(*static)
+    head = make_head(hidden, weight, bias, labels, options, order, HostStats(stats), class_weight)
+    saved = Saved(int(filled), dlogits, dbias, list(dhidden), list(dweight))
+    return chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
+
+
+def _fake_bwd(hidden, weight, bias, labels, class_weight, row_weight, g, *rest):
+    plan, _ = _unflatten(*rest[7:])
+    accumulate = accumulate_dtype(hidden[0])
+    return (
+        [h.new_empty(h.shape if w else 0) for h, w in zip(hidden, plan.want_hidden, strict=True)],
+        [
+            w.new_empty(w.shape if want else 0)
+            for w, want in zip(weight, plan.want_weight, strict=True)
+        ],
+        hidden[0].new_empty(weight[0].shape[0] if plan.want_bias else 0, dtype=accumulate),
+    )
+
+
+_linear_cross_entropy_fwd = register_op(
+    f"linear_cross_entropy_fwd({_OPERANDS}, {_STATIC})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[], Tensor[])",
+    _launch_fwd,
+    _fake_fwd,
+)
+_linear_cross_entropy_bwd = register_op(
+    f"linear_cross_entropy_bwd({_OPERANDS}, Tensor g, Tensor stats, Tensor order, Tensor filled,"
+    f" Tensor dlogits, Tensor dbias, Tensor[] dhidden, Tensor[] dweight, {_STATIC})"
+    " -> (Tensor[], Tensor[], Tensor)",
+    _launch_bwd,
+    _fake_bwd,
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """(loss, stats): loss is the weighted sum over tokens if the plan is uniform, else [N]."""
+
+    @staticmethod
+    def forward(ctx, plan, options, terms, bias, labels, class_weight, row_weight, *operands):
+        hidden, weight = list(operands[:terms]), list(operands[terms:])
+        ctx.plan, ctx.options, ctx.terms, ctx.host = plan, options, terms, None
+        if torch.compiler.is_compiling():
+            loss, stats, order, filled, dlogits, dbias, dhidden, dweight = (
+                _linear_cross_entropy_fwd(
+                    hidden, weight, bias, labels, class_weight, row_weight,
+                    *_flatten(plan, options),
+                )
+            )  # fmt: skip
+        else:
+            with on_device(labels):
+                order, stats = _partition(weight, labels, plan, options)
+                host = HostStats(stats)
+                head = make_head(hidden, weight, bias, labels, options, order, host, class_weight)
+                loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight])
+            ctx.host, dlogits, dbias = head.host, saved.dlogits, saved.dbias
+            dhidden, dweight, filled = saved.dhidden, saved.dweight, torch.tensor([saved.filled])
+        ctx.save_for_backward(
+            bias, labels, class_weight, row_weight, stats, order, filled, dlogits, dbias,
+            *operands, *dhidden, *dweight,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(stats)
+        if plan.uniform:
+            loss = loss.sum() if row_weight is None else torch.dot(loss, row_weight.to(loss.dtype))
+        return loss, stats
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, g, _):
+        bias, labels, class_weight, row_weight, stats, order, filled, dlogits, dbias, *rest = (
+            ctx.saved_tensors
+        )
+        t, plan = ctx.terms, ctx.plan
+        hidden, weight, dhidden, dweight = (rest[i * t : (i + 1) * t] for i in range(4))
+        if torch.compiler.is_compiling():
+            grads = _linear_cross_entropy_bwd(
+                hidden, weight, bias, labels, class_weight, row_weight, g, stats, order, filled,
+                dlogits, dbias, dhidden, dweight, *_flatten(plan, ctx.options),
+            )  # fmt: skip
+        else:
+            saved = Saved(int(filled), dlogits, dbias, dhidden, dweight)
+            with on_device(labels):
+                host = ctx.host or HostStats(stats)
+                head = make_head(
+                    hidden, weight, bias, labels, ctx.options, order, host, class_weight
+                )
+                grads = chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
+        grad_hidden, grad_weight, grad_bias = grads
+        return (
+            None, None, None, grad_bias.to(bias.dtype) if plan.want_bias else None,
+            None, None, None,
+            *(d if want else None for d, want in zip(grad_hidden, plan.want_hidden, strict=True)),
+            *(d if want else None for d, want in zip(grad_weight, plan.want_weight, strict=True)),
+        )  # fmt: skip
+
+
+# --- public ----------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor | Sequence[torch.Tensor],
+    weight: torch.Tensor | Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    class_weight: torch.Tensor | None = None,
+    token_weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    num_items_in_batch: torch.Tensor | int | None = None,
+    options: LossOptions = LossOptions(),
+    max_rows: int | None = None,
+) -> torch.Tensor:
+    """Cross entropy of `hidden @ weight.T + bias` with `labels`; the module says at what cost.
+
+    Args:
+        hidden: [..., H], or a sequence of such, one for each term of the head. fp32, bf16 or fp16;
+            the products run in the dtype of the first.
+        weight: [V, H], or a sequence of such. May be of another dtype (fp32 parameters, bf16
+            hidden states); its gradient has its own dtype.
+        labels: [...], int64; `options.ignore_index` marks tokens without loss and without cost.
+        bias: [V].
+        class_weight: [V], as `weight` of `torch.nn.functional.cross_entropy`.
+        token_weight: [...]; multiplies each token's loss before the reduction.
+        reduction: "none" (the shape of `labels`), "sum" or "mean" over supervised tokens.
+        num_items_in_batch: if given, the summed loss is divided by it (HF gradient accumulation).
+        max_rows: rows of logits held at once; default `workspace_rows`.
+
+    Returns the loss in fp32. Gradients reach hidden, weight, bias and token_weight; nothing is
+    computed or allocated for those that do not require them. Without any supervised token the loss
+    and all gradients are 0.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for labels outside [0, V):
+    at once where the host reads the token count, else in backward; the loss is NaN until then.
+    """
+    hidden, weight, bias = checked_operands(hidden, weight, bias)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
+    vocab = weight[0].shape[0]
+    class_weight, row_weight = checked_weights(
+        class_weight, token_weight, labels, vocab, options.ignore_index
+    )
+    shape, labels_N = labels.shape, labels.reshape(-1).contiguous()
+    hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
+    # A weight that itself needs a gradient is applied outside, to the losses of the tokens.
+    uniform = reduction != "none" and not (row_weight is not None and row_weight.requires_grad)
+
+    plan = make_plan(hidden, weight, bias, labels_N, uniform, max_rows)
+    loss, stats = _LinearCrossEntropy.apply(
+        plan, options, len(hidden), bias, labels_N, class_weight,
+        row_weight if uniform else None, *hidden, *weight,
+    )  # fmt: skip
+    if class_weight is None:
+        count = stats[0].clamp_min(1)
+    else:
+        count = mean_denominator(labels_N, class_weight, options.ignore_index)
+    if uniform:
+        return scale_sum(loss, reduction, count, num_items_in_batch)
+    loss = reduce_loss(loss, reduction, count, row_weight, num_items_in_batch)
+    return loss.reshape(shape) if reduction == "none" else loss

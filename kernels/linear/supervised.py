@@ -1,0 +1,110 @@
+"""Which tokens carry a label: their order, and their number, without stalling the device.
+
+The linear cross entropy pays only for supervised tokens. Their number lives on the device, and the
+host needs it to size the matrix products. Reading it at once would drain the device's queue, so the
+host queues the first `FIRST_ROWS` rows of work, which need no count, and only then waits: while the
+device computes those rows the count arrives and the rest is queued behind them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..runtime import tl, triton, use_triton
+
+FIRST_ROWS = 1024
+"""Rows computed before the number of supervised tokens is known: 1 to 2 ms of work for a large
+head, against about 0.1 ms for the count to reach the host."""
+
+
+@triton.jit
+def _partition_kernel(
+    labels_ptr, order_ptr, stats_ptr, N, V, ignore_index,
+    WRITE_ORDER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Supervised indices from the front in order, ignored ones from the back; and their counts."""
+    supervised = tl.zeros([], tl.int64)
+    out_of_range = tl.zeros([], tl.int64)
+    for start in range(0, N, BLOCK):
+        rows = start + tl.arange(0, BLOCK)
+        inside = rows < N
+        labels = tl.load(labels_ptr + rows, mask=inside, other=ignore_index)
+        keep = (labels != ignore_index) & inside
+        rank = tl.cumsum(keep.to(tl.int32), 0)
+        if WRITE_ORDER:
+            front = supervised + rank - 1
+            # Of the rows before this one, those not kept already stand at the back.
+            back = N - 1 - (rows.to(tl.int64) - supervised - rank)
+            tl.store(order_ptr + tl.where(keep, front, back), rows.to(tl.int64), mask=inside)
+        bad = keep & ((labels < 0) | (labels >= V))
+        supervised += tl.sum(keep.to(tl.int64), 0)
+        out_of_range += tl.sum(bad.to(tl.int64), 0)
+    tl.store(stats_ptr, supervised)
+    tl.store(stats_ptr + 1, out_of_range)
+
+
+def partition(
+    labels_N: torch.Tensor, vocab: int, ignore_index: int, want_order: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, stats): a permutation of the tokens with the supervised ones first (empty unless
+    wanted), and [number of supervised tokens, number of labels outside [0, vocab)]; int64."""
+    n = labels_N.shape[0]
+    if use_triton(labels_N):
+        order_N = torch.empty(n if want_order else 0, dtype=torch.int64, device=labels_N.device)
+        stats = torch.empty(2, dtype=torch.int64, device=labels_N.device)
+        _partition_kernel[(1,)](
+            labels_N, order_N, stats, n, vocab, ignore_index,
+            WRITE_ORDER=want_order, BLOCK=4096 if labels_N.is_cuda else 64, num_warps=16,
+        )  # fmt: skip
+        return order_N, stats
+    keep_N = labels_N != ignore_index
+    bad_N = keep_N & ((labels_N < 0) | (labels_N >= vocab))
+    stats = torch.stack([keep_N.sum(), bad_N.sum()])
+    if not want_order:
+        return labels_N.new_empty(0), stats
+    return torch.cat([keep_N.nonzero(), (~keep_N).nonzero()]).squeeze(1), stats
+
+
+class HostStats:
+    """The `stats` of `partition`, and what the caller appended to them, on their way to the host.
+
+    On a CPU they are there at once, and labels out of range raise at once. Under CUDA graph capture
+    nothing can be read: `wait` then answers that every token is supervised.
+    """
+
+    def __init__(self, stats: torch.Tensor):
+        self._host, self._event = stats, None
+        if stats.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                self._host = None
+                return
+            self._host = torch.empty(stats.shape, dtype=torch.int64, pin_memory=True)
+            self._host.copy_(stats, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self, tokens: int, vocab: int) -> int:
+        """Of `tokens` tokens, how many are supervised; ValueError if a label is out of range."""
+        self.check(vocab)
+        return tokens if self._host is None else int(self._host[0])
+
+    def counts(self, number: int) -> list[int]:
+        """The `number` values that follow the stats."""
+        if self._event is not None:
+            self._event.synchronize()
+        if self._host is None:
+            raise RuntimeError("a loss of groups needs their sizes: not inside a CUDA graph")
+        return self._host[2 : 2 + number].tolist()
+
+    def check(self, vocab: int) -> None:
+        """Raises ValueError if a label lies outside [0, vocab)."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        number = 0 if self._host is None else int(self._host[1])
+        if number:
+            raise ValueError(
+                f"{number} labels lie outside [0, {vocab}) and are not ignore_index. Is the "
+                "tokenizer larger than the model's head? "
+                "model.resize_token_embeddings(len(tokenizer)) makes them fit."
+            )

@@ -1,0 +1,1 @@
+"""Losses and token statistics of logits that exist."""

@@ -1,0 +1,133 @@
+"""What one pass over the logits tells about each token: formulas, options, torch reference.
+
+For one token with logits z [V], label c and y as in `loss.py` (scale, softcap), divided by the
+temperature:
+
+    y = softcap * tanh(scale * z / softcap) / temperature      (scale * z / temperature without)
+    log_sum_exp       = log(sum_v exp(y_v))
+    p_v               = exp(y_v - log_sum_exp)
+    log_probs         = y_c - log_sum_exp
+    entropy           = -sum_v p_v log p_v                     (nats)
+    log_sum_sq_probs  = log(sum_v p_v^2)
+    mean_logits       = sum_v y_v / V
+    argmax            = the smallest v with the largest y_v
+    is_top1           = (argmax == c)
+
+log_probs, entropy and log_sum_exp are differentiable in z:
+
+    d / d y_v = g_log_probs (1[v = c] - p_v) - g_entropy p_v (log p_v + entropy) + g_lse p_v
+
+A token whose label is `ignore_index` has zeros (False) everywhere and gradient 0; one whose label
+lies outside [0, V) has a NaN log-probability.
+
+Shapes: N tokens, V vocabulary; logits in fp32, bf16 or fp16 (fp64 on the torch path), everything
+inside and every result in fp32 (fp64), argmax int64, is_top1 bool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .loss import LossOptions, accumulate_dtype, transform_logits
+
+EXTRA = ("entropy", "log_sum_exp", "log_sum_sq_probs", "mean_logits", "argmax", "is_top1")
+"""What can be asked for beside `log_probs`."""
+
+DIFFERENTIABLE = ("log_probs", "entropy", "log_sum_exp")
+
+
+class TokenScores(NamedTuple):
+    """One value per token; None where it was not asked for. The formulas are the module's."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    log_sum_exp: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    argmax: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
+
+    def map(self, fn) -> TokenScores:
+        return TokenScores(*(None if x is None else fn(x) for x in self))
+
+
+class ScoreGradients(NamedTuple):
+    """Gradients [N] that arrive at the scores of N tokens; None is zero."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    log_sum_exp: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOptions:
+    """What happens to logits before the softmax, and which tokens have no label."""
+
+    ignore_index: int = -100
+    scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if not 0.0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        LossOptions(scale=self.scale, softcap=self.softcap)
+
+    @property
+    def transform(self) -> LossOptions:
+        """The same function of z with the temperature folded in."""
+        softcap = None if self.softcap is None else self.softcap / self.temperature
+        return LossOptions(self.ignore_index, scale=self.scale / self.temperature, softcap=softcap)
+
+
+def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
+    """`outputs` as a tuple; ValueError names what is unknown."""
+    unknown = sorted(set(outputs) - {*EXTRA, "log_probs"})
+    if unknown:
+        raise ValueError(f"unknown outputs {', '.join(unknown)}; known: {', '.join(EXTRA)}")
+    return tuple(name for name in EXTRA if name in outputs)
+
+
+def log_probs_reference(
+    logits_NV: torch.Tensor,
+    labels_N: torch.Tensor,
+    options: ScoreOptions = ScoreOptions(),
+    outputs: Sequence[str] = (),
+) -> TokenScores:
+    """The formulas in plain torch, differentiable by autograd."""
+    vocab = logits_NV.shape[1]
+    y_NV = transform_logits(logits_NV.to(accumulate_dtype(logits_NV)), options.transform)
+    supervised_N = labels_N != options.ignore_index
+    valid_N = (labels_N >= 0) & (labels_N < vocab)
+    label_N1 = labels_N.where(valid_N, 0).unsqueeze(1)
+    lse_N = torch.logsumexp(y_NV, -1)
+    # A factor, not a value, so that the gradient is NaN too.
+    nan_N = torch.ones_like(lse_N).masked_fill(supervised_N & ~valid_N, math.nan)
+    log_prob_N = (y_NV.gather(1, label_N1).squeeze(1) - lse_N) * nan_N
+
+    def supervised(values_N: torch.Tensor) -> torch.Tensor:
+        return values_N.masked_fill(~supervised_N, 0)
+
+    found = {"log_probs": supervised(log_prob_N)}
+    logp_NV = y_NV - lse_N.unsqueeze(1)
+    if "entropy" in outputs:
+        p_NV = logp_NV.exp()
+        found["entropy"] = supervised(-(p_NV * logp_NV.masked_fill(p_NV == 0, 0.0)).sum(-1))
+    if "log_sum_exp" in outputs:
+        found["log_sum_exp"] = supervised(lse_N)
+    if "log_sum_sq_probs" in outputs:
+        found["log_sum_sq_probs"] = supervised(torch.logsumexp(2 * logp_NV.detach(), -1))
+    if "mean_logits" in outputs:
+        found["mean_logits"] = supervised(y_NV.detach().mean(-1))
+    if "argmax" in outputs or "is_top1" in outputs:
+        argmax_N = y_NV.detach().argmax(-1)
+        if "argmax" in outputs:
+            found["argmax"] = supervised(argmax_N)
+        if "is_top1" in outputs:
+            found["is_top1"] = (argmax_N == labels_N) & supervised_N
+    return TokenScores(**found)

@@ -1,0 +1,169 @@
+"""Attention through transformers' interface, which reads the bounds of a PackedMask, not the mask.
+
+A module's forward gets its attention function from a global of its source file, an
+AttentionInterface. The module gets its own forward, the same code with that name bound to an
+interface whose `sdpa` knows packed masks (`swap.rebind`); everything else it hands through.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from liger_trainer.injection import probe
+from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.masks import PackedMask
+from liger_trainer.kernels.layers.packed_attention import (
+    LARGEST_HEAD,
+    documents_of,
+    has_kernel,
+    packed_attention,
+    packed_attention_reference,
+    runs_here,
+)
+from liger_trainer.report import Row
+from liger_trainer.swap import Swapped, rebind, referenced_globals
+
+# Arguments of an attention function that ask for more than softmax over what the mask lets through.
+_BEYOND = ("position_bias", "softcap", "s_aux", "cache")
+
+
+class Heads(NamedTuple):
+    size: int
+    per_key: int  # query heads that share a key
+
+
+class PackedAttention(Swapped):
+    """Keeps the module's forward, with its attention interface replaced by `Interface`; key: the
+    heads that packed attention was proven for."""
+
+    @classmethod
+    def namespace(cls, base: type, heads: Heads) -> dict[str, object]:
+        original = _interface(base.forward)
+        return {"forward": rebind(base.forward, original, Interface(original, heads))}
+
+
+class Interface:
+    """An AttentionInterface whose `sdpa` reads the bounds of packed masks."""
+
+    def __init__(self, original, heads: Heads):
+        self._original = original
+        self._sdpa = by_bounds(original["sdpa"], heads)
+
+    def get_interface(self, name, default):
+        return self._sdpa if name == "sdpa" else self._original.get_interface(name, default)
+
+    def get(self, name, default=None):
+        return self._sdpa if name == "sdpa" else self._original.get(name, default)
+
+    def __getitem__(self, name):
+        return self._sdpa if name == "sdpa" else self._original[name]
+
+    def __getattr__(self, name):
+        return getattr(self._original, name)
+
+
+@functools.cache
+def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
+    """An attention function of transformers that does as `sdpa`, but reads the bounds of a
+    PackedMask where it was proven to: for these heads, and nothing beyond a softmax."""
+
+    @functools.wraps(sdpa)
+    def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+        if isinstance(attention_mask, PackedMask):
+            if torch.is_autocast_enabled(query.device.type):  # as for torch's own attention
+                dtype = torch.get_autocast_dtype(query.device.type)
+                query, key, value = (t.to(dtype) for t in (query, key, value))
+            rows, _, length, _ = attention_mask.shape
+            whole = query.shape[0] == rows and query.shape[2] == key.shape[2] == length
+            plain = not dropout and all(kwargs.get(name) is None for name in _BEYOND)
+            proven = heads == Heads(query.shape[-1], query.shape[1] // key.shape[1])
+            fits = has_kernel(query, key, value) or not query.is_cuda
+            if whole and plain and proven and fits:
+                documents, window = attention_mask.documents, attention_mask.window
+                out = packed_attention(query, key, value, documents, window=window, scale=scaling)
+                return out, None
+            attention_mask = attention_mask.materialize()
+        return sdpa(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+    return attend
+
+
+def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+    if _interface(getattr(type(module), "forward", None)) is None:
+        return None
+    if not search.config.attention:
+        return Finding(Row(site, "attention", False, SWITCHED_OFF, eligible=False))
+    device = _device(search, module)
+    reason = _unfit(module, device)
+    if reason:
+        return Finding(Row(site, "attention", False, reason, eligible=False))
+    heads = Heads(module.head_dim, getattr(module, "num_key_value_groups", 1))
+    verdict = search.once(("attention", heads, device), lambda: _probe(heads, device))
+    reason = "packed rows and windows by their bounds" if verdict.equal else verdict.reason
+    row = Row(site, "attention", verdict.equal, reason)
+    return Finding(row, module, PackedAttention, (heads,))
+
+
+def _device(search: Search, module: nn.Module) -> torch.device:
+    """Where the module will run: a model may be injected before it is moved to the GPU."""
+    device = search.device_of(module)
+    return torch.device("cuda") if torch.cuda.is_available() and device.type == "cpu" else device
+
+
+def _unfit(module: nn.Module, device: torch.device) -> str | None:
+    """Why packed attention is not for this module; None if it is."""
+    name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    head_dim = getattr(module, "head_dim", None)
+    if name != "sdpa":
+        return f"attention implementation {name}"
+    if not runs_here(torch.empty(0, device=device)):
+        return "masked: without CUDA, torch has no attention of packed rows"
+    if not isinstance(head_dim, int) or hasattr(module, "v_head_dim"):
+        return "masked: queries and values of different size, or of none that the module names"
+    if head_dim % 8 or head_dim > LARGEST_HEAD:
+        return f"masked: FlashAttention has no heads of {head_dim}"
+    return None
+
+
+def _interface(forward: object) -> object | None:
+    """The AttentionInterface that a forward refers to."""
+    if not isinstance(forward, FunctionType):
+        return None
+    names = ((g, {cls.__name__ for cls in type(g).__mro__}) for g in referenced_globals(forward))
+    return next((g for g, classes in names if "AttentionInterface" in classes), None)
+
+
+def _probe(heads: Heads, device: torch.device) -> probe.Verdict:
+    """By bounds against by mask, with and without a window."""
+    length = 150  # more than a block of the kernel
+    position_ids = torch.tensor([*range(1), *range(60), *range(length - 61)], device=device)
+    documents = documents_of(position_ids.expand(2, -1))
+    for window in (None, 20):
+        options = {"documents": documents, "window": window, "scale": 0.7 * heads.size**-0.5}
+        try:
+            verdict = probe.compare(
+                functools.partial(packed_attention_reference, **options),
+                functools.partial(packed_attention, **options),
+                _cases(length, heads, device),
+            )
+        except RuntimeError as error:  # sizes that the device has no kernel for
+            return probe.Verdict(False, None, f"FlashAttention fails: {str(error)[:100]}")
+        if not verdict.equal:
+            return verdict
+    return verdict
+
+
+def _cases(length: int, heads: Heads, device: torch.device) -> Iterator[probe.Case]:
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (
+            probe.draw((2, length, 2 * n, heads.size), 1.0, device, seed).to(dtype)
+            for seed, n in enumerate((heads.per_key, 1, 1))
+        )
+        inputs = tuple(t.transpose(1, 2).requires_grad_() for t in (q, k, v))
+        yield probe.Case(inputs, f"{dtype} heads of {heads.size}")

@@ -1,0 +1,267 @@
+"""SwiGLU and GeGLU: an activation whose result is multiplied with another projection.
+
+The activation module is swapped, not the MLP around it: it returns a deferred activation, and the
+multiplication of that with anything of its shape runs the fused kernel. So every way of writing a
+gated MLP is served, dense, packed or as experts, and none has to be recognized. Whatever else
+happens to the activation computes it as before.
+
+Small inputs and compiled code use the activation itself: there the fusion does not pay, or the
+compiler does it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from liger_trainer.deferred import Attach, Deferred
+from liger_trainer.injection import probe
+from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, fingerprint
+from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
+from liger_trainer.kernels.runtime import PLAIN, pays
+from liger_trainer.report import Row
+from liger_trainer.swap import Proven, Swapped, swap
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """An activation function and the kernel for its product."""
+
+    rule: str
+    approximate: str | None = None  # of gelu
+
+    def activation(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x) if self.rule == "swiglu" else F.gelu(x, approximate=self.approximate)
+
+    def product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        if self.rule == "swiglu":
+            return swiglu(gate, up)
+        return geglu(gate, up, approximate=self.approximate)
+
+
+_OF_MANY_ELEMENTS = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU)
+_GATES = (Gate("swiglu"), Gate("geglu", "tanh"), Gate("geglu", "none"))
+
+
+class DeferredActivation(Deferred):
+    """activation(gate), computed when touched by anything but a multiplication."""
+
+    handlers: ClassVar[dict[Callable, Callable]] = {}
+    _gate: torch.Tensor
+    _gate_version: int
+    _form: Gate
+    _owner: nn.Module
+
+    @property
+    def gate(self) -> torch.Tensor:
+        """The activation's input, as it was when the activation was called."""
+        if self._gate._version != self._gate_version:
+            raise RuntimeError(
+                "The input of a deferred activation was changed in place before its result was "
+                "used. Switch it off: liger_kernel_config={'swiglu': False, 'geglu': False}"
+            )
+        return self._gate
+
+    def compute(self) -> torch.Tensor:
+        self._owner._liger_unfused = True  # not gated after all: do not defer again
+        return self._form.activation(self.gate)
+
+
+def _multiply(a, b, **kwargs):
+    activation, up = (a, b) if isinstance(a, DeferredActivation) else (b, a)
+    if kwargs or type(up) not in PLAIN or activation._value is not None:  # it may have been changed
+        return NotImplemented
+    if (up.shape, up.dtype, up.device) != (activation.shape, activation.dtype, activation.device):
+        return NotImplemented
+    return activation._form.product(activation.gate, up)
+
+
+_PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,
+             torch.Tensor.__mul__, torch.Tensor.__rmul__)  # fmt: skip
+
+
+def _register_hook(activation, hook):
+    return activation.materialize().register_hook(hook)  # a fused product would send nothing here
+
+
+def _retain_grad(activation):
+    return activation.materialize().retain_grad()
+
+
+DeferredActivation.handlers |= dict.fromkeys(_PRODUCTS, _multiply)
+DeferredActivation.handlers |= {
+    torch.Tensor.register_hook: _register_hook,
+    torch.Tensor.retain_grad: _retain_grad,
+}
+
+
+class FusedActivation(Swapped):
+    """forward(x) returns a deferred activation where a fused product would pay.
+
+    Key: the gate, and the state of the module that it is proven for. Without gradients nothing is
+    deferred: the caller may then change x in place, which autograd would not allow.
+    """
+
+    _liger_unfused = False
+
+    def forward(self, *args, **kwargs):
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            (x,) = args
+            if type(x) in PLAIN and pays(x, MIN_ELEMENTS) and self._liger_may_defer(x):
+                return defer_activation(self, x)
+        return super().forward(*args, **kwargs)
+
+    def _liger_may_defer(self, x: torch.Tensor) -> bool:
+        hooked = self._forward_hooks or self._backward_hooks or self._backward_pre_hooks
+        recorded = torch.is_grad_enabled() and x.requires_grad and not torch.is_inference(x)
+        return (
+            recorded and not hooked and not self._liger_unfused and self._liger_key[1].holds(self)
+        )
+
+
+def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
+    form = owner._liger_key[0]
+
+    def make():
+        deferred = DeferredActivation(x.shape, x.dtype, x.device)
+        deferred._gate, deferred._gate_version = x, x._version
+        deferred._form, deferred._owner = form, owner
+        return deferred
+
+    return Attach.apply(make, form.activation, x)
+
+
+def examine(search: Search, site: str, module: nn.Module) -> Iterator[Finding]:
+    """Looks at each child of `module` that is an activation."""
+    for name, child in module.named_children():
+        tensors = (*child.parameters(), *child.buffers())
+        if not tensors and next(child.children(), None) is None:
+            yield from _examine_activation(search, site, module, name, child)
+
+
+def _examine_activation(search, site, module, name, child) -> Iterator[Finding]:
+    device = search.device_of(module)
+    gate, verdict = search.once(
+        ("gate", fingerprint(child, device)), lambda: identify(child, device)
+    )
+    if gate is None and not _is_activation(child):
+        return
+    rule = gate.rule if gate else "swiglu"
+    gated = search.once(("gated", fingerprint(module, device)), lambda: is_gated(module, name))
+    if gated is False:
+        reason = f"not gated: the result of {name} is not multiplied with another projection"
+        yield Finding(Row(site, rule, False, reason, eligible=False))
+    elif gate is None:
+        reason = f"{type(child).__name__} {verdict.reason}"
+        yield Finding(Row(site, rule, False, reason, eligible=gated is True))
+    elif not getattr(search.config, rule):
+        yield Finding(Row(site, rule, False, SWITCHED_OFF, verdict.max_error, eligible=False))
+    else:
+        row = Row(site, rule, True, f"{name} times its gate", verdict.max_error)
+        yield Finding(row, child, FusedActivation, (gate, Proven.of(child)))
+
+
+def _is_activation(child: nn.Module) -> bool:
+    """Whether torch or transformers call it one: then the report says why it is not fused."""
+    of_one_element = not isinstance(child, _OF_MANY_ELEMENTS)
+    return of_one_element and type(child).__module__.rpartition(".")[2] in _MODULES
+
+
+_MODULES = ("activations", "activation")
+
+
+def identify(child: nn.Module, device: torch.device) -> tuple[Gate | None, probe.Verdict]:
+    """Return the gate whose product equals `child(gate) * up`."""
+
+    def original(x, up):
+        return twin(x) * up
+
+    try:
+        twin = probe.random_copy(child, device).eval()
+        reason = probe.impurity(original, twin, next(_cases(device)).inputs)
+    except Exception:  # has no copy, or takes no single tensor
+        reason = _NEITHER
+    if reason is not None:
+        return None, probe.Verdict(False, None, reason)
+    candidates = {gate: gate.product for gate in _GATES}
+    cases = functools.partial(_cases, device)
+    return probe.choose(original, candidates, cases, _NEITHER, twin)
+
+
+_NEITHER = "is neither SiLU nor GELU"
+
+
+def _cases(device: torch.device) -> Iterator[probe.Case]:
+    shapes = {1.0: (4, 33), 1e-3: (2, 3, 65), 100.0: (1, 3000)}
+    for dtype in (torch.float32, torch.bfloat16):
+        for scale, shape in shapes.items():
+            yield _case(f"{dtype} input {shape} of size {scale:g}", shape, scale, device, dtype)
+    yield _case("one row", (17,), 1.0, device)
+    yield _case("a NaN", (4, 33), 1.0, device, first=float("nan"))
+
+
+def _case(label, shape, scale, device, dtype=torch.float32, first=None) -> probe.Case:
+    gate, up = (probe.draw(shape, scale, device, i).to(dtype) for i in range(2))
+    if first is not None:
+        gate[0, 0] = first
+    return probe.Case((gate.requires_grad_(), up.requires_grad_()), label)
+
+
+def is_gated(module: nn.Module, name: str) -> bool | None:
+    """Whether `module` multiplies what its child `name`, an activation, returns; None if unknown.
+
+    Found by running a copy of the module on the meta device, where nothing is computed. A module
+    that takes more than one tensor (experts and their routing) cannot be run so; some say it
+    themselves (`has_gate`). An unknown result is safe: the swap is right either way, and at run
+    time a product that does not come turns the deferral off again.
+    """
+    if hasattr(module, "has_gate"):
+        return bool(module.has_gate)
+    try:
+        twin = probe.meta_copy(module)
+    except Exception:  # a module may hold what cannot be copied
+        return None
+    matrices = [t for t in (*twin.parameters(), *twin.buffers()) if t.dim() == 2]
+    activation = getattr(twin, name)
+    swap(activation, _Recorder)
+    for width in dict.fromkeys(size for matrix in matrices for size in reversed(matrix.shape)):
+        activation.multiplied = False
+        x = torch.empty(2, 3, width, device="meta", dtype=matrices[0].dtype)
+        try:
+            with torch.no_grad():
+                twin(x)
+        except Exception:  # another width, or a forward that cannot run so
+            continue
+        return activation.multiplied
+    return None
+
+
+class _Recorder(Swapped):
+    """Stands in for the activation on the meta device and notes what is done to its result."""
+
+    def forward(self, x):
+        deferred = _Recorded(x.shape, x.dtype, x.device)
+        deferred._gate, deferred._owner = x, self
+        return deferred
+
+
+class _Recorded(Deferred):
+    handlers: ClassVar[dict[Callable, Callable]] = {}
+
+    def compute(self):
+        return torch.empty_like(self._gate)
+
+
+def _note(a, b, **kwargs):
+    recorded, other = (a, b) if isinstance(a, _Recorded) else (b, a)
+    recorded._owner.multiplied |= torch.is_tensor(other) and other.shape == recorded.shape
+    return torch.empty_like(recorded._gate)
+
+
+_Recorded.handlers |= dict.fromkeys(_PRODUCTS, _note)

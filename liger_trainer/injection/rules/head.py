@@ -1,0 +1,262 @@
+"""The output head, whose logits are deferred while a loss is computed, and the model around it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from liger_trainer.deferred import scope, token_scores  # noqa: F401  (registers handlers)
+from liger_trainer.deferred.head_call import CallableHead
+from liger_trainer.deferred.logits import defer_call
+from liger_trainer.injection import probe
+from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.report import Row
+from liger_trainer.swap import Swapped, swap
+
+logger = logging.getLogger(__name__)
+
+FUSED = "fused_linear_cross_entropy"
+
+
+@functools.cache
+def _uncompiled(function: Callable, recursive: bool = True) -> Callable:
+    reason = (
+        "liger_trainer defers logits here; for one full graph set fused_linear_cross_entropy "
+        "to false in liger_kernel_config"
+    )
+    return torch.compiler.disable(function, recursive=recursive, reason=reason)
+
+
+class DeferredHead(CallableHead):
+    """A linear layer onto the vocabulary, or an adapter around one, whose calls are deferred.
+
+    Key: whether the loss fuses.
+    """
+
+    @classmethod
+    def namespace(cls, base: type, fused: bool) -> dict[str, object]:
+        call = _uncompiled(cls.call) if fused else cls.call
+        return {"__call__": call, "_liger_fused": fused}
+
+    def call(self, *args, **kwargs):
+        where = scope.scope_of(self)
+        if scope.is_recording() and isinstance(self, nn.Linear):
+            where = scope.RECORDED
+        if where is None or kwargs or len(args) != 1 or not _can_defer(self, args[0]):
+            return super().__call__(*args, **kwargs)
+        return defer_call(self, args[0], vocabulary(self), self._liger_fused, where)
+
+
+def _can_defer(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+    # One position per sequence is a decoding step.
+    return (
+        isinstance(hidden_states, torch.Tensor)
+        and hidden_states.dim() >= 2
+        and hidden_states.shape[-2] != 1
+        and not head._backward_hooks
+        and not head._backward_pre_hooks
+        and not hasattr(head, "parametrizations")
+        and not torch.is_inference_mode_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+class DeferringModel(Swapped):
+    """The model that owns the head; key: whether the loss fuses.
+
+    Calls of the head are deferred in a forward that is given labels, and inside `loss_scope()`. The
+    forward drops `skip_logits`, which Trainer passes for another kernel package in evaluation.
+
+    Under torch.compile, what the forward calls is compiled (the backbone, as one graph), while the
+    forward's own lines and the loss function, through which deferred logits pass, run as they are.
+    """
+
+    @classmethod
+    def namespace(cls, base: type, fused: bool) -> dict[str, object]:
+        original = base.forward
+        position = _position_of_labels(original)
+
+        @functools.wraps(original)
+        def forward(self, *args, skip_logits=None, **kwargs):
+            labels = kwargs.get("labels", args[position] if len(args) > position else None)
+            if labels is None:
+                labels = kwargs.get("shift_labels")
+            if labels is None and not scope.in_loss_scope():
+                return original(self, *args, **kwargs)
+            head = current_head(self)
+            if head is None:
+                return original(self, *args, **kwargs)
+            with scope.deferring(head):
+                return original(self, *args, **kwargs)
+
+        if not fused:
+            return {"forward": forward, "_liger_fused": False}
+        forward = functools.wraps(original)(_uncompiled(forward, recursive=False))
+        names = {"forward": forward, "_liger_fused": True}
+        loss_function = getattr(base, "loss_function", None)
+        if isinstance(loss_function, property):
+            getter = _uncompiled(lambda self: _uncompiled(loss_function.fget(self)))
+            names["loss_function"] = loss_function.getter(getter)
+        return names
+
+
+def _position_of_labels(forward: Callable) -> float:
+    """Where `forward(self, ...)` takes labels by position, not counting self."""
+    names = list(inspect.signature(forward).parameters)[1:]
+    return names.index("labels") if "labels" in names else float("inf")
+
+
+def current_head(model: nn.Module) -> DeferredHead | None:
+    """Return the model's head, made to defer if it was replaced since the injection."""
+    head = model.get_output_embeddings()
+    if isinstance(head, DeferredHead):
+        return head
+    if head is None or vars(model).get("_liger_not_deferred") is head:
+        return None
+    layers = linear_layers(head)
+    reason = why_not_deferred(head, layers)
+    if reason is None:
+        for layer in layers:
+            if not isinstance(layer, DeferredHead):
+                swap(layer, DeferredHead, model._liger_fused)
+        return head
+    model._liger_not_deferred = head
+    logger.warning(
+        "The model's output head was replaced after the kernels were injected, by one whose loss "
+        "cannot be fused: %s. Training goes on with plain logits.",
+        reason,
+    )
+    return None
+
+
+def defers_logits(model: nn.Module) -> bool:
+    """Whether the loss of `model`'s logits is fused with its head."""
+    fused = isinstance(model, DeferringModel) and model._liger_fused
+    return fused and current_head(model) is not None
+
+
+def examine_model(search: Search) -> Iterator[Finding]:
+    """The head and its linear layers, then the model."""
+    model, config = search.model, search.config
+    fused = config.fused_linear_cross_entropy
+    rule = FUSED if fused or not config.cross_entropy else "cross_entropy"
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        reason = "the model has no output embeddings, so no logits of a vocabulary"
+        yield Finding(Row("", rule, False, reason, eligible=False))
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    site = names.get(id(head), "")
+    if not (fused or config.cross_entropy):
+        yield Finding(Row(site, rule, False, SWITCHED_OFF, eligible=False))
+        return
+    layers = linear_layers(head)
+    reason = why_not_deferred(head, layers)
+    max_error = None
+    if reason is None:
+        max_error = _probe(search.device_of(head), fused, _has_bias(layers))
+        if max_error is None:
+            reason = "the loss through the kernel differs from the plain one"
+    if reason is not None:
+        yield Finding(Row(site, rule, False, reason))
+        return
+    yield Finding(
+        Row(site, rule, True, "logits deferred" if fused else "loss of given logits", max_error),
+        head, DeferredHead, (fused,),
+    )  # fmt: skip
+    for layer in layers:
+        if layer is not head:
+            row = Row(names[id(layer)], "model", True, "term of the head", eligible=False)
+            yield Finding(row, layer, DeferredHead, (fused,))
+    row = Row("", "model", True, "own forward and loss kept", eligible=False)
+    yield Finding(row, model, DeferringModel, (fused,))
+
+
+def linear_layers(head: nn.Module) -> list[nn.Module]:
+    """The head, and inside an adapter the linear layers onto the vocabulary."""
+    size = vocabulary(head)
+    inner = [
+        m
+        for m in head.modules()
+        if m is not head and isinstance(m, nn.Linear) and vocabulary(m) == size
+    ]
+    return [head, *inner]
+
+
+def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
+    """None if calls of `head` can be deferred, else the reason."""
+    kind = type(head).__name__
+    if vocabulary(head) is None:
+        return f"{kind} is not a plain linear layer"
+    adapter = hasattr(head, "base_layer") or hasattr(head, "modules_to_save")
+    if not isinstance(head, nn.Linear) and not (adapter and len(layers) > 1):
+        return f"{kind} is not a plain linear layer"
+    for layer in layers:
+        own = getattr(type(layer), "_liger_base", type(layer)).forward
+        if isinstance(layer, nn.Linear) and own is not nn.Linear.forward:
+            return f"{type(layer).__name__} is not a plain linear layer"
+        if "forward" in vars(layer):
+            return "its forward is replaced on the instance (a hook?): inject before that"
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return "it has forward hooks: inject before they are registered"
+        if layer._backward_hooks or layer._backward_pre_hooks:
+            return "it has backward hooks"
+        if hasattr(layer, "parametrizations"):
+            return "it is parametrized"
+    return None
+
+
+def vocabulary(head: nn.Module) -> int | None:
+    """The number of logits; of a shard, that of the whole."""
+    inner = getattr(head, "base_layer", None) or getattr(head, "original_module", None)
+    if isinstance(inner, nn.Module):
+        return vocabulary(inner)
+    if not isinstance(head, nn.Linear):
+        return None
+    for parameter in head.parameters(recurse=False):
+        if parameter.dim() == 2 and parameter.numel():
+            return parameter.shape[0]
+    return head.out_features
+
+
+def _has_bias(layers: list[nn.Module]) -> bool:
+    return any(getattr(layer, "bias", None) is not None for layer in layers)
+
+
+def _probe(device: torch.device, fused: bool, has_bias: bool) -> float | None:
+    """The fp32 error of loss and gradients through a small head of the layer's kind.
+
+    None if it is larger than the plain head's: with TF32 switched on, that is large too.
+    """
+    vocab, width, tokens = 50, 16, 24
+    labels = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(0))
+    labels[::3] = -100
+    labels = labels.to(device)
+    shapes = [(tokens, width), (vocab, width)] + [(vocab,)] * has_bias
+    inputs = tuple(probe.draw(s, 1.0, device, i).requires_grad_() for i, s in enumerate(shapes))
+
+    def loss(defers: bool, hidden, weight, bias=None):
+        with torch.device("meta"):
+            layer = nn.Linear(width, vocab, bias is not None)
+        del layer.weight, layer.bias  # tensors in the place of parameters
+        layer.weight, layer.bias = weight, bias
+        if not defers:
+            return F.cross_entropy(layer(hidden).float(), labels)
+        swap(layer, DeferredHead, fused)
+        with scope.deferring(layer):
+            return F.cross_entropy(layer(hidden).float(), labels)
+
+    case = probe.Case(inputs, "a small head")
+    truth = probe.evaluate(functools.partial(loss, False), case.cast(torch.float64))
+    errors = []
+    for defers in (False, True):
+        results = probe.evaluate(functools.partial(loss, defers), case)
+        errors.append(max(map(probe.relative_error, results, truth)))
+    allowed = probe.FACTOR * errors[0] + probe.TOLERANCE_FP32
+    return errors[1] if errors[1] <= allowed else None

@@ -1,0 +1,215 @@
+"""LoRA on linear layers, as PEFT makes them: the base layer inside, adapters by name.
+
+A layer is recognized by its tables of adapters, and proven on a small copy: the same class and
+settings, all its adapters active, other sizes. What may change between two calls (which adapters
+are active, merged, disabled, their factors, hooks) is read at every call; where the fused operation
+does not apply, the layer's own forward runs.
+
+Adapters on the output head belong to the head's rule.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from liger_trainer.injection import probe
+from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.kernels.layers.lora_linear import (
+    MIN_ELEMENTS,
+    Adapter,
+    add_adapters,
+    lora_linear,
+)
+from liger_trainer.kernels.runtime import every_size, pays
+from liger_trainer.report import Row
+from liger_trainer.swap import Swapped, swap
+
+RULE = "lora"
+_PLAIN = (torch.Tensor, nn.Parameter)
+_WIDTHS = 24, 40  # of the copy that is probed
+_TOLERANCE_FP64 = 1e-10
+
+
+class FusedLoRA(Swapped):
+    """forward(x) as one operation; small inputs, and where that does not apply, as before."""
+
+    def forward(self, x, *args, **kwargs):
+        usual = not (args or kwargs) and pays(x, MIN_ELEMENTS)
+        adapters = active_adapters(self, x) if usual else None
+        if not adapters:
+            return self._liger_base.forward(self, x, *args, **kwargs)
+        base = self.base_layer
+        if _is_plain_linear(base, x):
+            return lora_linear(x, base.weight, base.bias, adapters)
+        return add_adapters(base(x), x, adapters)
+
+
+def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
+    """What is added to the base product of `x` now; None if only the layer's forward can tell."""
+    if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
+        return None
+    if type(x) not in _PLAIN or not x.is_floating_point() or _is_sharded(layer.base_layer):
+        return None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype == torch.float64:  # which autocast leaves alone
+        return None
+    found = []
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        if _variant(layer, name) is not None:
+            return None
+        down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        if _is_hooked(down) or _is_hooked(up) or _is_hooked(dropout):
+            return None
+        A, B, scale = down.weight, up.weight, layer.scaling[name]
+        if type(A) not in _PLAIN or type(B) not in _PLAIN or not isinstance(scale, (int, float)):
+            return None
+        if A.dtype != B.dtype or A.device != x.device or not A.numel():
+            return None
+        if not autocast and A.dtype != x.dtype:
+            widens = torch.promote_types(A.dtype, x.dtype) == A.dtype
+            if not (widens and getattr(layer, "cast_input_dtype_enabled", True)):
+                return None
+        found.append(Adapter(A, B, scale, dropout.p if _drops(dropout) else 0.0))
+    return found
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return dropout.training and type(dropout) is nn.Dropout and dropout.p > 0.0
+
+
+def _variant(layer: nn.Module, name: str) -> str | None:
+    """Why the adapter is not plain LoRA on a linear layer."""
+    variants = getattr(layer, "lora_variant", ())
+    if name in variants:
+        return f"the variant {type(variants[name]).__name__}"
+    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    for part in (down, up):
+        if type(part) is not nn.Linear:
+            return f"adapters of type {type(part).__name__}"
+    if down.bias is not None or up.bias is not None:
+        return "a bias of the adapter"
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"dropout by {type(dropout).__name__}"
+    return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its forward (engines that gather, offload, observe)."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> bool:
+    if type(base).forward is not nn.Linear.forward or _is_hooked(base):
+        return False
+    weight = base.weight
+    if type(weight) not in _PLAIN or not weight.is_floating_point() or weight.dim() != 2:
+        return False
+    return weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def _is_sharded(base: nn.Module) -> bool:
+    weight = getattr(base, "weight", None)
+    return type(weight) not in _PLAIN and hasattr(weight, "device_mesh")  # a DTensor
+
+
+def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+    if not _looks_like_lora(module):
+        return None
+    if module is search.once("output embeddings", lambda: _output_embeddings(search.model)):
+        return None
+    if not search.config.lora:
+        return Finding(Row(site, RULE, False, SWITCHED_OFF, eligible=False))
+    if hasattr(module, "parameter_name"):
+        reason = f"adapts the parameter {module.parameter_name}, not a linear layer"
+        return Finding(Row(site, RULE, False, reason))
+    variants = {name: _variant(module, name) for name in module.lora_A}
+    plain = [name for name, variant in variants.items() if variant is None]
+    if not plain:
+        return Finding(Row(site, RULE, False, f"not plain LoRA: {next(iter(variants.values()))}"))
+    device = search.device_of(module)
+    key = type(module), tuple(module.scaling.items()), tuple(plain), str(device)
+    verdict = search.once(("lora", key), lambda: prove(module, plain, device))
+    reason = "adapters added in place, their input kept once" if verdict.equal else verdict.reason
+    row = Row(site, RULE, verdict.equal, reason, verdict.max_error)
+    return Finding(row, module, FusedLoRA)
+
+
+def _looks_like_lora(module: nn.Module) -> bool:
+    tables = (getattr(module, name, None) for name in ("lora_A", "lora_B", "lora_dropout"))
+    return (
+        isinstance(getattr(module, "base_layer", None), nn.Module)
+        and all(isinstance(table, nn.ModuleDict) and len(table) > 0 for table in tables)
+        and isinstance(getattr(module, "scaling", None), dict)
+    )
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Verdict:
+    """Whether the fused operation equals the layer's forward, in fp64 and in lower precision."""
+    twin = probe.random_copy(_small_copy(module, names), device).eval()
+    fused = copy.deepcopy(twin)
+    swap(fused, FusedLoRA)
+    (original, parameters), (candidate, _) = map(probe.with_parameters, (twin, fused))
+    is_adapter = ["lora_" in name for name, _ in twin.named_parameters()]
+    worst = 0.0
+    for case in _cases(parameters, is_adapter, torch.float64, torch.float64, device):
+        try:
+            expected = probe.evaluate(original, case)
+        except Exception as error:  # third-party modules may raise anything
+            return probe.Verdict(False, None, f"cannot be run on its own: {error}"[:100])
+        with every_size():
+            got = probe.evaluate(candidate, case)
+        worst = max(worst, *map(probe.relative_error, got, expected))
+        if not worst <= _TOLERANCE_FP64:
+            return probe.Verdict(False, worst, f"differs by {worst:.1e} for {case.label}")
+    low = torch.bfloat16
+    for adapter_dtype in (low, torch.float32):
+        cases = _cases(parameters, is_adapter, low, adapter_dtype, device)
+        verdict = probe.compare(original, candidate, cases)
+        if not verdict.equal:
+            return verdict
+    return dataclasses.replace(verdict, max_error=worst)
+
+
+def _small_copy(module: nn.Module, names: list[str]) -> nn.Module:
+    """A copy with small weights, whose adapters `names` are all active, none merged."""
+    inputs, outputs = _WIDTHS
+    bias = getattr(module.base_layer, "bias", None) is not None
+    memo = {id(module.base_layer): nn.Linear(inputs, outputs, bias)}
+    for i, name in enumerate(module.lora_A):
+        memo[id(module.lora_A[name])] = nn.Linear(inputs, 3 + i, bias=False)
+        memo[id(module.lora_B[name])] = nn.Linear(3 + i, outputs, bias=False)
+    twin = copy.deepcopy(module, memo)
+    twin._active_adapter, twin._disable_adapters, twin.merged_adapters = names, False, []
+    return twin
+
+
+def _cases(
+    parameters: list[nn.Parameter],
+    is_adapter: list[bool],
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[probe.Case]:
+    for i, scale in enumerate(probe.SCALES):
+        tensors = [probe.draw((2, 3, _WIDTHS[0]), scale, device, i).to(dtype)]
+        for parameter, adapter in zip(parameters, is_adapter, strict=True):
+            tensors.append(parameter.detach().to(adapter_dtype if adapter else dtype))
+        label = f"{dtype} input of size {scale:g}, {adapter_dtype} adapters"
+        yield probe.Case(tuple(t.requires_grad_() for t in tensors), label)

@@ -1,0 +1,207 @@
+"""TRL's trainers on this package's kernels: same names, arguments, configs and metrics.
+
+    from liger_trainer.trl import DPOConfig, DPOTrainer
+
+`use_liger_kernel=True` in the config injects the kernels into policy, reference and teacher, and
+scores tokens through this package's head. With the flag off each class is exactly TRL's. Classes
+are made on first use, and TRL is imported then; `fused(MyTrainer)` makes one of your own subclass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from liger_trainer.config import KernelConfig
+from liger_trainer.deferred import loss_scope
+from liger_trainer.injection.rules.head import defers_logits
+from liger_trainer.injection.walk import inject, is_injected
+from liger_trainer.report import InjectionReport
+from liger_trainer.trainer_hook import handled_for, without_request
+from liger_trainer.trl.checks import check_examples, check_options, check_reference
+from liger_trainer.trl.fused_head import attach_fused_head, check_adapter
+from liger_trainer.trl.overrides import overrides
+
+_HOMES = {
+    **dict.fromkeys(("Distillation", "DPO", "GRPO", "KTO", "Reward", "RLOO", "SFT"), "trl"),
+    "CPO": "trl.experimental.cpo",
+    "GKD": "trl.experimental.gkd",
+    "GMPO": "trl.experimental.gmpo",
+    "ORPO": "trl.experimental.orpo",
+    "TPO": "trl.experimental.tpo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for method, module in _HOMES.items():
+        if name in (f"{method}Trainer", f"{method}Config"):
+            found = getattr(_import(module), name)
+            return fused(found) if name.endswith("Trainer") else found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    kinds = ("Trainer", "Config")
+    return sorted([*globals(), *(f"{method}{kind}" for method in _HOMES for kind in kinds)])
+
+
+def _import(module: str):
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and not error.name.startswith("trl"):
+            raise
+        raise ImportError(f"{module} is not there: pip install 'trl>=1.16'") from error
+
+
+@functools.cache
+def fused(trainer: type[Trainer]) -> type[Trainer]:
+    """The subclass of a TRL trainer whose `use_liger_kernel=True` means this package."""
+    if issubclass(trainer, FusedTrainer):
+        return trainer
+    names = {
+        "__module__": __name__ if trainer.__module__.startswith("trl.") else trainer.__module__,
+        "__doc__": trainer.__doc__,
+        "__signature__": inspect.signature(trainer),
+    }
+    return type(trainer.__name__, (FusedTrainer, trainer), names | overrides(trainer))
+
+
+class FusedTrainer:
+    """First base of every class that `fused` makes.
+
+    `injection_report` tells what was swapped in the policy; it is None with the flag off.
+    """
+
+    injection_report: InjectionReport | None = None
+
+    def __init__(self, *args, **kwargs):
+        given = _training_arguments(args, kwargs)
+        if given is None or not given.use_liger_kernel:
+            super().__init__(*args, **kwargs)
+            return
+        config = KernelConfig.from_dict(given.liger_kernel_config)
+        check_options(type(self), given)
+        # TRL takes the flag for another package: it warns, changes the config and refuses models.
+        given.use_liger_kernel = False
+        try:
+            with self._fused_heads(config, given):
+                super().__init__(*args, **kwargs)
+        finally:
+            given.use_liger_kernel = True
+        self.args.use_liger_kernel = True
+        for name in ("model", "ref_model", "teacher_model"):
+            model = getattr(self, name, None)
+            if isinstance(model, nn.Module) and not is_injected(model):
+                self._inject(model, config)
+        check_examples(self)
+
+    def _inject(self, model: nn.Module, config: KernelConfig) -> None:
+        report = inject(model, config)
+        if self.injection_report is None:  # the policy comes first
+            self.injection_report = report
+
+    @contextlib.contextmanager
+    def _fused_heads(self, config: KernelConfig, args: TrainingArguments) -> Iterator[None]:
+        """Within it, TRL's modules that build this trainer give models our head.
+
+        TRL refuses an adapter on the head, because its own head would ignore it; ours does not.
+        """
+        from trl.trainer import utils
+
+        original, weighting = utils.add_fused_lm_head, self._weighting(args)
+        models: list[nn.Module] = []  # the policy, then its reference
+
+        def add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=()):
+            original(model, temperature, cast_lm_head_to_fp32, outputs or ("log_probs",))
+            models.append(model)
+            check_reference(models[0], model)
+            forward = model.forward
+            self._inject(model, config)
+            if config.fused_linear_cross_entropy and not cast_lm_head_to_fp32:
+                attach_fused_head(
+                    model,
+                    original=forward,
+                    temperature=temperature,
+                    outputs=tuple(outputs),
+                    weighting=weighting,
+                )
+            if not defers_logits(model):
+                check_adapter(model)
+
+        modules = {sys.modules[cls.__module__] for cls in type(self).__mro__}
+        modules = [module for module in modules if hasattr(module, "add_fused_lm_head")]
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(_replaced(module, "add_fused_lm_head", add_fused_lm_head))
+                if not getattr(args, "cast_lm_head_to_fp32", False):
+                    stack.enter_context(_replaced(module, "BaseTunerLayer", _Nothing))
+            yield
+
+    def _weighting(self, args: TrainingArguments) -> str | None:
+        """What `SFTTrainer.compute_loss` makes of log_probs, if that is what computes the loss."""
+        from trl import SFTTrainer
+
+        own = super().compute_loss.__func__ is SFTTrainer.compute_loss
+        return _WEIGHTING.get(getattr(args, "loss_type", None)) if own else None
+
+    def train(self, *args, **kwargs):
+        with handled_for(self, lambda: None):  # the kernels are in already
+            return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not self.args.use_liger_kernel:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with loss_scope():
+            return super().compute_loss(model, without_request(inputs), *args, **kwargs)
+
+
+_WEIGHTING = {"nll": "uniform", "dft": "probability"}
+
+
+class _Nothing:
+    """`isinstance(x, _Nothing)` is always False."""
+
+
+@contextlib.contextmanager
+def _replaced(module, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name, None)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _training_arguments(args: tuple, kwargs: dict) -> TrainingArguments | None:
+    candidates = [kwargs.get("args"), *args]
+    return next((a for a in candidates if isinstance(a, TrainingArguments)), None)
+
+
+# --- for `liger_trainer.enable()` ----------------------------------------------------------------
+
+
+def redirect() -> None:
+    """From now on TRL's own classes make instances of ours where the flag is on."""
+    base = _import("trl.trainer.base_trainer")._BaseTrainer
+
+    def make(cls, *args, **kwargs):
+        given = _training_arguments(args, kwargs)
+        return object.__new__(fused(cls) if given and given.use_liger_kernel else cls)
+
+    base.__new__ = staticmethod(make)
+
+
+def undo_redirect() -> None:
+    base = _import("trl.trainer.base_trainer")._BaseTrainer
+    if "__new__" in vars(base):
+        # A class that once had a __new__ of its own passes its arguments on to object's.
+        base.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(cls))

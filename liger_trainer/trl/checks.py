@@ -1,0 +1,102 @@
+"""Raise, before training starts, for what TRL's trainers would silently accept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from liger_trainer.kernels.losses.dpo import DPOLoss
+from liger_trainer.kernels.losses.grpo import GRPOLoss, RLOOLoss
+from liger_trainer.kernels.losses.kto import KTOLoss
+from liger_trainer.kernels.losses.reference_free import CPOLoss, ORPOLoss
+
+_LOSSES = {
+    "CPOTrainer": CPOLoss,
+    "DPOTrainer": DPOLoss,
+    "GRPOTrainer": GRPOLoss,
+    "KTOTrainer": KTOLoss,
+    "ORPOTrainer": ORPOLoss,
+    "RLOOTrainer": RLOOLoss,
+}
+_RENAMED = {"epsilon_low": "epsilon"}
+
+
+def check_options(trainer: type, args: TrainingArguments) -> None:
+    """Raises ValueError for an option of `args` that the trainer's loss does not use.
+
+    The losses' own formulas decide (`kernels/losses/dpo.py` and its neighbors): they
+    reject options without effect.
+    """
+    base = next((cls for cls in trainer.__mro__ if cls.__module__.startswith("trl.")), None)
+    loss = _LOSSES.get(getattr(base, "__qualname__", None))
+    if loss is None:
+        return
+    given = {}
+    for field in dataclasses.fields(loss):
+        name = _RENAMED.get(field.name, field.name)
+        if hasattr(args, name):
+            given[field.name] = getattr(args, name)
+    if given.get("loss_type") != "dr_grpo":  # the length limits generation in any case
+        given.pop("max_completion_length", None)
+    try:
+        loss(**given)
+    except ValueError as error:
+        raise ValueError(f"{type(args).__name__}: {error}") from error
+
+
+def check_examples(trainer: Trainer) -> None:
+    """Raises ValueError for prepared examples without a completion.
+
+    The log-probability of nothing is 0, the best there is: as chosen it wins, as rejected it cannot
+    lose, and averaged over its length it is NaN.
+    """
+    evaluation = trainer.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
+    for name, dataset in {"training": trainer.train_dataset, **named}.items():
+        if not isinstance(dataset, Dataset):
+            continue
+        empty = sorted(set(_without_completion(dataset)))
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(dataset)} {name} examples have a completion without tokens "
+                f"(the first is row {empty[0]}): it is empty, or max_length cuts it off. Remove "
+                "them, or raise max_length."
+            )
+
+
+def _without_completion(dataset: Dataset) -> Iterator[int]:
+    for column in ("chosen_ids", "rejected_ids", "completion_ids"):
+        if column in dataset.column_names:
+            yield from (i for i, length in enumerate(_lengths(dataset, column)) if not length)
+    for column in ("chosen_labels", "rejected_labels"):
+        if column in dataset.column_names:
+            rows = enumerate(dataset[column])
+            yield from (i for i, labels in rows if all(label == -100 for label in labels))
+
+
+def _lengths(dataset: Dataset, column: str) -> Iterator[int]:
+    """Lengths of the lists in a column, of which no element becomes a Python object."""
+    tables = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
+    for table in tables:
+        yield from pc.list_value_length(table[column]).to_pylist()
+
+
+def check_reference(model: nn.Module, reference: nn.Module) -> None:
+    """Raises ValueError for a reference whose head scores another vocabulary."""
+    sizes = [_vocabulary(m) for m in (model, reference)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the policy scores {sizes[0]} tokens, the reference {sizes[1]}: their "
+            "log-probabilities cannot be compared. Use a reference with the policy's tokenizer; "
+            "model.resize_token_embeddings(n) makes padded sizes equal."
+        )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return weight.shape[0] if weight is not None and weight.dim() == 2 else None

@@ -1,0 +1,112 @@
+"""TRL's fused-head interface, answered through the model's own forward.
+
+TRL's trainers score tokens with `model(..., labels=labels, fused_lm_head=True)`. Here the model's
+own forward runs, its logits stay deferred, and what it did to them (scale, softcap, adapters on the
+head) is what the scores are computed with. Nothing is read from the model's configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from liger_trainer.deferred.scope import loss_scope
+from liger_trainer.deferred.token_scores import token_scores
+from liger_trainer.injection.rules.head import defers_logits
+
+
+def attach_fused_head(
+    model: nn.Module,
+    *,
+    original: Callable,
+    temperature: float = 1.0,
+    outputs: tuple[str, ...] = (),
+    weighting: str | None = None,
+) -> None:
+    """Makes `model(..., fused_lm_head=True)` return TRL's `FusedCausalLMOutput` from our kernels.
+
+    `original` is the forward that TRL gave the model: it answers all other calls, and these too
+    while the head's logits are not deferred (after `restore`). `weighting` is that of
+    `linear_log_probs`.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    wanted = tuple(name for name in outputs if name != "log_probs")
+
+    @functools.wraps(type(model).forward)
+    def forward(
+        self,
+        *args,
+        fused_lm_head=False,
+        labels=None,
+        shift_labels=None,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        fused = fused_lm_head and defers_logits(self)
+        if fused_lm_head and not fused:
+            check_adapter(self)
+        if not fused:
+            return original(
+                *args,
+                fused_lm_head=fused_lm_head,
+                labels=labels,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+        config = self.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            kwargs.setdefault("output_router_logits", True)
+        with loss_scope():
+            own = type(self).forward(self, *args, **{**kwargs, "use_cache": False})
+            logits = own.logits
+            if shift_labels is None:
+                logits, shift_labels = logits[:, :-1], labels[:, 1:]
+            targets = shift_labels.to(logits.device)
+            scores = token_scores(
+                logits, targets, temperature=temperature, outputs=wanted, weighting=weighting
+            )
+        mask = targets != -100
+        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = -scores.log_probs.sum() / count
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = _router_loss(own)
+            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+        return FusedCausalLMOutput(
+            loss=loss,
+            log_probs=scores.log_probs,
+            entropy=scores.entropy,
+            log_sum_sq_probs=scores.log_sum_sq_probs,
+            mean_logits=scores.mean_logits,
+            is_top1=scores.is_top1,
+            label_mask=mask,
+            aux_loss=aux_loss,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raise ValueError if TRL's own head, which reads the plain weight, would ignore an adapter."""
+    if hasattr(model.get_output_embeddings(), "base_layer"):
+        raise ValueError(
+            "An adapter on the head needs fused_linear_cross_entropy, which is switched "
+            "off or was refused here (see the injection report). Switch it on, or remove "
+            "the head from target_modules."
+        )
+
+
+def _router_loss(own) -> torch.Tensor:
+    aux_loss = getattr(own, "aux_loss", None)
+    if aux_loss is None:
+        raise RuntimeError(
+            "router logits were asked for, but the model's forward returns no aux_loss. Set "
+            "fused_linear_cross_entropy to false in liger_kernel_config to train with TRL's head."
+        )
+    return aux_loss

@@ -1,0 +1,298 @@
+"""Methods of TRL's trainers that read whole logits, on kernels that do not.
+
+TRL's stable trainers score tokens through their fused-head interface (`trl/fused_head.py`). Its
+experimental ones read `outputs.logits`, and distillation reads the heads' weights. What is here
+takes over where logits are deferred; everything else goes to TRL's own functions.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import FunctionType
+
+import torch
+
+from liger_trainer.deferred.scope import loss_scope
+from liger_trainer.deferred.token_scores import divergence, fusable, token_scores
+from liger_trainer.injection.rules.head import defers_logits
+from liger_trainer.swap import rebind
+
+
+def overrides(trainer: type) -> dict[str, object]:
+    """Attributes for the subclass that `trl.fused` makes of `trainer`.
+
+    A method that `trainer` itself has changed is left as it is.
+    """
+    names: dict[str, object] = {}
+    for cls in trainer.__mro__:
+        if not cls.__module__.startswith("trl."):
+            continue
+        special = _METHODS.get(cls.__qualname__, {})
+        for name, attribute in vars(cls).items():
+            if name in names or _owner(trainer, name) is not cls or name == "__init__":
+                continue
+            changed = special[name](attribute) if name in special else _rebound(attribute)
+            if changed is not None:
+                names[name] = changed
+    return names
+
+
+def _owner(trainer: type, name: str) -> type | None:
+    return next((cls for cls in trainer.__mro__ if name in vars(cls)), None)
+
+
+# --- TRL's functions of logits, by their names ---------------------------------------------------
+
+
+def _rebound(attribute: object) -> object | None:
+    """`attribute` with TRL's functions replaced by ours; None if it uses none of them."""
+    function = getattr(attribute, "__func__", attribute)
+    if not isinstance(function, FunctionType):
+        return None
+    changed = None
+    for name, make in _FUNCTIONS.items():
+        theirs = _global(function, name)
+        if theirs is not None:
+            changed = rebind(changed or function, theirs, make(theirs)) or changed
+    if changed is None:
+        return None
+    changed = _in_loss_scope(changed)
+    return changed if function is attribute else type(attribute)(changed)  # static or class method
+
+
+def _in_loss_scope(method: Callable) -> Callable:
+    """`method`, which scores tokens, with the logits of its forwards deferred."""
+
+    @functools.wraps(method)
+    def scoped(*args, **kwargs):
+        with loss_scope():
+            return method(*args, **kwargs)
+
+    return scoped
+
+
+def _global(function: FunctionType, name: str) -> object | None:
+    module = sys.modules.get(function.__module__)
+    return getattr(module, name, None)
+
+
+def _selective_log_softmax(theirs: Callable) -> Callable:
+    @functools.wraps(theirs)
+    def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
+        if fusable(logits) is None or index.shape != logits.shape[:-1]:
+            return theirs(logits, index, temperature=temperature, row_mask=row_mask)
+        labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
+        return token_scores(logits, labels, temperature=temperature).log_probs
+
+    return selective_log_softmax
+
+
+def _selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
+    @functools.wraps(theirs)
+    def selective_log_softmax_and_entropy(
+        logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
+    ):
+        if fusable(logits) is None or index.shape != logits.shape[:-1]:
+            return theirs(logits, index, entropy_requires_grad, temperature, row_mask)
+        labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
+        scores = token_scores(logits, labels, temperature=temperature, outputs=("entropy",))
+        entropy = scores.entropy if entropy_requires_grad else scores.entropy.detach()
+        return scores.log_probs, entropy
+
+    return selective_log_softmax_and_entropy
+
+
+def _chunked_divergence_loss(theirs: Callable) -> Callable:
+    """Takes the logits that the hidden states came from (`_hidden_with_logits`), not what TRL reads
+    about them in the configurations."""
+
+    @functools.wraps(theirs)
+    def chunked_divergence_loss(
+        student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta, *args, **kwargs
+    ):
+        student, teacher = (
+            getattr(hidden, "_liger_logits", None) for hidden in (student_hidden, teacher_hidden)
+        )
+        if student is None or teacher is None or args:
+            return theirs(
+                student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta,
+                *args, **kwargs,
+            )  # fmt: skip
+        mask = mask != 0
+        loss, entropy = divergence(
+            student,
+            teacher,
+            mask,
+            beta=beta,
+            temperature=kwargs.get("temperature", 1.0),
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
+        )
+        return loss, entropy.sum(), mask.sum()
+
+    return chunked_divergence_loss
+
+
+_FUNCTIONS = {
+    "selective_log_softmax": _selective_log_softmax,
+    "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
+    "_chunked_divergence_loss": _chunked_divergence_loss,
+}
+
+
+# --- whole methods: one pass over the logits where TRL makes several -----------------------------
+
+
+def _orpo_forward(theirs: Callable) -> Callable:
+    """The negative log-likelihood of the chosen covers prompt and completion (ORPO)."""
+
+    @functools.wraps(theirs)
+    def concatenated_forward(self, model, batch):
+        def nll_labels(inputs, chosen):
+            attended = inputs["concatenated_attention_mask"][:chosen] == 1
+            return inputs["concatenated_input_ids"][:chosen].masked_fill(~attended, -100)
+
+        if not _scores_pairs(self, model):
+            return theirs(self, model, batch)
+        pair = _paired_forward(self, model, batch, self.padding_value, nll_labels)
+        chosen, sums, counts, nll, logits, aux = pair
+        logps = sums / counts
+        return (
+            logps[:chosen],
+            logps[chosen:],
+            logits[:chosen, :-1],
+            logits[chosen:, :-1],
+            nll,
+            *aux,
+        )
+
+    return concatenated_forward
+
+
+def _cpo_forward(theirs: Callable) -> Callable:
+    """The negative log-likelihood of the chosen covers the completion (CPO, SimPO)."""
+
+    @functools.wraps(theirs)
+    def concatenated_forward(self, model, batch):
+        def nll_labels(inputs, chosen):
+            return inputs["concatenated_labels"][:chosen]
+
+        if not _scores_pairs(self, model):
+            return theirs(self, model, batch)
+        pair = _paired_forward(self, model, batch, self.pad_token_id, nll_labels)
+        chosen, sums, counts, nll, logits, aux = pair
+        logps = sums / counts if self.loss_type in ("ipo", "simpo") else sums
+        if self.cpo_alpha == 0:
+            nll = torch.zeros_like(nll)
+        return (logps[:chosen], logps[chosen:], logits[:chosen], logits[chosen:], nll, *aux)
+
+    return concatenated_forward
+
+
+def _scores_pairs(trainer, model) -> bool:
+    unwrapped = trainer.accelerator.unwrap_model(model)
+    inner = getattr(unwrapped, "get_base_model", None)
+    return not trainer.is_encoder_decoder and defers_logits(
+        inner() if callable(inner) else unwrapped
+    )
+
+
+@_in_loss_scope
+def _paired_forward(self, model, batch, padding_value, nll_labels):
+    """One forward over chosen and rejected, each token scored once.
+
+    Returns (number of chosen, log-probability and tokens of each completion [B], NLL per token of
+    the chosen, logits, (aux loss,) or ()).
+    """
+    inputs = self.concatenated_inputs(
+        batch, padding_value=padding_value, device=self.accelerator.device
+    )
+    chosen = batch["chosen_labels"].shape[0]
+    router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+    outputs = model(
+        inputs["concatenated_input_ids"],
+        attention_mask=inputs["concatenated_attention_mask"],
+        use_cache=False,
+        **router,
+    )
+    logits = outputs.logits
+    completion = inputs["concatenated_labels"]
+    nll = nll_labels(inputs, chosen)
+    # A token is scored if either term wants it; in both, its label is the token itself.
+    labels = completion.clone()
+    labels[:chosen] = torch.where(nll != -100, nll, completion[:chosen])
+    log_probs = token_scores(logits[:, :-1], labels[:, 1:]).log_probs
+    mask, nll_mask = completion[:, 1:] != -100, nll[:, 1:] != -100
+    sums, counts = (log_probs * mask).sum(-1), mask.sum(-1)
+    nll = -(log_probs[:chosen] * nll_mask).sum() / nll_mask.sum()
+    return chosen, sums, counts, nll, logits, (outputs.aux_loss,) if router else ()
+
+
+def _hidden_with_logits(theirs: Callable) -> Callable:
+    """Hidden states out of the model's own forward; they carry the deferred logits with them."""
+
+    @functools.wraps(theirs)
+    @_in_loss_scope
+    def get_last_hidden_state(
+        self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images
+    ):
+        inner = getattr(unwrapped_model, "get_base_model", None)
+        model = inner() if callable(inner) else unwrapped_model
+        if defers_logits(model):
+            given = {name: value for name, value in images.items() if value is not None}
+            outputs = model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given
+            )
+            logits = outputs.logits[:, :-1][:, -logits_to_keep:]
+            head = fusable(logits)
+            if head is not None:
+                hidden = head.terms[0].hidden
+                # A view of its own: an attribute of what the logits hold would never be freed.
+                carrier = hidden.view_as(hidden)
+                carrier._liger_logits = logits
+                return carrier
+        return theirs(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images)
+
+    return get_last_hidden_state
+
+
+def _generalized_jsd(theirs: staticmethod) -> staticmethod:
+    function = theirs.__func__
+
+    @functools.wraps(function)
+    def generalized_jsd_loss(
+        student_logits,
+        teacher_logits,
+        labels=None,
+        beta=0.5,
+        temperature=1.0,
+        reduction="batchmean",
+        num_items_in_batch=None,
+    ):
+        deferred = fusable(student_logits) is not None and fusable(teacher_logits) is not None
+        if not deferred or labels is None or (num_items_in_batch is None and reduction == "mean"):
+            return function(
+                student_logits, teacher_logits, labels, beta, temperature, reduction,
+                num_items_in_batch,
+            )  # fmt: skip
+        loss, _ = divergence(
+            student_logits,
+            teacher_logits,
+            labels != -100,
+            beta=beta,
+            temperature=temperature,
+            reduction="mean" if reduction == "batchmean" else reduction,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return loss
+
+    return staticmethod(generalized_jsd_loss)
+
+
+_METHODS: dict[str, dict[str, Callable]] = {
+    "ORPOTrainer": {"concatenated_forward": _orpo_forward},
+    "CPOTrainer": {"concatenated_forward": _cpo_forward},
+    "DistillationTrainer": {"_get_last_hidden_state": _hidden_with_logits},
+    "GKDTrainer": {"generalized_jsd_loss": _generalized_jsd},
+}

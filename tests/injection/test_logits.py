@@ -1,0 +1,258 @@
+"""Deferred logits behave like logits, and cost nothing until they must."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from liger_trainer.deferred import scope
+from liger_trainer.deferred.logits import DeferredLogits, as_scale_and_softcap
+from liger_trainer.injection.rules.head import DeferredHead
+from liger_trainer.swap import swap
+
+TOKENS, WIDTH, VOCAB = (2, 5), 8, 11
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(0)
+    hidden = torch.randn(*TOKENS, WIDTH, requires_grad=True)
+    weight = nn.Parameter(torch.randn(VOCAB, WIDTH))
+    bias = nn.Parameter(torch.randn(VOCAB))
+    return hidden, weight, bias
+
+
+def deferred(head, fused=True) -> DeferredLogits:
+    """The logits that such a layer returns in a forward with labels."""
+    hidden, weight, bias = head
+    layer = linear(weight, bias, fused)
+    with scope.deferring(layer):
+        return layer(hidden)
+
+
+def linear(weight, bias, fused=True) -> nn.Linear:
+    layer = nn.Linear(*reversed(weight.shape), bias=bias is not None)
+    layer.weight, layer.bias = weight, bias
+    swap(layer, DeferredHead, fused)
+    return layer
+
+
+def plain(head):
+    return F.linear(*head)
+
+
+def labels():
+    wanted = torch.arange(10).reshape(TOKENS) % VOCAB
+    wanted[0, :2] = -100
+    return wanted
+
+
+# What happens between a head and its loss, in the wild.
+PIPELINES = {
+    "cast": lambda z: z.float(),
+    "scale": lambda z: (z * 0.25).float(),
+    "scale from the left": lambda z: 0.25 * z,
+    "divide": lambda z: (z / 8.0).float(),
+    "divide in place": lambda z: z.__itruediv__(8.0),
+    "multiply in place": lambda z: z.mul_(0.5),
+    "softcap": lambda z: torch.tanh(z / 3.0) * 3.0,
+    "scaled softcap": lambda z: (3.0 * torch.tanh(z * 0.1 / 3.0)).to(torch.float32),
+    "shift": lambda z: torch.cat([z[..., :-1, :], z[..., -1:, :]], 1).contiguous(),
+    "index": lambda z: z[torch.tensor([1, 0])],
+    "views": lambda z: z.unsqueeze(0).squeeze(0).view(1, *TOKENS, VOCAB).flatten(0, 1),
+}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES.values(), ids=PIPELINES.keys())
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_loss_and_gradients_as_from_plain_logits(head, pipeline, fused, reduction):
+    def loss(logits):
+        logits = pipeline(logits)
+        rows = logits.reshape(-1, VOCAB)
+        return F.cross_entropy(rows, labels().view(-1), reduction=reduction).sum()
+
+    got = torch.autograd.grad(loss(deferred(head, fused=fused)), head)
+    expected_loss = loss(plain(head))
+    torch.testing.assert_close(loss(deferred(head, fused=fused)), expected_loss)
+    for a, b in zip(got, torch.autograd.grad(expected_loss, head), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", [n for n in PIPELINES if n != "shift"])
+def test_pipelines_are_followed_without_computing_logits(head, name):
+    logits = PIPELINES[name](deferred(head))
+    assert isinstance(logits, DeferredLogits)
+    F.cross_entropy(logits.reshape(-1, VOCAB), labels().view(-1)).backward()
+    assert logits._value is None
+
+
+def test_every_option_of_cross_entropy(head):
+    weight = torch.rand(VOCAB)
+    options = {"weight": weight, "ignore_index": 3, "label_smoothing": 0.2}
+    target = labels().view(-1).clamp_min(0)
+    got = F.cross_entropy(deferred(head).view(-1, VOCAB), target, **options)
+    torch.testing.assert_close(got, F.cross_entropy(plain(head).view(-1, VOCAB), target, **options))
+
+
+def test_nll_of_log_softmax(head):
+    logits = deferred(head)
+    got = F.nll_loss(F.log_softmax(logits, dim=-1).view(-1, VOCAB), labels().view(-1))
+    torch.testing.assert_close(got, F.cross_entropy(plain(head).view(-1, VOCAB), labels().view(-1)))
+    assert logits._value is None
+
+
+def test_value_is_bit_for_bit_the_plain_one(head):
+    assert torch.equal(deferred(head) + 0, plain(head))
+    softcapped = torch.tanh(deferred(head).to(torch.bfloat16) / 3) * 3
+    assert torch.equal(softcapped + 0, torch.tanh(plain(head).to(torch.bfloat16) / 3) * 3)
+
+
+def test_metadata_without_value(head):
+    logits = deferred(head)
+    assert logits.shape == (*TOKENS, VOCAB)
+    assert logits.size(-1) == VOCAB
+    assert len(logits) == TOKENS[0]
+    assert (logits.dtype, logits.device.type, logits.ndim) == (torch.float32, "cpu", 3)
+    assert logits.requires_grad
+    assert isinstance(logits, torch.Tensor)
+    assert logits._value is None
+
+
+def test_argmax_token_by_token(head):
+    logits = deferred(head)
+    assert torch.equal(logits.argmax(-1), plain(head).argmax(-1))
+    assert torch.equal(torch.argmax(logits[:, 1:], dim=-1), plain(head)[:, 1:].argmax(-1))
+    assert logits._value is None
+
+
+def test_other_uses_get_the_value_with_its_gradient(head):
+    got = torch.autograd.grad(deferred(head).softmax(-1).square().sum(), head)
+    expected = torch.autograd.grad(plain(head).softmax(-1).square().sum(), head)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_look_without_gradients_does_not_cost_the_gradient(head):
+    logits = deferred(head)
+    with torch.no_grad():
+        logits.max()
+    grads = torch.autograd.grad(logits.sum(), head)
+    torch.testing.assert_close(grads[2], torch.full((VOCAB,), 10.0))
+
+
+def test_gradient_through_code_that_cannot_be_intercepted(head):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    got = torch.autograd.grad(Double.apply(deferred(head)).sum(), head)
+    for a, b in zip(got, torch.autograd.grad(2 * plain(head).sum(), head), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_mask_written_in_place(head):
+    """As Chameleon does with its image tokens."""
+    with torch.no_grad():
+        logits, expected = deferred(head), plain(head)
+        for z in (logits, expected):
+            z[:, :, [1, 4]] = torch.finfo(z.dtype).min
+    got = F.cross_entropy(logits.view(-1, VOCAB), torch.full((10,), 2))
+    torch.testing.assert_close(got, F.cross_entropy(expected.view(-1, VOCAB), torch.full((10,), 2)))
+
+
+def test_in_place_change_reaches_the_views(head):
+    def run(logits):
+        view = logits[:, 1:]
+        logits.mul_(2.0)
+        view[:, :, 3] = 0.0
+        view.detach()[0, 0, 0] = 5.0
+        return torch.autograd.grad(logits.square().sum() + view.sum(), head)
+
+    for a, b in zip(run(deferred(head)), run(plain(head) * 1.0), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_logits_read_after_the_weights_changed_are_refused(head):
+    changes = [
+        lambda: head[1].add_(1.0),
+        lambda: head[1].data.add_(1.0),
+        lambda: setattr(head[1], "data", head[1] + 1.0),
+        lambda: head[0].mul_(2.0),
+    ]
+    for change in changes:
+        logits = deferred(head)
+        with torch.no_grad():
+            change()
+        with pytest.raises(RuntimeError, match="have changed since"):
+            logits.sum()
+        with pytest.raises(RuntimeError, match="have changed since"):
+            F.cross_entropy(logits.view(-1, VOCAB), labels().view(-1))
+
+
+def test_low_rank_adapter_joins_the_head(head):
+    low = torch.randn(*TOKENS, 3, requires_grad=True)
+    adapter = nn.Parameter(torch.randn(VOCAB, 3))
+    base, lora = linear(*head[1:]), linear(adapter, None)
+    with scope.recording():
+        logits = base(head[0]) + lora(low) * 2.0
+    assert isinstance(logits, DeferredLogits)
+    leaves = (*head, low, adapter)
+    expected = plain(head) + 2.0 * F.linear(low, adapter)
+    target = labels().view(-1)
+    got = torch.autograd.grad(F.cross_entropy(logits.view(-1, VOCAB), target), leaves)
+    for a, b in zip(
+        got, torch.autograd.grad(F.cross_entropy(expected.view(-1, VOCAB), target), leaves),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(a, b)
+    assert logits._value is None
+
+
+def test_copies_and_pickles_are_ordinary_tensors(head):
+    logits = deferred([head[0].detach(), *(t.requires_grad_(False) for t in head[1:])])
+    for twin in (copy.deepcopy(logits), pickle.loads(pickle.dumps(logits))):
+        assert type(twin) is torch.Tensor
+        assert torch.equal(twin, plain(head))
+
+
+@pytest.mark.parametrize(
+    ("ops", "expected"),
+    [
+        ((), (1.0, None)),
+        ((("mul", 3.0), ("div", 2.0)), (1.5, None)),
+        ((("div", 5.0), ("tanh", None), ("mul", 5.0)), (1.0, 5.0)),
+        ((("mul", 0.5), ("tanh", None)), (0.5, 1.0)),
+        ((("tanh", None), ("tanh", None)), None),
+        ((("tanh", None), ("mul", -2.0)), None),
+    ],
+)
+def test_summary_of_what_happened_to_logits(ops, expected):
+    assert as_scale_and_softcap(ops) == expected
+
+
+def test_negative_softcap_is_computed_plainly(head):
+    """tanh(z) * -2 is no softcap of the kernel: the loss must still be right."""
+    got = F.cross_entropy((torch.tanh(deferred(head)) * -2.0).view(-1, VOCAB), labels().view(-1))
+    expected = F.cross_entropy((torch.tanh(plain(head)) * -2.0).view(-1, VOCAB), labels().view(-1))
+    torch.testing.assert_close(got, expected)
+
+
+def test_anomaly_detection_sees_gradients_and_changes_none(head):
+    def gradients(logits):
+        rows = logits.float().view(-1, VOCAB)
+        loss = F.cross_entropy(rows, labels().view(-1)) + 0.1 * logits.square().mean()
+        return torch.autograd.grad(loss, head)
+
+    with torch.autograd.detect_anomaly(check_nan=True):
+        got = gradients(deferred(head))
+    for a, b in zip(got, gradients(plain(head)), strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,81 @@
+"""Gradients of gradients through every layer operation, also of incoming ones that are constant."""
+
+import functools
+
+import pytest
+import torch
+
+from liger_trainer.kernels.layers.glu import geglu, geglu_reference, swiglu, swiglu_reference
+from liger_trainer.kernels.layers.layer_norm import layer_norm, layer_norm_reference
+from liger_trainer.kernels.layers.rms_norm import rms_norm, rms_norm_reference
+from liger_trainer.kernels.layers.rope import rope, rope_reference
+
+ROW, WIDTH, HEADS, TABLE = (3, 8), (8,), (2, 4, 3, 8), (2, 3, 6)
+GEMMA = {"eps": 1e-6, "offset": 1.0, "cast_first": False}
+
+
+def of_angles(function, **options):
+    """As a function of q and k alone: tables that require a gradient go to the reference."""
+    torch.manual_seed(1)
+    cos, sin = torch.randn(TABLE), torch.randn(TABLE)
+    return lambda q, k: function(q, k, cos.to(q.device), sin.to(q.device), **options)
+
+
+OPERATIONS = {
+    "rms_norm": (rms_norm, rms_norm_reference, {"eps": 1e-6}, (ROW, WIDTH)),
+    "rms_norm without weight": (rms_norm, rms_norm_reference, {"eps": 1e-6}, (ROW,)),
+    "rms_norm of gemma": (rms_norm, rms_norm_reference, GEMMA, (ROW, WIDTH)),
+    "layer_norm": (layer_norm, layer_norm_reference, {"eps": 1e-6}, (ROW, WIDTH, WIDTH)),
+    "layer_norm alone": (layer_norm, layer_norm_reference, {"eps": 1e-6}, (ROW,)),
+    "swiglu": (swiglu, swiglu_reference, {}, (ROW, ROW)),
+    "geglu": (geglu, geglu_reference, {}, (ROW, ROW)),
+    "geglu tanh": (geglu, geglu_reference, {"approximate": "tanh"}, (ROW, ROW)),
+    "rope": (of_angles(rope), of_angles(rope_reference), {}, (HEADS, HEADS)),
+}
+
+
+def leaves(shapes, device) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape).to(device).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "variable"])
+def test_a_gradient_penalty_is_that_of_torch(kernel_device, operation, constant):
+    function, reference, options, shapes = OPERATIONS[operation]
+    results = []
+    for each in (function, reference):
+        inputs = leaves(shapes, kernel_device)
+        outputs = each(*inputs, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        value = sum((o if constant else o.sin()).sum() for o in outputs)
+        grads = torch.autograd.grad(value, inputs, create_graph=True)
+        penalty = sum(g.square().sum() for g in grads)
+        if penalty.requires_grad:
+            found = torch.autograd.grad(penalty, inputs, allow_unused=True)
+        else:  # linear
+            found = [None] * len(inputs)
+        results.append([g if g is not None else torch.zeros(()) for g in (*grads, *found)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_operands_that_come_from_each_other(kernel_device):
+    """The gradient of one must not contain what goes through the other."""
+    results = []
+    for function in (swiglu, swiglu_reference):
+        (x,) = leaves((ROW,), kernel_device)
+        gate = x.sin()
+        (dx,) = torch.autograd.grad(function(gate, gate.cos()).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), x))
+    torch.testing.assert_close(*results)
+
+
+def test_frozen_operands(kernel_device):
+    x, weight = leaves((ROW, WIDTH), kernel_device)
+    weight.requires_grad_(False)
+    results = []
+    for function in (rms_norm, rms_norm_reference):
+        y = functools.partial(function, eps=1e-6)(x, weight)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), x))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,87 @@
+"""Input that TRL's trainers would pass over in silence is refused, before training."""
+
+from types import SimpleNamespace
+
+import pytest
+import trl_parity
+from datasets import Dataset
+
+from liger_trainer.trl import ORPOConfig, ORPOTrainer
+from liger_trainer.trl.checks import check_examples, check_options
+
+PAIR = {"prompt": "what is two plus two ?", "chosen": " four .", "rejected": " the mat ."}
+
+
+def build(rows, **more):
+    return lambda: {
+        "model": trl_parity.policy(),
+        "train_dataset": Dataset.from_list(rows),
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("DPO", {"label_smoothing": 0.1}, "label_smoothing=0.1 has no effect on loss_type sigmoid"),
+        ("DPO", {"loss_type": ["hinge"], "discopop_tau": 0.1}, "discopop_tau"),
+        ("DPO", {"loss_type": ["robust"], "label_smoothing": 0.5}, "label_smoothing"),
+        ("CPO", {"loss_type": "hinge", "simpo_gamma": 1.0}, "simpo_gamma"),
+        ("GRPO", {"loss_type": "cispo", "delta": 2.0}, "delta"),
+        ("GRPO", {"loss_type": "grpo", "vespo_k_pos": 1.0}, "vespo_k_pos"),
+        ("KTO", {"beta": 0.0}, "beta"),
+    ],
+)
+def test_option_that_the_loss_does_not_use(method, options, message, tmp_path):
+    trainer, config = trl_parity.classes(method, flag=True)
+    with pytest.raises(ValueError, match=message):
+        check_options(trainer, config(output_dir=str(tmp_path), use_cpu=True, **options))
+
+
+@pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "GRPO", "RLOO", "ORPO", "CPO", "GMPO"])
+def test_defaults_are_accepted(method, tmp_path):
+    trainer, config = trl_parity.classes(method, flag=True)
+    check_options(trainer, config(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_unused_option_at_construction(tmp_path):
+    options = {"label_smoothing": 0.1}
+    with pytest.raises(ValueError, match="DPOConfig: label_smoothing"):
+        trl_parity.trainer("DPO", tmp_path, build([PAIR], ref_model=trl_parity.policy(1)), options)
+
+
+@pytest.mark.parametrize("side", ["chosen_ids", "rejected_ids"])
+@pytest.mark.parametrize("dataset", ["training", "evaluation"])
+def test_empty_completion(side, dataset, tmp_path):
+    whole = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}
+    sets = {"training": [whole, whole], "evaluation": [whole, whole]}
+    sets[dataset] = [whole, {**whole, side: []}]
+    trainer = SimpleNamespace(
+        train_dataset=Dataset.from_list(sets["training"]),
+        eval_dataset=Dataset.from_list(sets["evaluation"]),
+    )
+    with pytest.raises(ValueError, match=rf"1 of 2 {dataset} examples .*row 1\)"):
+        check_examples(trainer)
+
+
+def test_completion_cut_off(tmp_path):
+    long = {**PAIR, "prompt": "what is two plus two ? " * 10}
+    with pytest.raises(ValueError, match="1 of 2 training examples have a completion without"):
+        ORPOTrainer(
+            args=ORPOConfig(
+                output_dir=str(tmp_path),
+                max_length=24,
+                max_completion_length=8,
+                remove_unused_columns=False,
+                use_liger_kernel=True,
+                **trl_parity.COMMON,
+            ),
+            processing_class=trl_parity.tiny.tokenizer(),
+            **build([PAIR, long])(),
+        )
+
+
+def test_reference_of_another_vocabulary(tmp_path):
+    reference = trl_parity.tiny.model(1, vocab_size=400)
+    with pytest.raises(ValueError, match="scores 320 tokens, the reference 400"):
+        trl_parity.trainer("DPO", tmp_path, build([PAIR], ref_model=reference))
