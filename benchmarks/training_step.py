@@ -274,11 +274,9 @@ def compete(name: str, contenders: list[str], options: argparse.Namespace) -> di
     for group in groups:
         deadline = time.monotonic() + options.limit
         with contextlib.ExitStack() as alive:
-            workers = {}
-            for contender in group:
-                worker = alive.enter_context(Worker(name, contender, options))
+            workers = {c: alive.enter_context(Worker(name, c, options)) for c in group}
+            for worker in workers.values():  # they warm up at the same time
                 worker.result = worker.answer(deadline)
-                workers[contender] = worker
             for _ in range(rounds):
                 for worker in workers.values():
                     if worker.failure is None:

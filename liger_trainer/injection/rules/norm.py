@@ -64,10 +64,13 @@ class NormForm:
 class FusedNorm(Swapped):
     """forward(x) by a kernel; key: the form, and the state of the module that it is proven for.
 
-    In another state, and for anything else than one tensor (a gate, say), forward is as before.
+    In another state, for anything else than one tensor (a gate, say), and in compiled code, forward
+    is as before.
     """
 
     def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
         form, proven = self._liger_key
         x = args[0] if args else kwargs.get(form.input)
         if len(args) + len(kwargs) != 1 or x is None or not proven.holds(self):

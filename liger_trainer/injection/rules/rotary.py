@@ -65,12 +65,15 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
     """Return a function with `original`'s signature that runs the kernel.
 
     It calls `original` for inputs that are too small for the kernel to pay, for tensors that the
-    kernel does not take, and for arguments other than those that the kernel was proven with.
+    kernel does not take, for arguments other than those that the kernel was proven with, and in
+    compiled code.
     """
     options = dataclasses.asdict(form)
 
     @functools.wraps(original)
     def apply_rotary(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
         given = {**dict(zip(call.names, args, strict=False)), **kwargs}
         q, k, cos, sin = map(given.get, call.tensors)
         heads = given.get(call.dim, call.dims[0])
