@@ -64,7 +64,7 @@ def _activation_and_slope(x, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "gelu_tanh")
         x2 = x * x
         two_u = 1.5957691216057308 * x * (1.0 + 0.044715 * x2)
-        s, rest = tl.sigmoid(two_u), tl.sigmoid(-two_u)  # 1 - s would lose all digits of a small one
+        s, rest = tl.sigmoid(two_u), tl.sigmoid(-two_u)  # 1 - s would cancel
         slope_2u = 1.5957691216057308 * (1.0 + 0.134145 * x2)
         return x * s, s * (1.0 + x * rest * slope_2u)
 
