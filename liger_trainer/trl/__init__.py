@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 from liger_trainer.config import KernelConfig
 from liger_trainer.deferred import loss_scope
+from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.head import defers_logits
 from liger_trainer.injection.walk import inject, is_injected
 from liger_trainer.report import InjectionReport
@@ -152,6 +153,10 @@ class FusedTrainer:
 
         own = super().compute_loss.__func__ is SFTTrainer.compute_loss
         return _WEIGHTING.get(getattr(args, "loss_type", None)) if own else None
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
+        return repeated(self, model, step)
 
     def train(self, *args, **kwargs):
         with handled_for(self, lambda: None):  # the kernels are in already
