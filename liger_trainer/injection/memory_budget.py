@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 # Of the device: blocks that the allocator cannot use, and what others allocate.
 _USABLE = 0.94
-_LOWER = 0.9  # times the limit, after a step that ran out of memory
+_LOWER = 0.95  # of what was allocated when memory ran out
 _CHECKPOINT = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
@@ -95,14 +95,16 @@ class Budget:
             self.limit = self.device.usable() if self.asked == "auto" else int(self.asked * GIB)
         self.base, self.tokens, self.steps = self.device.allocated(), tokens, self.steps + 1
         self.peak_before = self.device.peak()
-        if self.rest is None:
-            self.kept = 1
-            return self.kept
-        needed = self.base + self._rest_for(tokens)
-        fit = int((self.limit - needed) / (self.cost * tokens))
-        self.kept = max(0, min(len(self.layers), fit))
+        self.kept = self._fit()
         self._tell()
         return self.kept
+
+    def _fit(self) -> int:
+        """Return how many layers may keep their activations in this step; 1 before it is known."""
+        if self.rest is None:
+            return 1
+        free = self.limit - self.base - self._rest_for(self.tokens)
+        return max(0, min(len(self.layers), int(free / (self.cost * self.tokens))))
 
     def _learn(self) -> None:
         """Take in what the last step took at its peak, or at most took if the peak is older."""
@@ -134,8 +136,9 @@ class Budget:
     def lower(self) -> int:
         """Return how many layers to keep in place of `kept`, with which memory ran out."""
         self.device.release()
-        self.limit, self.lowered = int(_LOWER * self.limit), self.lowered + 1
-        self.kept = self.kept // 2
+        self.limit = int(_LOWER * min(self.limit, self.device.peak()))
+        self.lowered += 1
+        self.kept = self.told = max(0, min(self._fit(), self.kept - 1))
         self.peak_before = self.device.peak()  # which tells nothing of the step as it is repeated
         logger.warning(
             "out of memory: the step is repeated with %d of %d layers checkpointed",
@@ -145,7 +148,7 @@ class Budget:
         return self.kept
 
     def _tell(self) -> None:
-        if self.kept != self.told:
+        if self.rest is not None and self.kept != self.told:
             self.told = self.kept
             logger.info("activation_memory: %s", self)
 

@@ -114,10 +114,11 @@ def test_a_budget_that_cannot_be_met_names_what_is_in_use():
 def test_running_out_lowers_the_budget():
     budget, device = simulated(10, base=2 * GIB, rest=1 << 20, cost=1 << 18)
     device.step(budget, 1024)
-    before, _ = device.step(budget, 1024)
-    assert budget.lower() == before // 2
+    assert device.step(budget, 1024)[0] == 28
+    device.most = 6 * GIB  # that was all
+    assert budget.lower() == 10  # (0.95 * 6 - 2 - 1) GiB / 256 MiB
     assert device.released == 1
-    assert device.step(budget, 1024)[0] < before
+    assert device.step(budget, 1024)[0] == 10
     assert "lowered 1 times" in str(budget)
 
 
@@ -329,7 +330,7 @@ def test_a_real_budget_is_kept_and_used(share):
     asked = least + share * (most - least)
     losses, peak = run(asked)
     kept = budget_of(model).kept
-    assert torch.equal(losses, expected)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)  # attention adds atomically
     assert peak <= asked
     assert 0 < kept < 8
     one = (most - least) / 8
@@ -354,6 +355,7 @@ def test_memory_that_really_runs_out(caplog):
             losses, peak = steps(model, inputs, 3)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert torch.equal(losses, expected)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
     assert peak <= 0.75 * most
+    assert caplog.text.count("the step is repeated") == 1  # once is enough
     assert "out of memory: the step is repeated" in caplog.text
