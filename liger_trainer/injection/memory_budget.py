@@ -166,6 +166,23 @@ class Budget:
         )
 
 
+@dataclasses.dataclass
+class EveryLayer(Budget):
+    """In place of a budget that cannot be kept for `reason`: every layer is checkpointed."""
+
+    reason: str = ""
+
+    def choose(self, tokens: int) -> int:
+        self.kept = self.told = 0
+        return 0
+
+    def check(self, is_first: bool) -> None:
+        """Accept whatever a forward takes."""
+
+    def __str__(self) -> str:
+        return f"every layer is checkpointed: {self.reason}"
+
+
 def budget_of(model: nn.Module) -> Budget | None:
     """Return the budget of an injected model, or of the one inside a wrapper; None before a step
     was trained, and where there is none."""
@@ -175,8 +192,6 @@ def budget_of(model: nn.Module) -> Budget | None:
 
 def why_not(model: nn.Module) -> str | None:
     """Return None if a budget can be kept for `model`, else the reason."""
-    if not layers_of(model):
-        return "its layers cannot be checkpointed"
     parameters = list(model.parameters())
     if any(isinstance(p, DTensor) or not p.numel() for p in parameters):
         return "its weights are sharded, and every process would choose for itself"

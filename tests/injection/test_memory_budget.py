@@ -161,7 +161,11 @@ def gradients(model, seed=3):
     model.zero_grad()
     loss = model(**batch()).loss
     loss.backward()
-    return [loss.detach(), torch.rand(3), *(p.grad.clone() for p in model.parameters())]
+    return [
+        loss.detach(),
+        torch.rand(3),
+        *(p.grad.clone() for p in model.parameters() if p.numel()),
+    ]
 
 
 @pytest.mark.parametrize("kept", range(LAYERS + 1))
@@ -271,7 +275,7 @@ def test_without_a_cuda_device_training_is_lean_and_says_so_once(caplog):
     assert "8 GiB" in row.reason
     with caplog.at_level(logging.WARNING):
         got, again = gradients(model), gradients(model)
-    assert caplog.text.count("not on a CUDA device") == 1
+    assert caplog.text.count("no budget on cpu") == 1
     inject(model)
     expected = gradients(model)
     assert all(map(torch.equal, got, expected))
@@ -284,7 +288,23 @@ def test_models_whose_layers_cannot_be_checkpointed_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     report = inject(model, {"activation_memory": "auto"})
     reasons = [row.reason for row in report.refused if row.rule == "activation_memory"]
-    assert reasons == ["no budget (auto): its layers cannot be checkpointed"]
+    assert reasons == ["no budget (auto): the model's layers cannot be checkpointed"]
+
+
+def test_where_every_process_would_choose_for_itself_all_layers_are_checkpointed(caplog):
+    model = model_with_dropout()
+    inject(model)
+    expected = gradients(model)
+    inject(model, {"activation_memory": "auto"})
+    model.unused = nn.Parameter(torch.empty(0))  # what is left of a shard that others hold
+    runs = []
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda module, *_: runs.append(module))
+    with caplog.at_level(logging.WARNING):
+        got = gradients(model)
+    assert all(map(torch.equal, got, expected))
+    assert len(runs) == 2 * LAYERS
+    assert "every layer is checkpointed: its weights are sharded" in caplog.text
 
 
 # --- on a GPU ---------------------------------------------------------------------------------

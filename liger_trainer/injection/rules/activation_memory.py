@@ -78,21 +78,21 @@ def _budgeted(original: Callable, asked: str | float) -> Callable:
 
 
 def _budget(model: nn.Module, asked: str | float) -> memory_budget.Budget | None:
-    """Return the budget of `model`; where it cannot have one, None, and warn once."""
+    """Return the budget of `model`; None, and one warning, where nothing tells of memory."""
     found = vars(model).get("_liger_budget", False)
     device = next(model.parameters()).device
     if found is None or (found and found.device.device == device):
         return found
-    reason = memory_budget.why_not(model)
-    if device.type != "cuda":
-        reason = f"it is on {device}, not on a CUDA device"
-    if reason is not None:
-        logger.warning("activation_memory: no budget for this model: %s", reason)
-        model._liger_budget = None
-        return None
-    layers = memory_budget.layers_of(model)
-    model._liger_budget = memory_budget.Budget(asked, layers, memory_budget.Device(device))
-    return model._liger_budget
+    layers, memory = memory_budget.layers_of(model), memory_budget.Device(device)
+    budget = memory_budget.Budget(asked, layers, memory)
+    if (reason := memory_budget.why_not(model)) is not None:
+        budget = memory_budget.EveryLayer(asked, layers, memory, reason=reason)
+        logger.warning("activation_memory: %s", budget)
+    elif device.type != "cuda":
+        logger.warning("activation_memory: no budget on %s, which tells nothing of memory", device)
+        budget = None
+    model._liger_budget = budget
+    return budget
 
 
 def _first_input(args: tuple, kwargs: dict[str, object]) -> torch.Tensor | None:
@@ -112,13 +112,15 @@ def examine_model(search: Search, rules: set[str]) -> Iterator[Finding]:
     has_row = False
     if search.config.has_budget:
         budget = "auto" if mode == "auto" else f"{mode} GiB"
-        reason = memory_budget.why_not(search.model)
-        has_row = reason is None
+        has_row = bool(memory_budget.layers_of(search.model))
         if has_row:
-            row = Row("", RULE, True, f"as few layers are checkpointed as fit ({budget})")
+            reason = memory_budget.why_not(search.model)
+            what = f"as few layers are checkpointed as fit ({budget})"
+            row = Row("", RULE, True, f"every layer is checkpointed: {reason}" if reason else what)
             yield Finding(row, search.model, BudgetedModel, (mode,))
         else:
-            yield Finding(Row("", RULE, False, f"no budget ({budget}): {reason}"))
+            reason = f"no budget ({budget}): the model's layers cannot be checkpointed"
+            yield Finding(Row("", RULE, False, reason))
     if rules & {"rms_norm", "layer_norm", "swiglu", "geglu"}:
         reason = "norm outputs and gated products are computed again in backward"
         row = Row("", "model" if has_row else RULE, True, reason)
