@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -25,10 +25,10 @@ from liger_trainer.deferred import loss_scope
 from liger_trainer.fused_head import attach_fused_head, check_adapter
 from liger_trainer.hook import handled_for, without_request
 from liger_trainer.injection import inject, is_injected
-from liger_trainer.report import InjectionReport
+from liger_trainer.report import InjectionReport, Row
 from liger_trainer.rules.head import defers_logits
 from liger_trainer.trl_checks import check_examples, check_options, check_reference
-from liger_trainer.trl_overrides import overrides
+from liger_trainer.trl_overrides import override_rows, overrides
 
 _HOMES = {
     **dict.fromkeys(("Distillation", "DPO", "GRPO", "KTO", "Reward", "RLOO", "SFT"), "trl"),
@@ -102,12 +102,17 @@ class FusedTrainer:
             model = getattr(self, name, None)
             if isinstance(model, nn.Module) and not is_injected(model):
                 self._inject(model, config)
+        self._report(override_rows(self))
         check_examples(self)
 
     def _inject(self, model: nn.Module, config: KernelConfig) -> None:
         report = inject(model, config)
         if self.injection_report is None:  # the policy comes first
             self.injection_report = report
+
+    def _report(self, rows: Iterable[Row]) -> None:
+        before = self.injection_report.rows if self.injection_report else ()
+        self.injection_report = InjectionReport((*before, *rows))
 
     @contextlib.contextmanager
     def _fused_heads(self, config: KernelConfig, args: TrainingArguments) -> Iterator[None]:
@@ -127,7 +132,8 @@ class FusedTrainer:
             check_reference(models[0], model)
             forward = model.forward
             self._inject(model, config)
-            if config.fused_linear_cross_entropy and not cast_lm_head_to_fp32:
+            fused = config.fused_linear_cross_entropy and not cast_lm_head_to_fp32
+            if fused:
                 attach_fused_head(
                     model,
                     original=forward,
@@ -138,6 +144,8 @@ class FusedTrainer:
                 )
             if not defers_logits(model):
                 check_adapter(model)
+            if len(models) == 1:
+                self._report([_head_row(fused, defers_logits(model), cast_lm_head_to_fp32)])
 
         modules = {sys.modules[cls.__module__] for cls in type(self).__mro__}
         modules = [module for module in modules if hasattr(module, "add_fused_lm_head")]
@@ -164,6 +172,15 @@ class FusedTrainer:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with loss_scope():
             return super().compute_loss(model, without_request(inputs), *args, **kwargs)
+
+
+def _head_row(attached: bool, deferred: bool, cast_to_fp32: bool) -> Row:
+    """What answers `model(..., fused_lm_head=True)`, by which TRL scores tokens."""
+    if attached and deferred:
+        reason = "tokens are scored from the deferred logits of the model's own forward"
+    else:
+        reason = "TRL's own: " + ("cast_lm_head_to_fp32" if cast_to_fp32 else "no deferred logits")
+    return Row("add_fused_lm_head", "trl", attached and deferred, reason, eligible=attached)
 
 
 _WEIGHTING = {"nll": "uniform", "dft": "probability"}

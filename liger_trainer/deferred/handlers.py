@@ -23,6 +23,7 @@ from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.loss import LossOptions
 
 _Tensor = torch.Tensor
+WORKSPACE_BYTES = 64 << 20  # of fp32 logits that exist at once
 
 
 def implements(*functions):
@@ -323,7 +324,7 @@ def per_token(logits, reduce, dtype: torch.dtype):
     Some tokens are computed at a time, so that metrics need no full logits.
     """
     ops = logits.state.ops
-    rows = max(1, (64 << 20) // (4 * logits.shape[-1]))
+    rows = max(1, WORKSPACE_BYTES // (4 * logits.shape[-1]))
 
     def fused(operands: list[Operands]):
         found = [
