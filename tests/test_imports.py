@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
-    ["kernels", "report", "config"],
+    ["kernels", "report", "config", "symbols"],
     ["probe", "swap"],
     ["deferred"],
     ["rules"],
@@ -36,7 +36,7 @@ RUNS_LAYERS = [
     ["finished", "run"],
     ["card"],
 ]
-LEAVES = ["report", "config"]
+LEAVES = ["report", "config", "symbols"]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 MODULES = [p for p in sorted((ROOT / "liger_trainer").rglob("*.py")) if p.name != "kernels.py"]
 
