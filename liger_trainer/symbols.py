@@ -52,8 +52,10 @@ class Symbol:
         try:
             found = importlib.import_module(self.module)
             found = functools.reduce(getattr, owner.split("."), found)
-        except (ImportError, AttributeError):
-            raise LookupError(f"{self.name} is gone, which affects: {self.feature}") from None
+        except (ImportError, AttributeError) as error:
+            raise LookupError(
+                f"{self.name} is gone ({error}), which affects: {self.feature}"
+            ) from error
         if attribute and not _gives_instances(found, attribute):
             raise LookupError(
                 f"instances of {self.module}.{owner} have no {attribute} any more, which affects: "
