@@ -17,7 +17,9 @@ from test_trl_experimental import ROWS
 from transformers import T5Config, T5ForConditionalGeneration
 
 import liger_trainer.trl as drop_in
-from liger_trainer.deferred import handlers
+from liger_trainer import restore
+from liger_trainer.deferred import handlers, loss_scope
+from liger_trainer.deferred.logits import DeferredLogits
 from liger_trainer.kernels import workspace
 
 pytestmark = pytest.mark.usefixtures("every_size", "small_workspaces")
@@ -176,6 +178,29 @@ def test_report_names_the_head(to_fp32, tmp_path):
     row = rows["add_fused_lm_head"]
     assert row.swapped is not to_fp32
     assert ("cast_lm_head_to_fp32" in row.reason) is to_fp32
+
+
+def sft(model, tmp_path):
+    data = Dataset.from_list([{"text": "cat" + LONG}])
+    return trl_parity.trainer("SFT", tmp_path, lambda: {"model": model, "train_dataset": data})
+
+
+def test_plain_calls_reach_the_forward_that_the_class_has_then(tmp_path):
+    """TRL keeps the forward of before the injection for calls that are not for its head."""
+    model, ids = sft(decoder(), tmp_path).model, torch.arange(3, 9)[None]
+    with loss_scope():
+        assert isinstance(model(input_ids=ids).logits, DeferredLogits)
+    restore(model)
+    with loss_scope():
+        assert type(model(input_ids=ids).logits) is torch.Tensor
+
+
+def test_plain_calls_reach_a_forward_that_others_put_on_the_instance(tmp_path):
+    model, calls = decoder(), []
+    forward = model.forward
+    model.forward = lambda **kwargs: calls.append(1) or forward(**kwargs)
+    sft(model, tmp_path).model(input_ids=torch.arange(3, 9)[None])
+    assert calls == [1]
 
 
 @pytest.fixture
