@@ -192,12 +192,15 @@ class _Nothing:
 
 @contextlib.contextmanager
 def _replaced(module, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name, None)
+    before = getattr(module, name, _Nothing)
     setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        if before is _Nothing:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 def _training_arguments(args: tuple, kwargs: dict) -> TrainingArguments | None:

@@ -195,6 +195,13 @@ def test_plain_calls_reach_the_forward_that_the_class_has_then(tmp_path):
         assert type(model(input_ids=ids).logits) is torch.Tensor
 
 
+def test_modules_of_trl_are_left_as_they_were(tmp_path):
+    module = importlib.import_module("trl.trainer.sft_trainer")
+    before = dict(vars(module))
+    sft(decoder(), tmp_path)
+    assert vars(module) == before
+
+
 def test_plain_calls_reach_a_forward_that_others_put_on_the_instance(tmp_path):
     model, calls = decoder(), []
     forward = model.forward
