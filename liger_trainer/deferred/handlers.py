@@ -11,6 +11,7 @@ from liger_trainer.deferred.head_call import Operands
 from liger_trainer.deferred.logits import (
     OPS,
     DeferredLogits,
+    as_meta,
     as_scale_and_softcap,
     consume_logits,
     derive,
@@ -22,6 +23,7 @@ from liger_trainer.kernels.logits.cross_entropy import cross_entropy
 from liger_trainer.kernels.logits.loss import LossOptions
 
 _Tensor = torch.Tensor
+WORKSPACE_BYTES = 64 << 20  # of fp32 logits that exist at once
 
 
 def implements(*functions):
@@ -247,6 +249,29 @@ def _squeeze(logits, dim=None):
     return _rows(logits, lambda x: x.squeeze(dim))
 
 
+@implements(torch.chunk, _Tensor.chunk)
+def _chunk(logits, chunks, dim=0):
+    return _pieces(logits, lambda x: x.chunk(chunks, dim), dim)
+
+
+@implements(torch.split, _Tensor.split)
+def _split(logits, split_size, dim=0):
+    return _pieces(logits, lambda x: x.split(split_size, dim), dim)
+
+
+@implements(torch.unbind, _Tensor.unbind)
+def _unbind(logits, dim=0):
+    """Also what iterates over logits."""
+    return _pieces(logits, lambda x: x.unbind(dim), dim)
+
+
+def _pieces(logits, cut, dim):
+    if logits.state is None or dim % logits.ndim == logits.ndim - 1:
+        return NotImplemented
+    count = len(cut(as_meta(logits)))
+    return tuple(_rows(logits, lambda x, i=i: cut(x)[i]) for i in range(count))
+
+
 @implements(_Tensor.__getitem__)
 def _getitem(logits, index):
     if logits.state is None or not _leaves_vocabulary(index, logits.ndim):
@@ -287,26 +312,31 @@ def _leaves_vocabulary(index, ndim: int) -> bool:
 
 @implements(torch.argmax, _Tensor.argmax)
 def _argmax(logits, dim=None, keepdim=False):
-    """Some tokens at a time, so that metrics need no full logits."""
-    state = logits.state
-    if state is None or dim is None or dim % logits.ndim != logits.ndim - 1:
+    if logits.state is None or dim is None or dim % logits.ndim != logits.ndim - 1:
         return NotImplemented
-    rows = max(1, (64 << 20) // (4 * logits.shape[-1]))
+    ids = per_token(logits, lambda z: z.argmax(-1), torch.long)
+    return ids.unsqueeze(-1) if keepdim and ids is not NotImplemented else ids
+
+
+def per_token(logits, reduce, dtype: torch.dtype):
+    """Return `reduce` of each token's logits, without gradient; NotImplemented if that needs all.
+
+    Some tokens are computed at a time, so that metrics need no full logits.
+    """
+    ops = logits.state.ops
+    rows = max(1, WORKSPACE_BYTES // (4 * logits.shape[-1]))
 
     def fused(operands: list[Operands]):
         found = [
-            replay(state.ops, plain_logits(operands, slice(start, start + rows))).argmax(-1)
+            reduce(replay(ops, plain_logits(operands, slice(start, start + rows))))
             for start in range(0, math.prod(logits.shape[:-1]), rows)
         ]
-        empty = torch.empty(0, dtype=torch.long, device=logits.device)
+        empty = torch.empty(0, dtype=dtype, device=logits.device)
         return (torch.cat(found) if found else empty,)
 
     with torch.no_grad():
-        results = consume_logits(logits, fused, lambda z: (z.argmax(-1).flatten(),))
-    if results is None:
-        return NotImplemented
-    ids = results[0].reshape(logits.shape[:-1])
-    return ids.unsqueeze(-1) if keepdim else ids
+        results = consume_logits(logits, fused, lambda z: (reduce(z).flatten(),))
+    return NotImplemented if results is None else results[0].reshape(logits.shape[:-1])
 
 
 def plain_logits(operands: list[Operands], rows: slice = slice(None)) -> torch.Tensor:

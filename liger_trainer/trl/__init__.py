@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -25,11 +25,11 @@ from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.head import defers_logits
 from liger_trainer.injection.walk import inject, is_injected
-from liger_trainer.report import InjectionReport
+from liger_trainer.report import InjectionReport, Row
 from liger_trainer.trainer_hook import handled_for, without_request
 from liger_trainer.trl.checks import check_examples, check_options, check_reference
 from liger_trainer.trl.fused_head import attach_fused_head, check_adapter
-from liger_trainer.trl.overrides import overrides
+from liger_trainer.trl.overrides import override_rows, overrides
 
 _HOMES = {
     **dict.fromkeys(("Distillation", "DPO", "GRPO", "KTO", "Reward", "RLOO", "SFT"), "trl"),
@@ -103,12 +103,17 @@ class FusedTrainer:
             model = getattr(self, name, None)
             if isinstance(model, nn.Module) and not is_injected(model):
                 self._inject(model, config)
+        self._report(override_rows(self))
         check_examples(self)
 
     def _inject(self, model: nn.Module, config: KernelConfig) -> None:
         report = inject(model, config)
         if self.injection_report is None:  # the policy comes first
             self.injection_report = report
+
+    def _report(self, rows: Iterable[Row]) -> None:
+        before = self.injection_report.rows if self.injection_report else ()
+        self.injection_report = InjectionReport((*before, *rows))
 
     @contextlib.contextmanager
     def _fused_heads(self, config: KernelConfig, args: TrainingArguments) -> Iterator[None]:
@@ -122,21 +127,26 @@ class FusedTrainer:
         models: list[nn.Module] = []  # the policy, then its reference
 
         def add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=()):
+            plain = vars(model).get("forward")  # of others, such as hooks that move inputs
             original(model, temperature, cast_lm_head_to_fp32, outputs or ("log_probs",))
             models.append(model)
             check_reference(models[0], model)
             forward = model.forward
             self._inject(model, config)
-            if config.fused_linear_cross_entropy and not cast_lm_head_to_fp32:
+            fused = config.fused_linear_cross_entropy and not cast_lm_head_to_fp32
+            if fused:
                 attach_fused_head(
                     model,
                     original=forward,
+                    plain=plain,
                     temperature=temperature,
                     outputs=tuple(outputs),
                     weighting=weighting,
                 )
             if not defers_logits(model):
                 check_adapter(model)
+            if len(models) == 1:
+                self._report([_head_row(fused, defers_logits(model), cast_lm_head_to_fp32)])
 
         modules = {sys.modules[cls.__module__] for cls in type(self).__mro__}
         modules = [module for module in modules if hasattr(module, "add_fused_lm_head")]
@@ -169,6 +179,15 @@ class FusedTrainer:
             return super().compute_loss(model, without_request(inputs), *args, **kwargs)
 
 
+def _head_row(attached: bool, deferred: bool, cast_to_fp32: bool) -> Row:
+    """What answers `model(..., fused_lm_head=True)`, by which TRL scores tokens."""
+    if attached and deferred:
+        reason = "tokens are scored from the deferred logits of the model's own forward"
+    else:
+        reason = "TRL's own: " + ("cast_lm_head_to_fp32" if cast_to_fp32 else "no deferred logits")
+    return Row("add_fused_lm_head", "trl", attached and deferred, reason, eligible=attached)
+
+
 _WEIGHTING = {"nll": "uniform", "dft": "probability"}
 
 
@@ -178,12 +197,15 @@ class _Nothing:
 
 @contextlib.contextmanager
 def _replaced(module, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name, None)
+    before = getattr(module, name, _Nothing)
     setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        if before is _Nothing:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 def _training_arguments(args: tuple, kwargs: dict) -> TrainingArguments | None:
