@@ -22,7 +22,7 @@ PACKAGE = ROOT / "liger_trainer"
 NOTE = "<!-- Written by docs/reference.py. Do not edit. -->"
 SECTIONS = {
     "model": ("runs/load.py", "ModelArguments"),
-    "data": ("runs/data.py", "DataArguments"),
+    "data": ("runs/data/arguments.py", "DataArguments"),
     "reward": ("runs/rewards.py", "RewardArguments"),
 }
 KERNELS = ("config.py", "KernelConfig")
@@ -70,7 +70,7 @@ def keys(file: str, name: str) -> list[str]:
 
 def recipe_reference() -> str:
     """Return the page of everything that a recipe may hold."""
-    loaders, rewards = keys("runs/loaders.py", "LOADERS"), keys("runs/rewards.py", "REWARDS")
+    loaders, rewards = keys("runs/data/builtin.py", "LOADERS"), keys("runs/rewards.py", "REWARDS")
     sandboxes = ast.literal_eval(constant("runs/sandbox.py", "SANDBOXES"))
     return f"""# Recipe reference
 
@@ -171,7 +171,7 @@ PAGES = {"recipe-reference.md": recipe_reference, "commands.md": command_referen
 
 
 def _methods() -> Iterator[str]:
-    examples = ast.literal_eval(constant("runs/preference.py", "COLUMNS"))
+    examples = ast.literal_eval(constant("runs/data/alignment.py", "COLUMNS"))
     formats = {"text": "`messages`; `prompt`, `completion`; or `text`"}
     formats |= {kind: _codes(columns) for kind, columns in examples.items()}
     for name, method in METHODS.items():

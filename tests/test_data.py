@@ -9,10 +9,12 @@ import torch
 import transformers
 from packaging.version import Version
 
-from liger_trainer.runs.collate import Collator, PackedDataset, best_fit
-from liger_trainer.runs.data import DataArguments, load_splits, prepare
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.collate import Collator, PackedDataset, best_fit
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.splits import load_splits
+from liger_trainer.runs.data.tokenize import IGNORE_INDEX, detect_format, encoder
 from liger_trainer.runs.load import ModelArguments, load_tokenizer, quantization_config
-from liger_trainer.runs.tokenize import IGNORE_INDEX, detect_format, encoder
 
 CHAT = [
     {"role": "user", "content": "what is two ?"},

@@ -24,17 +24,24 @@ LAYERS = [
 ]
 # Within `runs`, likewise.
 RUNS_LAYERS = [
-    ["adapters", "errors", "secrets", "parse", "packages", "signals", "health", "judge", "rows"],
+    ["adapters", "errors", "secrets", "parse", "packages", "signals", "health", "judge"],
     ["memory", "shapes", "shipped"],
-    ["checkpoints", "loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
+    ["checkpoints", "data", "methods", "plots", "sandbox", "throughput"],
     ["counts", "traffic"],
-    ["collate", "html", "load", "preference", "rewards", "samples", "summary"],
-    ["data"],
+    ["html", "load", "rewards", "samples", "summary"],
     ["recipe"],
     ["build", "compare", "estimate", "plan"],
     ["checks", "folder"],
     ["finished", "run"],
     ["card"],
+]
+# Within `runs/data`, likewise.
+DATA_LAYERS = [
+    ["builtin", "rows", "tokenize"],
+    ["arguments", "collate", "text", "alignment"],
+    ["sources"],
+    ["splits"],
+    ["prepare"],
 ]
 LEAVES = ["report", "config"]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
@@ -82,16 +89,33 @@ def test_imports_point_down(path):
         assert name not in LEAVES or imported == name, f"{name} is a leaf but imports {imported}"
 
 
+def below(path: Path, package: str) -> set[str]:
+    """The parts of `package` that a file imports from."""
+    prefix = f"{package}."
+    return {n.removeprefix(prefix).split(".")[0] for n in imports(path) if n.startswith(prefix)}
+
+
 @pytest.mark.parametrize(
-    "path", [p for p in MODULES if p.parent.name == "runs"], ids=lambda p: p.name
+    "path",
+    [p for p in MODULES if "runs" in p.relative_to(ROOT).parts],
+    ids=lambda p: str(p.relative_to(ROOT / "liger_trainer")),
 )
 def test_imports_within_runs_point_down(path):
+    name = path.relative_to(ROOT / "liger_trainer" / "runs").parts[0].removesuffix(".py")
+    if name == "__init__":
+        return
+    for imported in below(path, "liger_trainer.runs"):
+        assert layer(imported, RUNS_LAYERS) <= layer(name, RUNS_LAYERS), imported
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parent.name == "data"], ids=lambda p: p.name
+)
+def test_imports_within_data_point_down(path):
     if path.stem == "__init__":
         return
-    prefix = "liger_trainer.runs."
-    below = {name.removeprefix(prefix).split(".")[0] for name in imports(path) if prefix in name}
-    for imported in below:
-        assert layer(imported, RUNS_LAYERS) <= layer(path.stem, RUNS_LAYERS), imported
+    for imported in below(path, "liger_trainer.runs.data"):
+        assert layer(imported, DATA_LAYERS) <= layer(path.stem, DATA_LAYERS), imported
 
 
 @pytest.mark.parametrize(

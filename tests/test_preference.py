@@ -4,7 +4,9 @@ nothing."""
 import pytest
 import tiny
 
-from liger_trainer.runs.data import DataArguments, load_splits, prepare
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.splits import load_splits
 
 CHAT = [
     {"role": "user", "content": "what is two ?"},

@@ -11,8 +11,8 @@ import transformers
 from transformers import ProgressCallback
 
 from liger_trainer.runs.adapters import located
-from liger_trainer.runs.collate import Collator
-from liger_trainer.runs.data import Prepared, prepare
+from liger_trainer.runs.data.collate import Collator
+from liger_trainer.runs.data.prepare import Prepared, prepare
 from liger_trainer.runs.load import load_model, load_tokenizer
 from liger_trainer.runs.methods import trainer_class
 from liger_trainer.runs.recipe import Recipe

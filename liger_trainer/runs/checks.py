@@ -6,7 +6,9 @@ import os
 
 from liger_trainer.runs.adapters import located
 from liger_trainer.runs.build import generations_conflict, load_rewards
-from liger_trainer.runs.data import DataArguments, fit, format_of, is_file_name, load_source
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.prepare import fit, format_of
+from liger_trainer.runs.data.sources import is_file_name, load_source
 from liger_trainer.runs.load import load_tokenizer, meta_model
 from liger_trainer.runs.packages import missing
 from liger_trainer.runs.recipe import Recipe

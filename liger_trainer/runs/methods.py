@@ -12,7 +12,7 @@ class Method:
     """One value of `method` in a recipe."""
 
     trainer: str | None = None  # `DPO` for DPOTrainer and DPOConfig of liger_trainer.trl
-    examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see preference.py
+    examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see data/alignment.py
     reference: bool = False  # whether the trainer is given a reference model
     counts_tokens: bool = True  # whether the trainer does so itself
     # Fields of the configuration that make it this method.

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from liger_trainer.config import KernelConfig
-from liger_trainer.runs.data import DataArguments, near
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.sources import near
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.methods import (
     METHODS,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from liger_trainer.runs.tokenize import IGNORE_INDEX
+from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 
 NEW_TOKENS = 64
 

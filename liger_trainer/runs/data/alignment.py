@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 
 from datasets import Dataset, Value, concatenate_datasets
 
-from liger_trainer.runs.rows import ROW, columns, text_flaw, without_flawed
-from liger_trainer.runs.tokenize import IGNORE_INDEX, RowError, encoder
+from liger_trainer.runs.data.rows import ROW, columns, text_flaw, without_flawed
+from liger_trainer.runs.data.tokenize import IGNORE_INDEX, RowError, encoder
 
 COLUMNS = {
     "pairs": ("prompt", "chosen", "rejected"),
