@@ -25,6 +25,7 @@ SECTIONS = {
     "data": ("runs/data/arguments.py", "DataArguments"),
     "reward": ("runs/rewards.py", "RewardArguments"),
 }
+MIX = ("runs/data/arguments.py", "Source")
 KERNELS = ("config.py", "KernelConfig")
 
 
@@ -101,6 +102,10 @@ The loaders are {_codes(loaders)}.
 
 {_table(*SECTIONS["data"])}
 
+An entry of `data.mix`; its keys mean what they mean for a single data set:
+
+{_table(*MIX)}
+
 ## training
 
 The keys are the fields of the installed `transformers.TrainingArguments`, or of the method's TRL
@@ -172,7 +177,7 @@ PAGES = {"recipe-reference.md": recipe_reference, "commands.md": command_referen
 
 def _methods() -> Iterator[str]:
     examples = ast.literal_eval(constant("runs/data/alignment.py", "COLUMNS"))
-    formats = {"text": "`messages`; `prompt`, `completion`; or `text`"}
+    formats = {"text": "`messages`; `prompt`, `completion`; `text`; or `input_ids`"}
     formats |= {kind: _codes(columns) for kind, columns in examples.items()}
     for name, method in METHODS.items():
         yield _row(

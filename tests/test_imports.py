@@ -25,7 +25,7 @@ LAYERS = [
 # Within `runs`, likewise.
 RUNS_LAYERS = [
     ["adapters", "errors", "secrets", "parse", "packages", "signals", "health", "judge"],
-    ["memory", "shapes", "shipped"],
+    ["memory", "shapes", "shipped", "typed"],
     ["checkpoints", "data", "methods", "plots", "sandbox", "throughput"],
     ["counts", "traffic"],
     ["html", "load", "rewards", "samples", "summary"],
@@ -37,9 +37,10 @@ RUNS_LAYERS = [
 ]
 # Within `runs/data`, likewise.
 DATA_LAYERS = [
-    ["builtin", "rows", "tokenize"],
-    ["arguments", "collate", "text", "alignment"],
-    ["sources"],
+    ["builtin", "rows"],
+    ["conversation", "forms"],
+    ["arguments", "tokenize"],
+    ["alignment", "collate", "mixing", "sources", "text"],
     ["splits"],
     ["prepare"],
 ]

@@ -16,7 +16,7 @@ from liger_trainer.runs.data.prepare import Prepared, prepare
 from liger_trainer.runs.load import load_model, load_tokenizer
 from liger_trainer.runs.methods import trainer_class
 from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.rewards import check_rows, columns_of, guarded
+from liger_trainer.runs.rewards import columns_of, guarded, row_check
 from liger_trainer.runs.throughput import Progress, Throughput, count_tokens
 
 
@@ -34,11 +34,14 @@ def build_trainer(recipe: Recipe, args):
             seed=seed,
             examples=recipe.kind.examples,
             needed=columns_of(rewards),
+            check=row_check(rewards),
         )
-    for rows, what in ((prepared.train, "training"), (prepared.eval, "held-out")):
-        check_rows(rewards, rows or (), what)
     for note in prepared.notes if args.process_index == 0 else ():
         print(f"data: {note}", flush=True)
+    if recipe.data.streaming:
+        # Each process reads all of the stream and takes its share. The alternative, that the first
+        # one sends the others their batches, needs batches of one length.
+        args.accelerator_config.dispatch_batches = False
     transformers.set_seed(args.seed)
     build = _sft_trainer if recipe.kind.trainer is None else _trl_trainer
     trainer = build(recipe, args, tokenizer, prepared, rewards)

@@ -23,7 +23,8 @@ class Method:
 
 _PACKING = "remove the key: examples are never packed, because each one has a loss of its own"
 _ASSISTANT = "remove the key: completions alone are trained on"
-_PREFERENCE = {"packing": _PACKING, "assistant_only": _ASSISTANT}
+_STREAMING = "remove the key: its examples are checked as a whole before training"
+_PREFERENCE = {"packing": _PACKING, "assistant_only": _ASSISTANT, "streaming": _STREAMING}
 _ONLINE = {
     "max_length": "remove the key: prompts are never cut, and training.max_completion_length "
     "limits what is generated",

@@ -327,7 +327,7 @@ class _Run:
             },
             samples=self.samples,
             notes=[
-                f"{len(prepared.train)} training rows ({prepared.kind})",
+                f"{prepared.size} training rows ({prepared.kind})",
                 *prepared.notes,
                 f"begun {self.folder.facts['started']}",
                 *([self.command] if self.command else []),

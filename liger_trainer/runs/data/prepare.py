@@ -1,20 +1,23 @@
-"""Data sets for the trainer: loaded, split, and text tokenized and packed."""
+"""Data sets for the trainer: loaded, split, brought to one form, tokenized, mixed and packed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from liger_trainer.runs.data.alignment import prepare_examples
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.collate import PackedDataset
-from liger_trainer.runs.data.rows import columns
-from liger_trainer.runs.data.splits import load_splits
-from liger_trainer.runs.data.text import tokenized
-from liger_trainer.runs.data.tokenize import COLUMNS, detect_format
+from liger_trainer.runs.data.forms import TEXT_FORMS, Form, form_of
+from liger_trainer.runs.data.mixing import concatenated, mixed
+from liger_trainer.runs.data.rows import Sieve, columns
+from liger_trainer.runs.data.splits import Part, load_splits
+from liger_trainer.runs.data.text import stream, tokenized
+
+_TEXT_KINDS = {form.kind for form in TEXT_FORMS}
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,22 @@ class Prepared:
     kind: str  # the format that was found
     notes: tuple[str, ...]
     digest: str  # of the source's contents: the same for the same rows in the same order
+    sieves: tuple[Sieve, ...] = ()  # what was found in each part, training and held-out
+
+    @property
+    def size(self) -> str:
+        """How many rows there are to train on, for people."""
+        return "streamed" if isinstance(self.train, IterableDataset) else str(len(self.train))
 
 
 def prepare(
-    data: DataArguments, tokenizer, *, seed: int, examples: str = "text", needed: Iterable[str] = ()
+    data: DataArguments,
+    tokenizer,
+    *,
+    seed: int,
+    examples: str = "text",
+    needed: Iterable[str] = (),
+    check: Callable[[dict], str] | None = None,
 ) -> Prepared:
     """Loads and splits; text is tokenized and, if asked to, packed, other examples are checked.
 
@@ -37,53 +52,64 @@ def prepare(
         examples: what the method trains on, `Method.examples`. All but "text" are tokenized by the
             method's trainer.
         needed: columns that have to be there besides the examples', for reward functions.
+        check: why no reward function could ever reward a row; empty if one could.
 
     Raises ValueError when no format is recognized, when no example has a label left, and, unless
     `data.invalid` is "drop", for examples that cannot be trained on.
     """
-    train, held_out, digest = load_splits(data, seed)
-    kind, notes = format_of(train, examples), []
-    if held_out is not None and format_of(held_out, examples) != kind:
-        raise ValueError(f"data: training examples are {kind}, held-out ones are not")
-    options = {"seed": seed, "notes": notes, "kind": kind, "needed": needed}
-    train = fit(train, data, tokenizer, what="training", **options)
-    if held_out is not None:
-        held_out = fit(held_out, data, tokenizer, what="held-out", **options)
+    splits, notes, sieves, kinds = load_splits(data, seed), [], [], []
+    options = {"seed": seed, "needed": needed, "check": check}
+    parts = {"training": splits.train, "held-out": splits.held_out}
+    fitted = {what: [] for what in parts}
+    for what, part in ((what, part) for what, some in parts.items() for part in some):
+        sieve = Sieve(what, part.source.label if len(splits.train) > 1 else "", data.invalid, notes)
+        form = form_of(columns(part.rows), examples, part.source.form)
+        if form.convert and what == "training":
+            notes.append(f"{part.source.label}: {form.name} rows, taken as {form.kind}")
+        fitted[what].append(fit(part, data, tokenizer, form, sieve, **options))
+        sieves.append(sieve)
+        kinds.append(form.kind)
+    labels = {what: [part.source.label for part in some] for what, some in parts.items()}
+    train = mixed(
+        fitted["training"],
+        [part.source.weight for part in splits.train],
+        labels["training"],
+        until=data.mix_until,
+        seed=seed,
+        notes=notes,
+    )
+    held_out = concatenated(fitted["held-out"], labels["held-out"]) if splits.held_out else None
     if data.packing:
         train = PackedDataset(train, data.max_length)
         held_out = held_out and PackedDataset(held_out, data.max_length)
-    return Prepared(train, held_out, kind, tuple(notes), digest)
-
-
-def format_of(dataset: Dataset, examples: str) -> str:
-    """What the examples are: a key of `tokenize.COLUMNS` for text, else `examples` itself."""
-    return detect_format(columns(dataset)) if examples == "text" else examples
+    kind = ", ".join(dict.fromkeys(kinds))
+    return Prepared(train, held_out, kind, tuple(notes), splits.digest, tuple(sieves))
 
 
 def fit(
-    dataset: Dataset,
+    part: Part,
     data: DataArguments,
     tokenizer,
+    form: Form,
+    sieve: Sieve,
     *,
-    kind: str,
-    what: str,
     seed: int,
-    notes: list[str],
     needed: Iterable[str] = (),
-) -> Dataset:
+    check: Callable[[dict], str] | None = None,
+) -> Dataset | IterableDataset:
     """The rows that can be trained on: text as ids and labels, other kinds as their trainers take
     them. Raises ValueError as `prepare` does."""
-    if kind in COLUMNS:
-        return tokenized(data, tokenizer, kind, dataset, what, notes)
+    if form.kind in _TEXT_KINDS:
+        encode = stream if isinstance(part.rows, IterableDataset) else tokenized
+        return encode(part.rows, data, tokenizer, form, sieve)
     return prepare_examples(
-        dataset,
+        part.rows,
         tokenizer,
-        kind=kind,
-        what=what,
-        notes=notes,
+        sieve,
+        form=form,
         max_length=data.max_length,
-        invalid=data.invalid,
         needed=needed,
+        check=check,
         seed=seed,
         num_proc=data.num_proc,
     )

@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 ROW = "__row__"  # column with a row's number in its source, counted from 1
 
 
-def numbered(dataset: Dataset) -> Dataset:
+class RowError(ValueError):
+    """A row that cannot be used; the message says why, to follow "because"."""
+
+
+@dataclass
+class Sieve:
+    """What happens to rows that cannot be used, and what was found on the way."""
+
+    what: str = "training"  # or "held-out", for messages
+    of: str = ""  # the data set's name, where there are several
+    invalid: str = "raise"  # or "drop"
+    notes: list[str] = field(default_factory=list)  # sentences about what was left out
+    rows: int = 0  # that were looked at
+    dropped: int = 0
+    cut: int = 0  # longer than `data.max_length`
+
+    @property
+    def examples(self) -> str:
+        """The examples that it is about, for messages."""
+        return f"{self.what} examples" + (f" of {self.of}" if self.of else "")
+
+    def refuse(self, message: str) -> None:
+        """Raise ValueError for rows that cannot be used, unless they are to be left out."""
+        if self.invalid == "raise":
+            raise ValueError(
+                f"data: cannot train on {message}. Repair the data, or leave such examples out "
+                "with data.invalid: drop"
+            )
+
+
+def numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """`dataset` with the number of each row, which stays with it when rows are shuffled."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(lambda row, i: {ROW: i + 1}, with_indices=True)
     return dataset.add_column(ROW, list(range(1, len(dataset) + 1)))
 
 
-def columns(dataset: Dataset) -> list[str]:
-    """The names of the source's columns."""
-    return [name for name in dataset.column_names if name != ROW]
+def columns(dataset: Dataset | IterableDataset) -> list[str]:
+    """The names of the source's columns; those of a stream's first row where it declares none."""
+    names = dataset.column_names or list(next(iter(dataset), {}))
+    return [name for name in names if name != ROW]
+
+
+def note_unshown(unshown: Iterable[str], sieve: Sieve) -> None:
+    """Adds a note about the fields (joined by commas) that chat templates left out of rows."""
+    for name, count in Counter(n for names in unshown if names for n in names.split(", ")).items():
+        sieve.notes.append(
+            f"the chat template does not show the `{name}` of {count} {sieve.examples}; it is not "
+            "trained on"
+        )
 
 
 def text_flaw(name: str, text: Any, *, may_be_empty: bool = False) -> str:
@@ -47,32 +92,24 @@ def _message_flaw(message: Any) -> str:
     return "" if isinstance(content, (str, list)) else f"has the content {content!r}, no text"
 
 
-def without_flawed(
-    dataset: Dataset, flaws: list[str], *, what: str, invalid: str, notes: list[str]
-) -> Dataset:
+def without_flawed(dataset: Dataset, flaws: list[str], sieve: Sieve) -> Dataset:
     """The rows of `dataset` whose entry in `flaws` is empty.
 
-    Args:
-        what: "training" or "held-out", for messages.
-        invalid: "raise" raises ValueError for the first flawed row, "drop" leaves them out.
-        notes: gets a sentence about what was left out.
-
-    Raises ValueError too when no row is left.
+    Raises ValueError for the first flawed row unless `sieve` leaves such rows out, and when no row
+    is left.
     """
+    sieve.rows = max(sieve.rows, len(flaws))
     found = [i for i, flaw in enumerate(flaws) if flaw]
     if not found:
         return dataset
     first = found[0]
     message = (
-        f"{len(found)} of {len(flaws)} {what} examples, the first in row {dataset[first][ROW]} "
+        f"{len(found)} of {len(flaws)} {sieve.examples}, the first in row {dataset[first][ROW]} "
         f"because {flaws[first]}"
     )
     if len(found) == len(flaws):
         raise ValueError(f"data: nothing is left: cannot train on {message}")
-    if invalid == "raise":
-        raise ValueError(
-            f"data: cannot train on {message}. Repair the data, or leave such examples out with "
-            "data.invalid: drop"
-        )
-    notes.append(f"left out {message}")
+    sieve.refuse(message)
+    sieve.dropped += len(found)
+    sieve.notes.append(f"left out {message}")
     return dataset.select([i for i, flaw in enumerate(flaws) if not flaw])

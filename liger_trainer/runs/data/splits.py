@@ -2,46 +2,83 @@
 
 from __future__ import annotations
 
-import xxhash
-from datasets import Dataset
+import json
+from dataclasses import dataclass
 
-from liger_trainer.runs.data.arguments import DataArguments
+import xxhash
+from datasets import Dataset, IterableDataset
+
+from liger_trainer.runs.data.arguments import DataArguments, Source
 from liger_trainer.runs.data.builtin import GROUPS
 from liger_trainer.runs.data.rows import columns
-from liger_trainer.runs.data.sources import load_source
+from liger_trainer.runs.data.sources import files_of, load_source
 
 
-def load_splits(data: DataArguments, seed: int) -> tuple[Dataset, Dataset | None, str]:
-    """Training and held-out examples, untokenized and `numbered`, and a digest of their source;
-    shuffled and split by `seed`.
+@dataclass(frozen=True)
+class Part:
+    """Rows of one data set, as they are there but `numbered`."""
+
+    source: Source
+    rows: Dataset | IterableDataset
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What is trained on and what is held out, a part for each data set."""
+
+    train: list[Part]
+    held_out: list[Part]
+    digest: str  # of the contents: the same for the same rows in the same order
+
+
+def load_splits(data: DataArguments, seed: int) -> Splits:
+    """Training and held-out examples, untokenized; shuffled and split by `seed`.
+
+    The digest of a stream is that of its files' names and sizes.
 
     Raises FileNotFoundError for a missing file and ValueError for an unreadable or empty one.
     """
-    train, held_out = load_source(data, data.path, data.split), None
-    if data.eval_path:
-        held_out = load_source(data, data.eval_path, "train")
-    elif data.eval_split:
-        held_out = load_source(data, data.path, data.eval_split)
-    digest = _digest(train) + (_digest(held_out) if held_out is not None else "")
-    train = train.shuffle(seed=seed)
-    if data.max_examples is not None:
-        train = train.select(range(min(data.max_examples, len(train))))
-    if data.eval_fraction:
-        train, held_out = _split(train, data)
-    return train, held_out, digest
+    loaded = [Part(s, load_source(s, streaming=data.streaming)) for s in data.sources]
+    held_out = [Part(source, load_source(source)) for source in data.eval_sources]
+    digest = "".join(_digest(part) for part in loaded + held_out)
+    train = []
+    for source, rows in ((part.source, part.rows) for part in loaded):
+        rows = _shuffled(rows, data, seed)
+        if data.eval_fraction:
+            rows, last = _split(rows, data, source)
+            held_out.append(Part(source, last))
+        train.append(Part(source, rows))
+    return Splits(train, held_out, digest)
 
 
-def _digest(dataset: Dataset) -> str:
+def _shuffled(
+    rows: Dataset | IterableDataset, data: DataArguments, seed: int
+) -> Dataset | IterableDataset:
+    """The rows in another order, at most `data.max_examples` of them."""
+    if data.streaming:
+        rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+        return rows if data.max_examples is None else rows.take(data.max_examples)
+    rows = rows.shuffle(seed=seed)
+    if data.max_examples is None:
+        return rows
+    return rows.select(range(min(data.max_examples, len(rows))))
+
+
+def _digest(part: Part) -> str:
     """A hash of all rows, before any of them is moved."""
     found = xxhash.xxh3_64()
-    for batch in dataset.data.to_batches():
+    if isinstance(part.rows, IterableDataset):
+        sizes = [(path.name, path.stat().st_size) for path in files_of(part.source)]
+        found.update(json.dumps(sizes or part.source.label).encode())
+        return found.hexdigest()
+    for batch in part.rows.data.to_batches():
         found.update(batch.serialize())
     return found.hexdigest()
 
 
-def _split(dataset: Dataset, data: DataArguments) -> tuple[Dataset, Dataset]:
+def _split(dataset: Dataset, data: DataArguments, source: Source) -> tuple[Dataset, Dataset]:
     """The first rows, and the last `eval_fraction`; rows of one group go the same way."""
-    group = data.group or GROUPS.get(data.loader)
+    group = data.group or GROUPS.get(source.loader)
     if group is None:
         keys = list(range(len(dataset)))
     elif group in dataset.column_names:

@@ -6,45 +6,28 @@ and the first token, which nothing predicts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from jinja2 import TemplateError
+from liger_trainer.runs.data.conversation import Conversation, require_template
+from liger_trainer.runs.data.rows import RowError
 
 IGNORE_INDEX = -100
-COLUMNS = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
+KINDS = ("messages", "prompt_completion", "text", "tokenized")  # of examples that become token ids
 
 _SENTINEL = "\x01"  # no template strips it and no text holds it
 
 Piece = tuple[str, bool]  # (text, whether it is trained on)
 
 
-class RowError(ValueError):
-    """An example that cannot be encoded; the message says why, to follow "because"."""
-
-
-def detect_format(column_names: list[str]) -> str:
-    """The key of `COLUMNS` whose columns are all there. Raises ValueError when none is."""
-    for name, columns in COLUMNS.items():
-        if set(columns) <= set(column_names):
-            return name
-    raise ValueError(
-        f"data: the dataset has the columns {', '.join(column_names)}; training needs `messages`, "
-        "or `prompt` and `completion`, or `text`. Name yours with data.columns, for example "
-        "`columns: {prompt: question, completion: answer}`"
-    )
-
-
 def encoder(
-    tokenizer, *, kind: str, max_length: int, assistant_only: bool
+    tokenizer, *, kind: str, max_length: int | None, assistant_only: bool
 ) -> Callable[[dict], dict]:
-    """A function from one example to `input_ids` and `labels`, both cut at `max_length`.
+    """A function from one example to `input_ids` and `labels`, both cut at `max_length`; with
+    `length`, how many there were before, and `unshown`, the reasoning fields that the chat template
+    leaves out.
 
     Raises ValueError when chat messages meet a tokenizer without chat template, and RowError for
-    an example that the template refuses.
+    an example that the template refuses, or whose tools or tool calls it leaves out.
     """
     to_pieces = {
         "messages": _message_pieces,
@@ -53,14 +36,55 @@ def encoder(
     }
 
     def encode(example: dict) -> dict:
-        ids, trained = encode_pieces(tokenizer, to_pieces[kind](tokenizer, example))
-        if not assistant_only:
-            trained = [True] * len(ids)
-        labels = [i if t else IGNORE_INDEX for i, t in zip(ids, trained, strict=True)]
+        unshown = []
+        if kind == "tokenized":
+            ids, labels = given_ids(example, len(tokenizer))
+        else:
+            pieces, unshown = to_pieces[kind](tokenizer, example)
+            ids, trained = encode_pieces(tokenizer, pieces)
+            if not assistant_only:
+                trained = [True] * len(ids)
+            labels = [i if t else IGNORE_INDEX for i, t in zip(ids, trained, strict=True)]
         labels[:1] = [IGNORE_INDEX]
-        return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+        return {
+            "input_ids": ids[:max_length],
+            "labels": labels[:max_length],
+            "length": len(ids),
+            "unshown": unshown,
+        }
 
     return encode
+
+
+def given_ids(example: dict, vocabulary: int) -> tuple[list[int], list[int]]:
+    """Ids and labels of an example that is tokenized already, without its padding.
+
+    Without `labels`, all tokens are trained on. Raises RowError for ids and labels outside the
+    vocabulary, columns of unequal lengths, and a mask with holes.
+    """
+    found = {"input_ids": example["input_ids"]}
+    found |= {n: example[n] for n in ("labels", "attention_mask") if example.get(n) is not None}
+    for name, values in found.items():
+        if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
+            raise RowError(f"`{name}` is no list of whole numbers")
+        if len(values) != len(found["input_ids"]):
+            raise RowError(
+                f"`{name}` has {len(values)} entries, `input_ids` has {len(found['input_ids'])}"
+            )
+    ids, labels = found["input_ids"], found.get("labels", found["input_ids"])
+    mask = found.get("attention_mask", [1] * len(ids))
+    seen = [i for i, m in enumerate(mask) if m]
+    start, end = (seen[0], seen[-1] + 1) if seen else (0, 0)
+    if len(seen) != end - start:
+        raise RowError("`attention_mask` hides tokens between others")
+    ids, labels = list(ids[start:end]), list(labels[start:end])
+    for name, values, also in (("input_ids", ids, ()), ("labels", labels, (IGNORE_INDEX,))):
+        wrong = next((v for v in values if not 0 <= v < vocabulary and v not in also), None)
+        if wrong is not None:
+            raise RowError(
+                f"`{name}` holds {wrong}, outside the tokenizer's vocabulary of {vocabulary}"
+            )
+    return ids, labels
 
 
 def encode_pieces(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
@@ -77,7 +101,7 @@ def encode_pieces(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]
     for piece, _ in pieces:
         text += piece
         prefix = _ids(tokenizer, text)
-        common = next((i for i, (a, b) in enumerate(zip(prefix, joint)) if a != b), len(prefix))  # noqa: B905
+        common = _shared(prefix, joint)
         clean &= common == len(prefix)
         ends.append(min(common if common == len(prefix) else common + 1, len(joint)))
     if not clean:
@@ -92,29 +116,44 @@ def encode_pieces(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]
     return joint, trained
 
 
+def _shared(a: Sequence, b: Sequence) -> int:
+    """How many elements `a` and `b` have in common at their beginning."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+
+
 def _ids(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _text_pieces(tokenizer, example: dict) -> list[Piece]:
-    return [(_bos(tokenizer), False), (example["text"], True), (tokenizer.eos_token or "", True)]
+def _text_pieces(tokenizer, example: dict) -> tuple[list[Piece], list[str]]:
+    end = (tokenizer.eos_token or "", True)
+    return [(_bos(tokenizer), False), (example["text"], True), end], []
 
 
-def _prompt_pieces(tokenizer, example: dict) -> list[Piece]:
+def _prompt_pieces(tokenizer, example: dict) -> tuple[list[Piece], list[str]]:
     """Prompt and completion, as strings or as lists of messages; a mix becomes messages."""
     prompt, completion = example["prompt"], example["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         end = (tokenizer.eos_token or "", True)
-        return [(_bos(tokenizer), False), (prompt, False), (completion, True), end]
+        return [(_bos(tokenizer), False), (prompt, False), (completion, True), end], []
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    return message_pieces(tokenizer, prompt + completion, first_trained=len(prompt))
+    return _spoken(tokenizer, prompt + completion, example, first_trained=len(prompt))
 
 
-def _message_pieces(tokenizer, example: dict) -> list[Piece]:
-    return message_pieces(tokenizer, example["messages"], tools=example.get("tools"))
+def _message_pieces(tokenizer, example: dict) -> tuple[list[Piece], list[str]]:
+    return _spoken(tokenizer, example["messages"], example)
+
+
+def _spoken(
+    tokenizer, messages: list[dict], example: dict, *, first_trained: int = 0
+) -> tuple[list[Piece], list[str]]:
+    require_template(tokenizer)
+    conversation = Conversation.of(tokenizer, messages, example)
+    return turn_pieces(conversation, first_trained), conversation.unshown()
 
 
 def _bos(tokenizer) -> str:
@@ -125,56 +164,46 @@ def _bos(tokenizer) -> str:
     return tokenizer.bos_token if starts else ""
 
 
-def message_pieces(tokenizer, messages: list[dict], *, first_trained: int = 0, tools=None):
+def turn_pieces(conversation: Conversation, first_trained: int = 0) -> list[Piece]:
     """The rendered conversation, cut where assistant turns (from `first_trained` on) begin and end.
 
     A turn ends after the token that closes it, so that the model learns to stop.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "data: the examples are chat messages, but the tokenizer has no chat template. Use the "
-            "instruction-tuned model, set model.chat_template to a Jinja file, or use columns "
-            "`prompt` and `completion` with plain strings"
-        )
-
-    def render(some: list[dict], prompting: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                some, tokenize=False, add_generation_prompt=prompting, tools=tools
-            )
-        except (TemplateError, TypeError) as error:
-            raise RowError(f"the chat template refuses it: {error}") from error
-
-    messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
-    full, pieces, at = render(messages), [], 0
-    for i, message in enumerate(messages):
+    full, pieces, at = conversation.render(), [], 0
+    for i, message in enumerate(conversation.messages):
         if i < first_trained or message["role"] != "assistant":
             continue
-        start, end = _turn(render, tokenizer, messages, i, full)
+        start, end = _turn(conversation, i, full)
         start = max(start, at)
         pieces += [(full[at:start], False), (full[start:end], True)]
         at = end
     return [*pieces, (full[at:], False)]
 
 
-def _turn(render, tokenizer, messages: list[dict], i: int, full: str) -> tuple[int, int]:
+def _turn(conversation: Conversation, i: int, full: str) -> tuple[int, int]:
     """Where turn `i` begins and ends in `full`.
 
     Most templates render a conversation's beginning as the beginning of the conversation. Some edit
     earlier turns (reasoning is dropped from all but the last): there the turn is what changes in
-    `full` when its content does, up to and with the special token that follows.
+    `full` when an answer of one character takes its place, up to and with the special token that
+    follows.
     """
+    messages, render = conversation.messages, conversation.render
     before, until = render(messages[:i], prompting=True) if i else "", render(messages[: i + 1])
-    changed = render([*messages[:i], {**messages[i], "content": _SENTINEL}, *messages[i + 1 :]])
-    start = changed.find(_SENTINEL)
-    if i and full.startswith(before):
-        start = len(before)
+    stable = bool(i) and full.startswith(before)
+    if full.startswith(until) and stable:
+        return len(before), len(until.rstrip())
+    answer = {"role": messages[i]["role"], "content": _SENTINEL}
+    changed = render([*messages[:i], answer, *messages[i + 1 :]])
+    place = changed.find(_SENTINEL)
+    if place < 0:
+        raise RowError(f"the chat template does not show the content of message {i + 1}")
+    start = len(before) if stable else _shared(full, changed[:place])
     if full.startswith(until):
         return start, len(until.rstrip())
-    if start < 0:
-        raise RowError(f"the chat template does not show the content of message {i + 1}")
-    end = len(full) - (len(changed) - changed.find(_SENTINEL) - 1)
-    closing = [t for t in tokenizer.all_special_tokens if full[end:].lstrip().startswith(t)]
+    end = len(full) - (len(changed) - place - 1)
+    special = conversation.tokenizer.all_special_tokens
+    closing = [t for t in special if full[end:].lstrip().startswith(t)]
     if closing:
         end = full.index(max(closing, key=len), end) + len(max(closing, key=len))
     return start, end
