@@ -43,6 +43,7 @@ DATA_LAYERS = [
     ["alignment", "collate", "mixing", "sources", "text"],
     ["splits"],
     ["prepare"],
+    ["view"],
 ]
 LEAVES = ["report", "config"]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))

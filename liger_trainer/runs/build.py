@@ -25,17 +25,9 @@ def build_trainer(recipe: Recipe, args):
 
     Raises ValueError for data and models that the method cannot train on.
     """
-    seed = args.seed if args.data_seed is None else args.data_seed
     tokenizer, rewards = load_tokenizer(recipe.model), load_rewards(recipe)
     with args.main_process_first(desc="data"):
-        prepared = prepare(
-            recipe.data,
-            tokenizer,
-            seed=seed,
-            examples=recipe.kind.examples,
-            needed=columns_of(rewards),
-            check=row_check(rewards),
-        )
+        prepared = load_data(recipe, tokenizer, rewards)
     for note in prepared.notes if args.process_index == 0 else ():
         print(f"data: {note}", flush=True)
     if recipe.data.streaming:
@@ -49,6 +41,18 @@ def build_trainer(recipe: Recipe, args):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer, prepared
+
+
+def load_data(recipe: Recipe, tokenizer, rewards: list) -> Prepared:
+    """The data of a recipe. Raises ValueError for what its method cannot train on."""
+    return prepare(
+        recipe.data,
+        tokenizer,
+        seed=recipe.data_seed,
+        examples=recipe.kind.examples,
+        needed=columns_of(rewards),
+        check=row_check(rewards),
+    )
 
 
 def load_trained(recipe: Recipe, trained: Path):

@@ -74,6 +74,12 @@ class Recipe:
         """`values` without tokens and passwords, for people and files."""
         return hidden(self.values)
 
+    @property
+    def data_seed(self) -> int:
+        """What shuffles and splits the data."""
+        fields = defaults("training", self.method) | self.values["training"]
+        return fields["seed"] if fields["data_seed"] is None else fields["data_seed"]
+
     def training_fields(self) -> dict[str, tuple[Any, str]]:
         """Every field of `training` that is set: its value, and where that comes from."""
         fields = {k: (v, "default") for k, v in training_defaults(self.method).items()}
