@@ -167,8 +167,26 @@ def test_pairs_are_mixed_too_and_told_apart_from_what_does_not_fit(tmp_path):
     assert found.train["prompt"][:] == ["the cat ?"] * 6
     assert Counter(found.train["tools"]) == {None: 3, "[]": 3}
     data = DataArguments(mix=[{"path": paths["a"]}, {"path": paths["c"]}], max_length=64)
-    with pytest.raises(ValueError, match=r"column 'prompt' is List.* in .*c\.jsonl and .*a\.jsonl"):
+    with pytest.raises(ValueError, match=r"column 'prompt' is Value.* in .*a\.jsonl and List"):
         prepare(data, TOKENIZER, seed=0, examples="pairs")
+
+
+def test_messages_with_other_keys_are_mixed(tmp_path):
+    asked = {"role": "user", "content": "the cat ?"}
+    answers = [{"role": "assistant", "content": said} for said in ("sat", "mat")]
+    prompts = {
+        "plain": [asked],
+        "named": [asked | {"name": "cat"}],
+        "varied": [asked, answers[0], asked | {"more": {"a": [1]}}],
+    }
+    mix = []
+    for name, prompt in prompts.items():
+        row = {"prompt": prompt, "chosen": answers[:1], "rejected": answers[1:]}
+        mix.append({"path": str(tiny.json_lines(tmp_path / f"{name}.jsonl", [row]))})
+    data = DataArguments(mix=mix, max_length=64)
+    found = prepare(data, TOKENIZER, seed=0, examples="pairs").train
+    told = [[{k: v for k, v in m.items() if v is not None} for m in row] for row in found["prompt"]]
+    assert all(prompt in told for prompt in prompts.values())
 
 
 @pytest.mark.parametrize(

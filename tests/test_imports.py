@@ -41,7 +41,7 @@ DATA_LAYERS = [
     ["conversation", "forms"],
     ["arguments", "tokenize"],
     ["alignment", "collate", "mixing", "sources", "text"],
-    ["splits"],
+    ["splits", "vision"],
     ["prepare"],
     ["view"],
 ]

@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
     wanted = ["training"] + (["held-out"] if prepared.eval is not None else [])
     found = {what: counts(prepared, recipe.data, tokenizer, what) for what in wanted}
     shown = [
-        sequences(row, tokenizer, recipe.data.max_length)
+        sequences(row, tokenizer, recipe.data.max_length, prepared.processor)
         for row in islice(unpacked(prepared.train), options.rows)
     ]
     if options.json:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from liger_trainer.runs.adapters import located
-from liger_trainer.runs.build import generations_conflict, load_rewards
+from liger_trainer.runs.build import generations_conflict, load_rewards, processor_of
 from liger_trainer.runs.data.forms import form_of
-from liger_trainer.runs.data.prepare import fit
+from liger_trainer.runs.data.prepare import fit, processor_for
 from liger_trainer.runs.data.rows import Sieve, columns
 from liger_trainer.runs.data.sources import first_rows, is_file_name
 from liger_trainer.runs.data.splits import Part
@@ -105,10 +105,15 @@ def data_problems(recipe: Recipe) -> list[str]:
         return []
     rewards = load_rewards(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    for source, what in sources:
-        rows = first_rows(source, _ROWS, streaming=data.streaming)
+    loaded = [
+        (Part(source, first_rows(source, _ROWS, streaming=data.streaming)), what)
+        for source, what in sources
+    ]
+    processor = processor_for([part for part, _ in loaded], data, processor_of(recipe))
+    for part, what in loaded:
+        rows, source = part.rows, part.source
         fit(
-            Part(source, rows),
+            part,
             data,
             tokenizer,
             form_of(columns(rows), recipe.kind.examples, source.form),
@@ -116,6 +121,7 @@ def data_problems(recipe: Recipe) -> list[str]:
             seed=0,
             needed=columns_of(rewards),
             check=row_check(rewards),
+            processor=processor,
         )
     return []
 

@@ -15,6 +15,7 @@ class Method:
     examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see data/alignment.py
     reference: bool = False  # whether the trainer is given a reference model
     counts_tokens: bool = True  # whether the trainer does so itself
+    images: bool = False  # whether examples may have a column `images`
     # Fields of the configuration that make it this method.
     fixed: dict[str, Any] = field(default_factory=dict)
     # Keys of the section `data` that the method has no use for, and what to do instead.
@@ -32,8 +33,8 @@ _ONLINE = {
 }
 
 METHODS = {
-    "sft": Method(),
-    "dpo": Method("DPO", "pairs", reference=True, unused_data=_PREFERENCE),
+    "sft": Method(images=True),
+    "dpo": Method("DPO", "pairs", reference=True, images=True, unused_data=_PREFERENCE),
     "orpo": Method("ORPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
     "cpo": Method("CPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
     # SimPO (Meng et al. 2024, arXiv:2405.14734) is CPO with another margin and no likelihood term.

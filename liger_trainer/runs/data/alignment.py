@@ -21,12 +21,12 @@ from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS, Conversation,
 from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import (
     ROW,
+    Judge,
     RowError,
     Sieve,
     columns,
-    note_unshown,
+    judged,
     text_flaw,
-    without_flawed,
 )
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
 
@@ -35,7 +35,6 @@ COLUMNS = {
     "labelled": ("prompt", "completion", "label"),
     "prompts": ("prompt",),
 }
-Judge = Callable[[dict], tuple[str, list[str]]]  # a row's flaw, and what its template leaves out
 
 
 def prepare_examples(
@@ -54,7 +53,7 @@ def prepare_examples(
 
     Args:
         needed: columns that are kept and must be there, besides those of the kind.
-        check: why a reward function could never reward a prompt's row; empty if it could.
+        check: why else a row cannot be used; empty if it can.
         seed: shuffles the two examples that each pair becomes.
 
     Raises ValueError for missing columns, labels that are not true or false or are all the same,
@@ -81,37 +80,13 @@ def prepare_examples(
             "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
             "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
         )
-    judge = {
-        "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
-        "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
-        "prompts": lambda row: _judge_prompt(row, tokenizer, check),
-    }[kind]
-    dataset = _judged(dataset, judge, sieve, num_proc)
+    dataset = judged(dataset, _judge(kind, tokenizer, max_length, check), sieve, num_proc)
     if kind == "labelled" and sieve.what == "training":
         _check_both_labels(dataset)
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
-    keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS]
+    keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
     return dataset.select_columns([name for name in keep if name in dataset.column_names])
-
-
-def _judged(dataset: Dataset, judge: Judge, sieve: Sieve, num_proc: int | None) -> Dataset:
-    """The rows in which `judge` finds no flaw."""
-
-    def judged(example: dict) -> dict:
-        try:
-            flaw, unshown = judge(example)
-        except RowError as error:
-            flaw, unshown = str(error), []
-        return {"flaw": flaw, "unshown": ", ".join(unshown)}
-
-    found = dataset.map(
-        judged, remove_columns=dataset.column_names, num_proc=num_proc, desc="Checking examples"
-    )
-    flaws = found["flaw"][:]
-    kept = without_flawed(dataset, flaws, sieve)
-    note_unshown((u for u, flaw in zip(found["unshown"], flaws, strict=True) if not flaw), sieve)
-    return kept
 
 
 def _converted(dataset: Dataset, form: Form, sieve: Sieve, num_proc: int | None) -> Dataset:
@@ -123,7 +98,7 @@ def _converted(dataset: Dataset, form: Form, sieve: Sieve, num_proc: int | None)
         form.convert(example)
         return "", []
 
-    dataset = _judged(dataset, judge, sieve, num_proc)
+    dataset = judged(dataset, judge, sieve, num_proc)
     replaced = [name for name in form.used if name in dataset.column_names]
     return dataset.map(form.convert, remove_columns=replaced, desc=f"From {form.name}")
 
@@ -141,7 +116,7 @@ def _with_texts(dataset: Dataset, names: list[str], sieve: Sieve, num_proc: int 
                 return other, []
         return "", []
 
-    return _judged(dataset, judge, sieve, num_proc)
+    return judged(dataset, judge, sieve, num_proc)
 
 
 def _kind(text: str | list) -> str:
@@ -172,7 +147,7 @@ def _with_prompt(dataset: Dataset, sieve: Sieve) -> Dataset:
         chosen, rejected = (pruned(example[name]) for name in ("chosen", "rejected"))
         return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
-    dataset = _judged(dataset, judge, sieve, None)
+    dataset = judged(dataset, judge, sieve, None)
     split_up = [name for name in COLUMNS["pairs"] if name in dataset.column_names]
     return dataset.map(split, remove_columns=split_up, desc="Finding prompts")
 
@@ -255,6 +230,21 @@ def sides(example: dict) -> list[dict]:
     return [{**kept, "completion": example[name]} for name in names]
 
 
+def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], str] | None) -> Judge:
+    """What says of a row of a kind why it cannot be trained on."""
+    judge = {
+        "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
+        "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
+        "prompts": lambda row: _judge_prompt(row, tokenizer),
+    }[kind]
+
+    def with_check(row: dict) -> tuple[str, list[str]]:
+        flaw, unshown = judge(row)
+        return flaw or (check(row) if check else ""), unshown
+
+    return with_check
+
+
 def _judge_pair(example: dict, tokenizer, max_length: int) -> tuple[str, list[str]]:
     """Why a pair cannot be trained on, empty if it can; and what the template does not show."""
     if not example["prompt"]:
@@ -283,14 +273,11 @@ def _judge_labelled(example: dict, tokenizer, max_length: int) -> tuple[str, lis
     return _unsupervised(side, max_length), side["unshown"]
 
 
-def _judge_prompt(
-    example: dict, tokenizer, check: Callable[[dict], str] | None
-) -> tuple[str, list[str]]:
-    unshown = []
-    if not isinstance(example["prompt"], str):
-        conversation = Conversation.of(tokenizer, example["prompt"], example)
-        unshown = conversation.unshown(prompting=True)
-    return (check(example) if check else ""), unshown
+def _judge_prompt(example: dict, tokenizer) -> tuple[str, list[str]]:
+    if isinstance(example["prompt"], str):
+        return "", []
+    conversation = Conversation.of(tokenizer, example["prompt"], example)
+    return "", conversation.unshown(prompting=True)
 
 
 def side_encoder(tokenizer, max_length: int | None) -> Callable[[dict], dict]:

@@ -12,7 +12,7 @@ from liger_trainer.runs.data.rows import RowError
 
 # Columns beside the messages that the chat template is given.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # as models' templates call it
+REASONING = ("reasoning_content", "reasoning", "thinking")  # as models' templates call it
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Conversation:
                     f"the chat template does not show its `{name}`; set model.chat_template to a "
                     "template that does"
                 )
-        return [n for n in _REASONING if n in keys and not self._shows(n, prompting)]
+        return [n for n in REASONING if n in keys and not self._shows(n, prompting)]
 
     def _shows(self, name: str, prompting: bool) -> bool:
         without = [{k: v for k, v in m.items() if k != name} for m in self.messages]

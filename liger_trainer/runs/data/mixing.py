@@ -57,27 +57,32 @@ def mixed(
 
 
 def _aligned(parts: list[Dataset], labels: list[str]) -> list[Dataset]:
-    """The parts with one type for each column: that of the first part that has it.
+    """The parts with one type for each column.
 
     A column that a part lacks is filled with None when they are joined.
     """
-    types, first = {}, {}
-    for part, label in zip(parts, labels, strict=True):
-        for name, feature in part.features.items():
-            if name not in types:
-                types[name], first[name] = feature, label
-    return [_cast(part, label, types, first) for part, label in zip(parts, labels, strict=True)]
+    for name in dict.fromkeys(name for part in parts for name in part.features):
+        parts = _unified(parts, labels, name)
+    return parts
 
 
-def _cast(part: Dataset, label: str, types: dict, first: dict[str, str]) -> Dataset:
-    for name, feature in part.features.items():
-        if feature == types[name]:
-            continue
+def _unified(parts: list[Dataset], labels: list[str], name: str) -> list[Dataset]:
+    """The parts with one type for a column: the first of theirs that all others can be cast to.
+
+    Messages have more keys in one data set than in another, and JSON in a third.
+    """
+    found = {
+        label: part.features[name]
+        for label, part in zip(labels, parts, strict=True)
+        if name in part.features
+    }
+    for kind in found.values():
         try:
-            part = part.cast_column(name, types[name])
-        except (ValueError, TypeError) as error:  # ArrowInvalid is one of the former
-            raise ValueError(
-                f"data.mix: the column {name!r} is {feature} in {label} and {types[name]} in "
-                f"{first[name]}; bring them to one form"
-            ) from error
-    return part
+            return [
+                part.cast_column(name, kind) if part.features.get(name, kind) != kind else part
+                for part in parts
+            ]
+        except (ValueError, TypeError, NotImplementedError):  # Arrow's errors are among them
+            continue
+    told = " and ".join(f"{kind} in {label}" for label, kind in found.items())
+    raise ValueError(f"data.mix: the column {name!r} is {told}; bring them to one form")

@@ -16,6 +16,13 @@ from liger_trainer.runs.data.mixing import concatenated, mixed
 from liger_trainer.runs.data.rows import Sieve, columns
 from liger_trainer.runs.data.splits import Part, load_splits
 from liger_trainer.runs.data.text import stream, tokenized
+from liger_trainer.runs.data.vision import (
+    VisionCollator,
+    has_images,
+    length_check,
+    prepare_images,
+    with_images,
+)
 
 _TEXT_KINDS = {form.kind for form in TEXT_FORMS}
 
@@ -30,6 +37,7 @@ class Prepared:
     notes: tuple[str, ...]
     digest: str  # of the source's contents: the same for the same rows in the same order
     sieves: tuple[Sieve, ...] = ()  # what was found in each part, training and held-out
+    processor: Any | None = None  # of text and images, where the examples have images
 
     @property
     def size(self) -> str:
@@ -45,6 +53,7 @@ def prepare(
     examples: str = "text",
     needed: Iterable[str] = (),
     check: Callable[[dict], str] | None = None,
+    load_processor: Callable[[], Any] | None = None,
 ) -> Prepared:
     """Loads and splits; text is tokenized and, if asked to, packed, other examples are checked.
 
@@ -53,13 +62,15 @@ def prepare(
             method's trainer.
         needed: columns that have to be there besides the examples', for reward functions.
         check: why no reward function could ever reward a row; empty if one could.
+        load_processor: the processor of text and images; None for a method that takes no images.
 
     Raises ValueError when no format is recognized, when no example has a label left, and, unless
     `data.invalid` is "drop", for examples that cannot be trained on.
     """
     splits, notes, sieves, kinds = load_splits(data, seed), [], [], []
-    options = {"seed": seed, "needed": needed, "check": check}
     parts = {"training": splits.train, "held-out": splits.held_out}
+    processor = processor_for(splits.train + splits.held_out, data, load_processor)
+    options = {"seed": seed, "needed": needed, "check": check, "processor": processor}
     fitted = {what: [] for what in parts}
     for what, part in ((what, part) for what, some in parts.items() for part in some):
         sieve = Sieve(what, part.source.label if len(splits.train) > 1 else "", data.invalid, notes)
@@ -83,7 +94,28 @@ def prepare(
         train = PackedDataset(train, data.max_length)
         held_out = held_out and PackedDataset(held_out, data.max_length)
     kind = ", ".join(dict.fromkeys(kinds))
-    return Prepared(train, held_out, kind, tuple(notes), splits.digest, tuple(sieves))
+    return Prepared(train, held_out, kind, tuple(notes), splits.digest, tuple(sieves), processor)
+
+
+def processor_for(
+    parts: list[Part], data: DataArguments, load_processor: Callable[[], Any] | None
+) -> Any | None:
+    """The processor, if any of the data sets has images.
+
+    Raises ValueError where the method, another key or the model has no use for them.
+    """
+    pictured = next((part for part in parts if has_images(columns(part.rows))), None)
+    if pictured is None:
+        return None
+    if load_processor is None:
+        raise ValueError(
+            f"data: {pictured.source.label} has images, which are for sft and dpo; remove the "
+            "column, or use one of these methods"
+        )
+    for key in ("packing", "streaming"):
+        if getattr(data, key):
+            raise ValueError(f"data.{key}: not for examples with images; remove the key")
+    return load_processor()
 
 
 def fit(
@@ -96,14 +128,22 @@ def fit(
     seed: int,
     needed: Iterable[str] = (),
     check: Callable[[dict], str] | None = None,
+    processor: Any | None = None,
 ) -> Dataset | IterableDataset:
     """The rows that can be trained on: text as ids and labels, other kinds as their trainers take
     them. Raises ValueError as `prepare` does."""
+    rows = part.rows
+    if processor is not None:
+        rows = with_images(rows, part.source, sieve, data.num_proc)
+        if form.kind in _TEXT_KINDS:
+            return prepare_images(rows, data, processor, form, sieve)
+        tokenizer = processor.tokenizer
+        check = length_check(VisionCollator(processor, pairs=True), data.max_length)
     if form.kind in _TEXT_KINDS:
-        encode = stream if isinstance(part.rows, IterableDataset) else tokenized
-        return encode(part.rows, data, tokenizer, form, sieve)
+        encode = stream if isinstance(rows, IterableDataset) else tokenized
+        return encode(rows, data, tokenizer, form, sieve)
     return prepare_examples(
-        part.rows,
+        rows,
         tokenizer,
         sieve,
         form=form,

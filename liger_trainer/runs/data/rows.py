@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
 ROW = "__row__"  # column with a row's number in its source, counted from 1
+
+
+Judge = Callable[[dict], tuple[str, list[str]]]  # a row's flaw, and what its template leaves out
 
 
 class RowError(ValueError):
@@ -53,6 +56,25 @@ def columns(dataset: Dataset | IterableDataset) -> list[str]:
     """The names of the source's columns; those of a stream's first row where it declares none."""
     names = dataset.column_names or list(next(iter(dataset), {}))
     return [name for name in names if name != ROW]
+
+
+def judged(dataset: Dataset, judge: Judge, sieve: Sieve, num_proc: int | None) -> Dataset:
+    """The rows in which `judge` finds no flaw, neither in its answer nor as RowError."""
+
+    def judged(example: dict) -> dict:
+        try:
+            flaw, unshown = judge(example)
+        except RowError as error:
+            flaw, unshown = str(error), []
+        return {"flaw": flaw, "unshown": ", ".join(unshown)}
+
+    found = dataset.map(
+        judged, remove_columns=dataset.column_names, num_proc=num_proc, desc="Checking examples"
+    )
+    flaws = found["flaw"][:]
+    kept = without_flawed(dataset, flaws, sieve)
+    note_unshown((u for u, flaw in zip(found["unshown"], flaws, strict=True) if not flaw), sieve)
+    return kept
 
 
 def note_unshown(unshown: Iterable[str], sieve: Sieve) -> None:

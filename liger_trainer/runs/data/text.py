@@ -86,7 +86,7 @@ def row_encoder(data: DataArguments, tokenizer, form: Form) -> Callable[[dict], 
         found = {"input_ids": [], "labels": [], "length": 0, "unshown": ""}
         try:
             example = {**row, **form.convert(row)} if form.convert else row
-            flaw = _flaw(form.kind, example)
+            flaw = flaw_of(form.kind, example)
             if not flaw:
                 found = encode(example)
                 found["unshown"] = ", ".join(found["unshown"])
@@ -110,7 +110,7 @@ def _note(encoded: Dataset, data: DataArguments, sieve: Sieve) -> None:
     note_unshown(encoded["unshown"], sieve)
 
 
-def _flaw(kind: str, example: dict) -> str:
+def flaw_of(kind: str, example: dict) -> str:
     """Why a row is not what its columns promise; empty if it is."""
     if kind == "tokenized":
         return "" if example["input_ids"] else "`input_ids` is empty"

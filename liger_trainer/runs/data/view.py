@@ -15,6 +15,7 @@ from liger_trainer.runs.data.collate import PackedDataset
 from liger_trainer.runs.data.conversation import Conversation
 from liger_trainer.runs.data.prepare import Prepared
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
+from liger_trainer.runs.data.vision import VisionCollator
 
 STREAMED = 1000  # rows of a stream that are counted
 _QUANTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
@@ -51,8 +52,12 @@ class Counts:
     lengths: dict[str, int] = field(default_factory=dict)  # of sequences, quantiles
 
 
-def sequences(row: dict[str, Any], tokenizer, max_length: int) -> list[Sequence]:
+def sequences(
+    row: dict[str, Any], tokenizer, max_length: int, processor: Any | None = None
+) -> list[Sequence]:
     """The sequences of one prepared row: one of text and of a prompt, two of a pair."""
+    if processor is not None:
+        return _pictured(row, processor)
     if "input_ids" in row:
         return [_sequence("", row, len(row["input_ids"]))]
     if not {"chosen", "completion"} & set(row):
@@ -74,7 +79,7 @@ def counts(prepared: Prepared, data: DataArguments, tokenizer, what: str) -> Cou
     lengths = []
     for row in islice(unpacked(rows), STREAMED if isinstance(rows, IterableDataset) else None):
         found.examples += 1
-        for sequence in sequences(row, tokenizer, data.max_length):
+        for sequence in sequences(row, tokenizer, data.max_length, prepared.processor):
             lengths.append(len(sequence.ids))
             found.cut += sequence.length > len(sequence.ids)
             found.trained += sum(sequence.trained)
@@ -93,6 +98,19 @@ def unpacked(rows: Any) -> Iterator[dict[str, Any]]:
 def _sequence(name: str, encoded: dict[str, Any], length: int) -> Sequence:
     trained = [label != IGNORE_INDEX for label in encoded["labels"]]
     return Sequence(name, encoded["input_ids"], trained, length)
+
+
+def _pictured(row: dict[str, Any], processor) -> list[Sequence]:
+    """The sequences of a row with images, as its trainer's collator makes them."""
+    pairs = "chosen" in row
+    batch = VisionCollator(processor, pairs)([row])
+    found = []
+    for i, name in enumerate(["chosen", "rejected"] if pairs else [""]):
+        kept = batch["attention_mask"][i].bool()
+        ids = batch["input_ids"][i][kept].tolist()
+        trained = batch["completion_mask"][i] if pairs else batch["labels"][i] != IGNORE_INDEX
+        found.append(Sequence(name, ids, trained[kept].bool().tolist(), len(ids)))
+    return found
 
 
 def _prompt_ids(row: dict[str, Any], tokenizer) -> list[int]:
