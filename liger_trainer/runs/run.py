@@ -332,7 +332,7 @@ class _Run:
             },
             samples=self.samples,
             notes=[
-                f"{len(prepared.train)} training rows ({prepared.kind})",
+                f"{prepared.size} training rows ({prepared.kind})",
                 *prepared.notes,
                 f"begun {self.folder.facts['started']}",
                 *_told("activation memory", summary.get("activation_memory")),

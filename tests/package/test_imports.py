@@ -34,16 +34,24 @@ FOLDERS = {
     "trl": [["checks", "fused_head", "overrides"], ["__init__"]],
     "runs": [
         ["adapters", "errors", "secrets", "parse", "packages", "signals", "health", "judge"],
-        ["rows", "memory", "shapes", "shipped"],
-        ["checkpoints", "loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
+        ["memory", "shapes", "shipped", "typed"],
+        ["checkpoints", "data", "methods", "plots", "sandbox", "throughput"],
         ["counts", "traffic"],
-        ["collate", "html", "load", "preference", "rewards", "samples", "summary"],
-        ["data"],
+        ["html", "load", "rewards", "samples", "summary"],
         ["recipe"],
         ["build", "compare", "estimate", "plan"],
         ["checks", "folder"],
         ["finished", "run"],
         ["card"],
+    ],
+    "runs/data": [
+        ["builtin", "rows"],
+        ["conversation", "forms"],
+        ["arguments", "tokenize"],
+        ["alignment", "collate", "mixing", "sources", "text"],
+        ["splits", "vision"],
+        ["prepare"],
+        ["view"],
     ],
 }
 LEAVES = ["report", "config", "symbols"]
@@ -112,7 +120,11 @@ def test_imports_within_a_folder_point_down(folder):
     layers = FOLDERS[folder]
     for path in sorted(root.rglob("*.py")):
         own = path.relative_to(root).parts[0].removesuffix(".py")
-        modules = {name for name in below(path, f"liger_trainer.{folder}") if is_in(root, name)}
+        modules = {
+            name
+            for name in below(path, f"liger_trainer.{folder}".replace("/", "."))
+            if is_in(root, name)
+        }
         for imported in modules - {own}:
             assert layer(imported, layers) <= layer(own, layers), f"{path}: {imported}"
 
