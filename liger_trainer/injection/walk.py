@@ -23,8 +23,8 @@ from liger_trainer.injection.rules import (
     rotary,
 )
 from liger_trainer.injection.rules.finding import Finding, Search
-from liger_trainer.report import InjectionReport
-from liger_trainer.swap import is_swapped, swap, unswap
+from liger_trainer.report import InjectionReport, Row, Site
+from liger_trainer.swap import has_foreign_forward, is_swapped, swap, unswap
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,9 @@ def inject(
             "Pass strict=False to leave them as they are."
         )
     try:
-        _swap(findings)
+        _swap(findings, report)
+        if is_swapped(search.model):
+            search.model._liger_watch = Watch(config, report, _ids(search.model))
     except BaseException:
         restore(model)
         raise
@@ -95,13 +97,14 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _swap(findings: list[Finding]) -> None:
+def _swap(findings: list[Finding], report: InjectionReport) -> None:
     done = set()
     for finding in findings:
         # One object may be found at several places: an activation that two MLPs share.
         if finding.row.swapped and (claim := (id(finding.module), finding.mixin)) not in done:
             done.add(claim)
             swap(finding.module, finding.mixin, *finding.key)
+            finding.module._liger_site = Site(report, finding.tells or finding.row)
 
 
 def restore(model: nn.Module) -> None:
@@ -115,31 +118,70 @@ def is_injected(model: nn.Module) -> bool:
 
 
 def _find(search: Search) -> Iterator[Finding]:
-    for finding in _examine(search):
-        overridden = finding.row.swapped and "forward" in vars(finding.module)
-        if overridden and finding.module is not search.model:
-            reason = "its forward is replaced on the instance (a hook?): inject before that"
-            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=reason))
-        else:
-            yield finding
-
-
-def _examine(search: Search) -> Iterator[Finding]:
-    names = {id(m): name for name, m in search.model.named_modules()}
     swapped = set()
-    for module in search.model.modules():
-        for examine in _RULES:
-            finding = examine(search, names[id(module)], module)
-            if finding is not None:
-                if finding.row.swapped:
-                    swapped.add(finding.row.rule)
-                yield finding
-        for finding in gated.examine(search, names[id(module)], module):
+    for name, module in search.model.named_modules():
+        for finding in _examine(search, name, module):
             if finding.row.swapped:
                 swapped.add(finding.row.rule)
             yield finding
     yield from activation_memory.examine_model(search, swapped)
     yield from head.examine_model(search)
+
+
+def _examine(search: Search, name: str, module: nn.Module) -> Iterator[Finding]:
+    found = [examine(search, name, module) for examine in _RULES]
+    for finding in (*(f for f in found if f is not None), *gated.examine(search, name, module)):
+        replaced = finding.row.swapped and has_foreign_forward(finding.module)
+        if replaced and finding.module is not search.model:
+            reason = "its forward is replaced on the instance: inject before that"
+            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=reason))
+        else:
+            yield finding
+
+
+@dataclasses.dataclass(eq=False)
+class Watch:
+    """Notices modules that are added to a model after its injection, such as adapters."""
+
+    config: KernelConfig
+    report: InjectionReport
+    ids: list[int] | None  # of the modules; None in a copy
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "ids": None}
+
+    def look(self, model: nn.Module) -> None:
+        ids, known = _ids(model), self.ids
+        if ids == known:
+            return
+        self.ids = ids
+        if known is None:
+            return
+        search, old = Search(model, self.config), set(known)
+        rows = []
+        with _quiet(model):
+            for name, module in model.named_modules():
+                if any(id(m) not in old for m in (module, *module.children())):
+                    rows += [_as_added(f) for f in _examine(search, name, module) if not _is_in(f)]
+        self.report.amend(*(row for row in rows if row.eligible))
+
+
+def _is_in(finding: Finding) -> bool:
+    return finding.module is not None and is_swapped(finding.module)
+
+
+def _as_added(finding: Finding) -> Row:
+    reason = "added after the injection; call inject(model) again"
+    row = finding.row
+    return dataclasses.replace(row, swapped=False, reason=reason) if row.swapped else row
+
+
+def _ids(model: nn.Module) -> list[int]:
+    """Return what tells whether the model still has the same modules; fast, for every forward."""
+    modules = [model]
+    for module in modules:
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return list(map(id, modules))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -10,45 +10,14 @@ import weakref
 import pytest
 import torch
 from families import batch, tiny_model
+from lives import adapted, assert_fused_and_exact, injected_pair, step
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from liger_trainer import inject, restore
-from liger_trainer.deferred.logits import DeferredLogits
 from liger_trainer.injection.walk import is_injected
 
 WARNED = "liger_trainer"
-
-
-def step(model, inputs):
-    """Loss, gradients and logits of one forward and backward."""
-    model.zero_grad()
-    outputs = model(**inputs)
-    outputs.loss.backward()
-    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return outputs.loss.detach(), grads, outputs.logits
-
-
-def assert_equal_steps(got, expected):
-    torch.testing.assert_close(got[0], expected[0])
-    assert got[1].keys() == expected[1].keys()
-    for name, grad in expected[1].items():
-        torch.testing.assert_close(got[1][name], grad, rtol=1e-4, atol=1e-6)
-
-
-def assert_fused_and_exact(model, plain, inputs):
-    got = step(model, inputs)
-    assert isinstance(got[2], DeferredLogits), "the head was called for plain logits"
-    assert got[2]._value is None, "the loss computed all logits"
-    assert_equal_steps(got, step(plain, inputs))
-
-
-def injected_pair(**changes):
-    model = tiny_model("llama", num_hidden_layers=1, **changes)
-    plain = copy.deepcopy(model)
-    report = inject(model)
-    assert not report.refused
-    return model, plain, report
 
 
 def resize(model):
@@ -122,13 +91,6 @@ def test_a_changed_model_stays_fused_and_exact(change, tied, caplog):
 
 
 # --- adapters -------------------------------------------------------------------------------------
-
-
-def adapted(model, **settings):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(1)
-    settings = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False, **settings}
-    return peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
 
 
 HEADS = {

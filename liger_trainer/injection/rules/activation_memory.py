@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, look_again
 from liger_trainer.kernels.recompute import recomputing
 from liger_trainer.kernels.runtime import pays
 from liger_trainer.report import Row
@@ -34,6 +34,7 @@ def _lean(original: Callable) -> Callable:
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
+        look_again(self)
         if not _is_long(args, kwargs):
             return original(self, *args, **kwargs)
         with recomputing():
