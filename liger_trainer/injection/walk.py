@@ -67,7 +67,7 @@ def inject(
         )
     try:
         _swap(findings, report)
-        if is_swapped(search.model):
+        if is_injected(search.model):
             search.model._liger_watch = Watch(config, report, _ids(search.model))
     except BaseException:
         restore(model)
@@ -111,10 +111,28 @@ def restore(model: nn.Module) -> None:
     """Undoes `inject`: the model computes bit for bit what it did before."""
     for module in model.modules():
         unswap(module)
+        vars(module).pop("_liger_watch", None)
 
 
 def is_injected(model: nn.Module) -> bool:
     return any(map(is_swapped, model.modules()))
+
+
+def injected_config(model: nn.Module) -> KernelConfig | None:
+    """Return the switches that `model` was injected with; None if nothing is swapped in it."""
+    watch = vars(_unwrapped(model)).get("_liger_watch")
+    return None if watch is None else watch.config
+
+
+def restore_for(model: nn.Module | None, trainer: object) -> None:
+    """Restore a model that comes to a trainer whose flag is off, from one whose flag was on."""
+    if model is not None and is_injected(model):
+        restore(model)
+        logger.warning(
+            "use_liger_kernel is off for this %s: the kernels that were injected into its model "
+            "before are taken out",
+            type(trainer).__name__,
+        )
 
 
 def _find(search: Search) -> Iterator[Finding]:

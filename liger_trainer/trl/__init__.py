@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 from liger_trainer.config import KernelConfig
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.rules.head import defers_logits
-from liger_trainer.injection.walk import inject, is_injected
+from liger_trainer.injection.walk import inject, injected_config, restore_for
 from liger_trainer.report import InjectionReport
 from liger_trainer.trainer_hook import handled_for, without_request
 from liger_trainer.trl.checks import check_examples, check_options, check_reference
@@ -87,6 +87,7 @@ class FusedTrainer:
         given = _training_arguments(args, kwargs)
         if given is None or not given.use_liger_kernel:
             super().__init__(*args, **kwargs)
+            self._set_kernels()
             return
         config = KernelConfig.from_dict(given.liger_kernel_config)
         check_options(type(self), given)
@@ -98,11 +99,20 @@ class FusedTrainer:
         finally:
             given.use_liger_kernel = True
         self.args.use_liger_kernel = True
+        self._kernel_config = config
+        self._set_kernels()
+        check_examples(self)
+
+    def _set_kernels(self) -> None:
+        """Make the models what this trainer's flag and config say, whatever they were before."""
         for name in ("model", "ref_model", "teacher_model"):
             model = getattr(self, name, None)
-            if isinstance(model, nn.Module) and not is_injected(model):
-                self._inject(model, config)
-        check_examples(self)
+            if not isinstance(model, nn.Module):
+                continue
+            if not self.args.use_liger_kernel:
+                restore_for(model, self)
+            elif injected_config(model) is not self._kernel_config:  # not by this trainer
+                self._inject(model, self._kernel_config)
 
     def _inject(self, model: nn.Module, config: KernelConfig) -> None:
         report = inject(model, config)
@@ -154,8 +164,13 @@ class FusedTrainer:
         return _WEIGHTING.get(getattr(args, "loss_type", None)) if own else None
 
     def train(self, *args, **kwargs):
+        self._set_kernels()
         with handled_for(self, lambda: None):  # the kernels are in already
             return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._set_kernels()
+        return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not self.args.use_liger_kernel:
