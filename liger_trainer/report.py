@@ -1,12 +1,15 @@
-"""What was swapped, what was not, and why."""
+"""What was swapped, what was not, and why; kept true while the model runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +34,30 @@ class Coverage(NamedTuple):
     eligible: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(repr=False)
 class InjectionReport:
-    """The rows of one injection; `print(report)` is a table."""
+    """The rows of one injection; `print(report)` is a table.
+
+    If a site does not run fused after all, because of how the model is used or was changed later,
+    its row is amended, with one warning for each reason.
+    """
 
     rows: tuple[Row, ...]
+    warned: set[tuple[str, str]] = dataclasses.field(default_factory=set, compare=False)
+
+    def amend(self, *rows: Row) -> None:
+        """Put these rows in the place of those of the same site and rule."""
+        new = {(row.site, row.rule): row for row in rows}
+        amended = [new.pop((row.site, row.rule), row) for row in self.rows]
+        self.rows = (*amended, *new.values())
+        sites = defaultdict(list)
+        for row in rows:
+            if row.eligible and not row.swapped and (row.rule, row.reason) not in self.warned:
+                sites[row.rule, row.reason].append(row.site)
+        for (rule, reason), found in sites.items():
+            self.warned.add((rule, reason))
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            logger.warning("%s: %s%s runs as in the plain model: %s", rule, found[0], more, reason)
 
     @property
     def coverage(self) -> dict[str, Coverage]:
@@ -55,6 +77,9 @@ class InjectionReport:
         coverage = {rule: c._asdict() for rule, c in self.coverage.items()}
         rows = [dataclasses.asdict(row) for row in self.rows]
         return json.dumps({"coverage": coverage, "rows": rows}, indent=2)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def table(self) -> list[list[str]]:
         """Cells, header first; sites that differ only in layer numbers share a line."""
@@ -79,3 +104,19 @@ class InjectionReport:
         text.insert(1, "  ".join("-" * w for w in widths))
         covered = [f"{rule} {c.swapped}/{c.eligible}" for rule, c in self.coverage.items()]
         return "\n".join([*text, "coverage: " + (", ".join(covered) or "nothing to swap")])
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """The place of a swapped module in the report, where it tells how it runs."""
+
+    report: InjectionReport
+    row: Row
+    reason: str | None = None  # why it runs as the plain module does at the moment
+
+    def runs(self, reason: str | None) -> None:
+        """Note that the module runs plain, for this reason; None: that it runs fused again."""
+        if reason != self.reason:
+            self.reason = reason
+            plain = dataclasses.replace(self.row, swapped=False, reason=reason or "")
+            self.report.amend(self.row if reason is None else plain)

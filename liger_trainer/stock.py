@@ -1,18 +1,23 @@
 """The stock flag: `use_liger_kernel=True` of every Trainer, also of TRL's, uses this package.
 
 The one global change that the package makes, and only when asked: transformers' hook for another
-kernel package is redirected, and TRL's trainers become the classes of `liger_trainer.trl` where
-their arguments have the flag on.
+kernel package is redirected, TRL's trainers become the classes of `liger_trainer.trl` where their
+arguments have the flag on, and where it is off, Trainer takes out kernels that a trainer before put
+into its model.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
+from transformers import Trainer
+
 from liger_trainer import trainer_hook, trl
-from liger_trainer.injection.walk import inject
+from liger_trainer.injection.walk import inject, restore_for
 
 _original: trainer_hook.Hook | None = None
+_METHODS = {name: getattr(Trainer, name) for name in ("train", "evaluation_loop")}
 
 
 def enable() -> None:
@@ -24,6 +29,8 @@ def enable() -> None:
     if _original is None:
         _original = trainer_hook.current()
         trainer_hook.replace(inject)
+        for name, method in _METHODS.items():
+            setattr(Trainer, name, _plain_without_flag(method))
         if importlib.util.find_spec("trl") is not None:
             trl.redirect()
 
@@ -34,5 +41,17 @@ def disable() -> None:
     if _original is not None:
         trainer_hook.replace(_original)
         _original = None
+        for name, method in _METHODS.items():
+            setattr(Trainer, name, method)
         if importlib.util.find_spec("trl") is not None:
             trl.undo_redirect()
+
+
+def _plain_without_flag(method):
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        if not self.args.use_liger_kernel:
+            restore_for(self.model, self)
+        return method(self, *args, **kwargs)
+
+    return run

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from types import BuiltinFunctionType, CellType, FunctionType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 
 import torch
 from torch import nn
+
+from liger_trainer.report import Site
 
 
 class _SwappedType(type):
@@ -26,6 +28,7 @@ class Swapped(metaclass=_SwappedType):
 
     _liger_base: type
     _liger_key: tuple = ()
+    _liger_site: Site | None = None
 
     @classmethod
     def namespace(cls, base: type, *key) -> dict[str, object]:
@@ -85,7 +88,39 @@ def plain_class(cls: type) -> type:
 
 
 def swap(module: nn.Module, mixin: type[Swapped], *key) -> None:
-    module.__class__ = swapped_class(type(module), mixin, *key)
+    _change_class(module, swapped_class(type(module), mixin, *key))
+
+
+def _change_class(module: nn.Module, cls: type) -> None:
+    own = [name for name in _FORWARDS if _is_own(vars(module).get(name), module)]
+    module.__class__ = cls
+    for name in own:
+        vars(module)[name] = MethodType(cls.forward, module)
+
+
+# `device_map` and offloading put a forward of theirs on the instance, which calls the module's own
+# by the second name (accelerate.hooks).
+_FORWARDS = ("forward", "_old_forward")
+
+
+def _is_own(method: object, module: nn.Module) -> bool:
+    """Whether `method` is the forward that `module` has from its class."""
+    bound = isinstance(method, MethodType) and method.__self__ is module
+    return bound and method.__func__ is type(module).forward
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether the forward that was put on the instance need not call the class's own."""
+    own = vars(module)
+    placed = "_hf_hook" in own and _is_own(own.get("_old_forward"), module)
+    return "forward" in own and not placed and not _is_own(own["forward"], module)
+
+
+def note(module: Swapped, reason: str | None) -> None:
+    """Tell the report why `module` runs as the plain module does; None: that it runs fused."""
+    site = module._liger_site
+    if site is not None and site.reason != reason:
+        site.runs(reason)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -96,7 +131,7 @@ def unswap(module: nn.Module) -> None:
     """Give a swapped module its own class back; leave others alone."""
     if not isinstance(module, Swapped):
         return
-    module.__class__ = plain_class(type(module))
+    _change_class(module, plain_class(type(module)))
     for name in [name for name in vars(module) if name.startswith("_liger_")]:
         delattr(module, name)
 
@@ -138,6 +173,14 @@ class Proven:
 
 
 _MISSING = object()
+
+
+def holds(module: Swapped, proven: Proven) -> bool:
+    """Whether `module` is still as it was proven; the report is told if it is not."""
+    if proven.holds(module):
+        return True
+    note(module, "its attributes or parameters were changed after the injection")
+    return False
 
 
 def rebind(function: FunctionType, old: object, new: object) -> FunctionType | None:

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
-from liger_trainer.injection.walk import inject
+from liger_trainer.injection.walk import inject, restore_for
 from liger_trainer.report import InjectionReport
 from liger_trainer.trainer_hook import handled_for, without_request
 
@@ -34,7 +34,8 @@ class LigerTrainer(Trainer):
 
     Everything else is Trainer's. `args.use_liger_kernel` injects the kernels at construction;
     `args.liger_kernel_config` says which (see `KernelConfig`). `injection_report` tells what was
-    swapped; it is None with the flag off, and this class is then exactly Trainer.
+    swapped; it is None with the flag off, and this class is then exactly Trainer: a model that
+    comes injected, from a trainer before, is restored.
 
     Raises ValueError for an unknown key in `liger_kernel_config`, and for `model_init_kwargs` with
     a model that exists already.
@@ -79,6 +80,8 @@ class LigerTrainer(Trainer):
             self._inject()
             if self.label_smoother is not None:
                 self.label_smoother = FusedLabelSmoother(self.label_smoother.epsilon)
+        else:
+            restore_for(self.model, self)
 
     def _inject(self) -> None:
         self.injection_report = inject(self.model, self.args.liger_kernel_config)
@@ -88,9 +91,16 @@ class LigerTrainer(Trainer):
         return repeated(self, model, step)
 
     def train(self, *args, **kwargs):
+        if not self.args.use_liger_kernel:
+            restore_for(self.model, self)
         # Trainer.train calls its hook for another package, after a possible model_init.
         with handled_for(self, self._inject):
             return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        if not self.args.use_liger_kernel:
+            restore_for(self.model, self)
+        return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not self.args.use_liger_kernel:

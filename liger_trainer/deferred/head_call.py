@@ -105,22 +105,24 @@ def consume(terms: Sequence[Term], consumer: Consumer) -> Results | torch.Tensor
     its plain logits.
     """
 
-    def enter(index: int, gathered: list[Operands]):
-        if index == len(terms):
-            return consumer(gathered)
-        layer, hidden, scale = terms[index]
-        if scale != 1.0:
-            hidden = hidden * scale
+    return _call(list(terms), consumer, [])
 
-        def body(x, *_):
-            if isinstance(layer, nn.Linear):
-                found = Operands(x, *weights_of(layer))
-                return enter(index + 1, [*gathered, found])
-            return _inside_composite(layer, x, lambda own: enter(index + 1, [*gathered, *own]))
 
-        return _in_place_of_forward(layer, hidden, body)
+def _call(terms: list[Term], consumer: Consumer, gathered: list[Operands]):
+    # Not a closure that calls itself: that would be a cycle, which keeps the graph alive.
+    if not terms:
+        return consumer(gathered)
+    (layer, hidden, scale), *rest = terms
+    if scale != 1.0:
+        hidden = hidden * scale
 
-    return enter(0, [])
+    def body(x, *_):
+        if isinstance(layer, nn.Linear):
+            found = Operands(x, *weights_of(layer))
+            return _call(rest, consumer, [*gathered, found])
+        return _inside_composite(layer, x, lambda own: _call(rest, consumer, [*gathered, *own]))
+
+    return _in_place_of_forward(layer, hidden, body)
 
 
 def _inside_composite(head: nn.Module, hidden: torch.Tensor, consumer: Consumer):

@@ -23,8 +23,10 @@ from liger_trainer.injection.rules import (
     rotary,
 )
 from liger_trainer.injection.rules.finding import Finding, Search
-from liger_trainer.report import InjectionReport
-from liger_trainer.swap import is_swapped, swap, unswap
+from liger_trainer.report import InjectionReport, Row, Site
+from liger_trainer.swap import has_foreign_forward, is_swapped, swap, unswap
+
+_ALWAYS, _EVERY = 8, 64  # forwards in which a watch looks
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,9 @@ def inject(
             "Pass strict=False to leave them as they are."
         )
     try:
-        _swap(findings)
+        _swap(findings, report)
+        if is_injected(search.model):
+            search.model._liger_watch = Watch(config, report, _ids(search.model))
     except BaseException:
         restore(model)
         raise
@@ -95,51 +99,115 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _swap(findings: list[Finding]) -> None:
+def _swap(findings: list[Finding], report: InjectionReport) -> None:
     done = set()
     for finding in findings:
         # One object may be found at several places: an activation that two MLPs share.
         if finding.row.swapped and (claim := (id(finding.module), finding.mixin)) not in done:
             done.add(claim)
             swap(finding.module, finding.mixin, *finding.key)
+            finding.module._liger_site = Site(report, finding.tells or finding.row)
 
 
 def restore(model: nn.Module) -> None:
     """Undoes `inject`: the model computes bit for bit what it did before."""
     for module in model.modules():
         unswap(module)
+        vars(module).pop("_liger_watch", None)
 
 
 def is_injected(model: nn.Module) -> bool:
     return any(map(is_swapped, model.modules()))
 
 
+def injected_config(model: nn.Module) -> KernelConfig | None:
+    """Return the switches that `model` was injected with; None if nothing is swapped in it."""
+    watch = vars(_unwrapped(model)).get("_liger_watch")
+    return None if watch is None else watch.config
+
+
+def restore_for(model: nn.Module | None, trainer: object) -> None:
+    """Restore a model that comes to a trainer whose flag is off, from one whose flag was on."""
+    if model is not None and is_injected(model):
+        restore(model)
+        logger.warning(
+            "use_liger_kernel is off for this %s: the kernels that were injected into its model "
+            "before are taken out",
+            type(trainer).__name__,
+        )
+
+
 def _find(search: Search) -> Iterator[Finding]:
-    for finding in _examine(search):
-        overridden = finding.row.swapped and "forward" in vars(finding.module)
-        if overridden and finding.module is not search.model:
-            reason = "its forward is replaced on the instance (a hook?): inject before that"
-            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=reason))
-        else:
-            yield finding
-
-
-def _examine(search: Search) -> Iterator[Finding]:
-    names = {id(m): name for name, m in search.model.named_modules()}
     swapped = set()
-    for module in search.model.modules():
-        for examine in _RULES:
-            finding = examine(search, names[id(module)], module)
-            if finding is not None:
-                if finding.row.swapped:
-                    swapped.add(finding.row.rule)
-                yield finding
-        for finding in gated.examine(search, names[id(module)], module):
+    for name, module in search.model.named_modules():
+        for finding in _examine(search, name, module):
             if finding.row.swapped:
                 swapped.add(finding.row.rule)
             yield finding
     yield from activation_memory.examine_model(search, swapped)
     yield from head.examine_model(search)
+
+
+def _examine(search: Search, name: str, module: nn.Module) -> Iterator[Finding]:
+    found = [examine(search, name, module) for examine in _RULES]
+    for finding in (*(f for f in found if f is not None), *gated.examine(search, name, module)):
+        replaced = finding.row.swapped and has_foreign_forward(finding.module)
+        if replaced and finding.module is not search.model:
+            reason = "its forward is replaced on the instance: inject before that"
+            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=reason))
+        else:
+            yield finding
+
+
+@dataclasses.dataclass(eq=False)
+class Watch:
+    """Notices modules that are added to a model after its injection, such as adapters."""
+
+    config: KernelConfig
+    report: InjectionReport
+    ids: list[int] | None  # of the modules; None in a copy
+    calls: int = 0
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "ids": None}
+
+    def look(self, model: nn.Module) -> None:
+        """Amend the report, once a change is seen: in the first forwards and then now and then, for
+        walking a model with adapters takes up to a millisecond."""
+        self.calls += 1
+        if self.calls > _ALWAYS and self.calls % _EVERY:
+            return
+        ids, known = _ids(model), self.ids
+        if ids == known:
+            return
+        self.ids = ids
+        if known is None:
+            return
+        search, old = Search(model, self.config), set(known)
+        rows = []
+        with _quiet(model):
+            for name, module in model.named_modules():
+                if any(id(m) not in old for m in (module, *module.children())):
+                    rows += [_as_added(f) for f in _examine(search, name, module) if not _is_in(f)]
+        self.report.amend(*(row for row in rows if row.eligible))
+
+
+def _is_in(finding: Finding) -> bool:
+    return finding.module is not None and is_swapped(finding.module)
+
+
+def _as_added(finding: Finding) -> Row:
+    reason = "added after the injection; call inject(model) again"
+    row = finding.row
+    return dataclasses.replace(row, swapped=False, reason=reason) if row.swapped else row
+
+
+def _ids(model: nn.Module) -> list[int]:
+    """Return what tells whether the model still has the same modules."""
+    modules = [model]
+    for module in modules:
+        modules.extend(child for child in module._modules.values() if child is not None)
+    return list(map(id, modules))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

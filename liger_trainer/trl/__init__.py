@@ -24,7 +24,7 @@ from liger_trainer.config import KernelConfig
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.head import defers_logits
-from liger_trainer.injection.walk import inject, is_injected
+from liger_trainer.injection.walk import inject, injected_config, restore_for
 from liger_trainer.report import InjectionReport, Row
 from liger_trainer.trainer_hook import handled_for, without_request
 from liger_trainer.trl.checks import check_examples, check_options, check_reference
@@ -88,6 +88,7 @@ class FusedTrainer:
         given = _training_arguments(args, kwargs)
         if given is None or not given.use_liger_kernel:
             super().__init__(*args, **kwargs)
+            self._set_kernels()
             return
         config = KernelConfig.from_dict(given.liger_kernel_config)
         check_options(type(self), given)
@@ -99,12 +100,21 @@ class FusedTrainer:
         finally:
             given.use_liger_kernel = True
         self.args.use_liger_kernel = True
-        for name in ("model", "ref_model", "teacher_model"):
-            model = getattr(self, name, None)
-            if isinstance(model, nn.Module) and not is_injected(model):
-                self._inject(model, config)
+        self._kernel_config = config
+        self._set_kernels()
         self._report(override_rows(self))
         check_examples(self)
+
+    def _set_kernels(self) -> None:
+        """Make the models what this trainer's flag and config say, whatever they were before."""
+        for name in ("model", "ref_model", "teacher_model"):
+            model = getattr(self, name, None)
+            if not isinstance(model, nn.Module):
+                continue
+            if not self.args.use_liger_kernel:
+                restore_for(model, self)
+            elif injected_config(model) is not self._kernel_config:  # not by this trainer
+                self._inject(model, self._kernel_config)
 
     def _inject(self, model: nn.Module, config: KernelConfig) -> None:
         report = inject(model, config)
@@ -112,8 +122,8 @@ class FusedTrainer:
             self.injection_report = report
 
     def _report(self, rows: Iterable[Row]) -> None:
-        before = self.injection_report.rows if self.injection_report else ()
-        self.injection_report = InjectionReport((*before, *rows))
+        self.injection_report = self.injection_report or InjectionReport(())
+        self.injection_report.rows += tuple(rows)
 
     @contextlib.contextmanager
     def _fused_heads(self, config: KernelConfig, args: TrainingArguments) -> Iterator[None]:
@@ -169,8 +179,13 @@ class FusedTrainer:
         return repeated(self, model, step)
 
     def train(self, *args, **kwargs):
+        self._set_kernels()
         with handled_for(self, lambda: None):  # the kernels are in already
             return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._set_kernels()
+        return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not self.args.use_liger_kernel:

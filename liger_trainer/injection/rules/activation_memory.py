@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from liger_trainer.injection import memory_budget
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, look_again
 from liger_trainer.kernels.recompute import recomputing
 from liger_trainer.kernels.runtime import pays
 from liger_trainer.report import Row
@@ -48,6 +48,7 @@ def _lean(original: Callable) -> Callable:
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
+        look_again(self)
         tokens = _first_input(args, kwargs)
         if tokens is None or not pays(tokens, MIN_TOKENS):
             return original(self, *args, **kwargs)

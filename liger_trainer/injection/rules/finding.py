@@ -18,12 +18,16 @@ SWITCHED_OFF = "switched off in liger_kernel_config"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A row for the report and, if it says swapped, the swap: the mixin for `module`'s class."""
+    """A row for the report and, if it says swapped, the swap: the mixin for `module`'s class.
+
+    `tells` is the row that the module amends while it runs, if that is another.
+    """
 
     row: Row
     module: nn.Module | None = None
     mixin: type[Swapped] | None = None
     key: tuple = ()
+    tells: Row | None = None
 
 
 @dataclasses.dataclass
@@ -64,3 +68,10 @@ def fingerprint(module: nn.Module, device: torch.device) -> Hashable:
     )
     children = tuple((name, type(child)) for name, child in module.named_modules())
     return children, repr(attributes), tensors, str(device)
+
+
+def look_again(model: nn.Module) -> None:
+    """Tell the report of what has been added to an injected model since."""
+    watch = vars(model).get("_liger_watch")
+    if watch is not None and not torch.compiler.is_compiling():
+        watch.look(model)

@@ -26,7 +26,7 @@ from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search,
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
 from liger_trainer.kernels.runtime import PLAIN, pays
 from liger_trainer.report import Row
-from liger_trainer.swap import Proven, Swapped, swap
+from liger_trainer.swap import Proven, Swapped, holds, note, swap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ class DeferredActivation(Deferred):
 
     def compute(self) -> torch.Tensor:
         self._owner._liger_unfused = True  # not gated after all: do not defer again
+        note(self._owner, "what it returns is not multiplied with a projection of its shape")
         return self._form.activation(self.gate)
 
 
@@ -120,9 +121,9 @@ class FusedActivation(Swapped):
     def _liger_may_defer(self, x: torch.Tensor) -> bool:
         hooked = self._forward_hooks or self._backward_hooks or self._backward_pre_hooks
         recorded = torch.is_grad_enabled() and x.requires_grad and not torch.is_inference(x)
-        return (
-            recorded and not hooked and not self._liger_unfused and self._liger_key[1].holds(self)
-        )
+        if hooked:
+            note(self, "a hook was put on it after the injection")
+        return recorded and not (hooked or self._liger_unfused) and holds(self, self._liger_key[1])
 
 
 def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:

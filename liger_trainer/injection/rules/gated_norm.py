@@ -15,7 +15,7 @@ from liger_trainer.injection import probe
 from liger_trainer.injection.rules import norm_cases
 from liger_trainer.kernels.layers.gated_rms_norm import MIN_ELEMENTS, gated_rms_norm
 from liger_trainer.kernels.runtime import all_plain, pays
-from liger_trainer.swap import Swapped, own_attributes
+from liger_trainer.swap import Swapped, holds, own_attributes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class FusedGatedNorm(Swapped):
         form, proven = self._liger_key
         given = {**dict(zip(form.inputs, args, strict=False)), **kwargs}
         x, gate = map(given.get, form.inputs)
-        if len(args) + len(kwargs) != 2 or x is None or gate is None or not proven.holds(self):
+        if len(args) + len(kwargs) != 2 or x is None or gate is None or not holds(self, proven):
             return super().forward(*args, **kwargs)
         weight = getattr(self, form.weight)
         if (

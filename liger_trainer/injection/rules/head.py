@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from liger_trainer.deferred import scope, token_scores  # noqa: F401  (registers handlers)
 from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.deferred.logits import defer_call
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, look_again
+from liger_trainer.injection.rules.hooks import foreign_hooks
 from liger_trainer.report import Row
-from liger_trainer.swap import Swapped, swap
-
-logger = logging.getLogger(__name__)
+from liger_trainer.swap import Swapped, has_foreign_forward, note, swap
 
 FUSED = "fused_linear_cross_entropy"
 
@@ -48,20 +47,17 @@ class DeferredHead(CallableHead):
         where = scope.scope_of(self)
         if scope.is_recording() and isinstance(self, nn.Linear):
             where = scope.RECORDED
-        if where is None or kwargs or len(args) != 1 or not _can_defer(self, args[0]):
+        if where is None or kwargs or len(args) != 1 or not _can_defer(args[0]):
             return super().__call__(*args, **kwargs)
         return defer_call(self, args[0], vocabulary(self), self._liger_fused, where)
 
 
-def _can_defer(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+def _can_defer(hidden_states: torch.Tensor) -> bool:
     # One position per sequence is a decoding step.
     return (
         isinstance(hidden_states, torch.Tensor)
         and hidden_states.dim() >= 2
         and hidden_states.shape[-2] != 1
-        and not head._backward_hooks
-        and not head._backward_pre_hooks
-        and not hasattr(head, "parametrizations")
         and not torch.is_inference_mode_enabled()
         and not torch.compiler.is_compiling()
     )
@@ -89,6 +85,7 @@ class DeferringModel(Swapped):
                 labels = kwargs.get("shift_labels")
             if labels is None and not scope.in_loss_scope():
                 return original(self, *args, **kwargs)
+            look_again(self)
             head = current_head(self)
             if head is None:
                 return original(self, *args, **kwargs)
@@ -112,27 +109,26 @@ def _position_of_labels(forward: Callable) -> float:
     return names.index("labels") if "labels" in names else float("inf")
 
 
-def current_head(model: nn.Module) -> DeferredHead | None:
-    """Return the model's head, made to defer if it was replaced since the injection."""
+def current_head(model: DeferringModel) -> DeferredHead | None:
+    """Return the model's head, made to defer if it was replaced since the injection.
+
+    None, which the report is told, if it cannot.
+    """
     head = model.get_output_embeddings()
-    if isinstance(head, DeferredHead):
-        return head
-    if head is None or vars(model).get("_liger_not_deferred") is head:
+    if torch.compiler.is_compiling():
+        return head if isinstance(head, DeferredHead) else None
+    layers = [] if head is None else linear_layers(head)
+    reason = _NONE if head is None else why_not_deferred(head, layers)
+    note(model, reason)
+    if reason is not None:
         return None
-    layers = linear_layers(head)
-    reason = why_not_deferred(head, layers)
-    if reason is None:
-        for layer in layers:
-            if not isinstance(layer, DeferredHead):
-                swap(layer, DeferredHead, model._liger_fused)
-        return head
-    model._liger_not_deferred = head
-    logger.warning(
-        "The model's output head was replaced after the kernels were injected, by one whose loss "
-        "cannot be fused: %s. Training goes on with plain logits.",
-        reason,
-    )
-    return None
+    for layer in layers:
+        if not isinstance(layer, DeferredHead):
+            swap(layer, DeferredHead, model._liger_fused)
+    return head
+
+
+_NONE = "the model has no output embeddings, so no logits of a vocabulary"
 
 
 def defers_logits(model: nn.Module) -> bool:
@@ -148,8 +144,7 @@ def examine_model(search: Search) -> Iterator[Finding]:
     rule = FUSED if fused or not config.cross_entropy else "cross_entropy"
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
-        reason = "the model has no output embeddings, so no logits of a vocabulary"
-        yield Finding(Row("", rule, False, reason, eligible=False))
+        yield Finding(Row("", rule, False, _NONE, eligible=False))
         return
     names = {id(module): name for name, module in model.named_modules()}
     site = names.get(id(head), "")
@@ -166,16 +161,15 @@ def examine_model(search: Search) -> Iterator[Finding]:
     if reason is not None:
         yield Finding(Row(site, rule, False, reason))
         return
-    yield Finding(
-        Row(site, rule, True, "logits deferred" if fused else "loss of given logits", max_error),
-        head, DeferredHead, (fused,),
-    )  # fmt: skip
+    reason = "logits deferred" if fused else "loss of given logits"
+    found = Row(site, rule, True, reason, max_error)
+    yield Finding(found, head, DeferredHead, (fused,))
     for layer in layers:
         if layer is not head:
             row = Row(names[id(layer)], "model", True, "term of the head", eligible=False)
             yield Finding(row, layer, DeferredHead, (fused,))
     row = Row("", "model", True, "own forward and loss kept", eligible=False)
-    yield Finding(row, model, DeferringModel, (fused,))
+    yield Finding(row, model, DeferringModel, (fused,), tells=found)
 
 
 def linear_layers(head: nn.Module) -> list[nn.Module]:
@@ -197,18 +191,28 @@ def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
     adapter = hasattr(head, "base_layer") or hasattr(head, "modules_to_save")
     if not isinstance(head, nn.Linear) and not (adapter and len(layers) > 1):
         return f"{kind} is not a plain linear layer"
-    for layer in layers:
-        own = getattr(type(layer), "_liger_base", type(layer)).forward
-        if isinstance(layer, nn.Linear) and own is not nn.Linear.forward:
-            return f"{type(layer).__name__} is not a plain linear layer"
-        if "forward" in vars(layer):
-            return "its forward is replaced on the instance (a hook?): inject before that"
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            return "it has forward hooks: inject before they are registered"
-        if layer._backward_hooks or layer._backward_pre_hooks:
-            return "it has backward hooks"
-        if hasattr(layer, "parametrizations"):
-            return "it is parametrized"
+    return next((reason for reason in map(_unfit, layers) if reason is not None), None)
+
+
+_WEIGHTS = (torch.Tensor, nn.Parameter, DTensor)
+
+
+def _unfit(layer: nn.Module) -> str | None:
+    """Why the calls of one layer of a head cannot be taken over."""
+    own = getattr(type(layer), "_liger_base", type(layer)).forward
+    if isinstance(layer, nn.Linear) and own is not nn.Linear.forward:
+        return f"{type(layer).__name__} is not a plain linear layer"
+    if has_foreign_forward(layer):
+        return "its forward is replaced on the instance"
+    if foreign_hooks(layer):
+        return "it has forward hooks, which would not see the logits"
+    if layer._backward_hooks or layer._backward_pre_hooks:
+        return "it has backward hooks, which would not see the gradient of the logits"
+    if hasattr(layer, "parametrizations"):
+        return "it is parametrized"
+    weight = layer._parameters.get("weight")
+    if isinstance(layer, nn.Linear) and weight is not None and type(weight) not in _WEIGHTS:
+        return f"its weight is of type {type(weight).__name__}"
     return None
 
 

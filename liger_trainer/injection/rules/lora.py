@@ -27,7 +27,7 @@ from liger_trainer.kernels.layers.lora_linear import (
 )
 from liger_trainer.kernels.runtime import every_size, pays
 from liger_trainer.report import Row
-from liger_trainer.swap import Swapped, swap
+from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -42,7 +42,10 @@ class FusedLoRA(Swapped):
         usual = not (args or kwargs) and pays(x, MIN_ELEMENTS)
         adapters = active_adapters(self, x) if usual else None
         if not adapters:
+            if usual and not torch.compiler.is_compiling():
+                note(self, _unfit(self))
             return self._liger_base.forward(self, x, *args, **kwargs)
+        note(self, None)
         base = self.base_layer
         if _is_plain_linear(base, x):
             return lora_linear(x, base.weight, base.bias, adapters)
@@ -78,6 +81,20 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
                 return None
         found.append(Adapter(A, B, scale, dropout.p if _drops(dropout) else 0.0))
     return found
+
+
+def _unfit(layer: nn.Module) -> str | None:
+    """Why the layer's own forward adds the adapters, where that is not a matter of the input."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not active:
+        return None  # nothing is added
+    for name in active:
+        if (variant := _variant(layer, name)) is not None:
+            return f"not plain LoRA: {variant}"
+        parts = (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
+        if any(map(_is_hooked, parts)):
+            return "hooks on the adapter"
+    return "its base layer lies in shards" if _is_sharded(layer.base_layer) else None
 
 
 def _drops(dropout: nn.Module) -> bool:

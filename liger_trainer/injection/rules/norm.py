@@ -23,7 +23,7 @@ from liger_trainer.kernels.layers.layer_norm import layer_norm
 from liger_trainer.kernels.layers.rms_norm import rms_norm
 from liger_trainer.kernels.runtime import all_plain
 from liger_trainer.report import Row
-from liger_trainer.swap import Proven, Swapped
+from liger_trainer.swap import Proven, Swapped, holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class FusedNorm(Swapped):
             return super().forward(*args, **kwargs)
         form, proven = self._liger_key
         x = args[0] if args else kwargs.get(form.input)
-        if len(args) + len(kwargs) != 1 or x is None or not proven.holds(self):
+        if len(args) + len(kwargs) != 1 or x is None or not holds(self, proven):
             return super().forward(*args, **kwargs)
         weight = None if form.weight is None else getattr(self, form.weight)
         bias = None if form.bias is None else getattr(self, form.bias)
