@@ -175,7 +175,7 @@ def plain_call(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bool, scope: Scope):
     """Return the deferred logits of `head(hidden)`."""
     device = hidden.device
-    enabled = torch.is_autocast_enabled(device.type)
+    enabled = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
     autocast = (enabled, torch.get_autocast_dtype(device.type))
     origin = Origin(
         head=head,
@@ -243,10 +243,15 @@ class DeferredGradient(Deferred):
     handlers: ClassVar[dict[Callable, Callable]] = {}
     _make: Callable[[], torch.Tensor]
     _extra: torch.Tensor | None = None
+    _create_graph: bool  # its own derivative, which there is none of, may be asked for
 
     @classmethod
-    def of(cls, like, make: Callable[[], torch.Tensor], extra=None) -> DeferredGradient:
+    def of(
+        cls, like, make: Callable[[], torch.Tensor], extra=None, create_graph=None
+    ) -> DeferredGradient:
         gradient = cls(like.shape, like.dtype, like.device)
+        enabled = torch.is_grad_enabled()
+        gradient._create_graph = enabled if create_graph is None else create_graph
         if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
             # Anomaly detection looks at every gradient, from where autograd cannot compute one.
             make = functools.cache(make)
@@ -256,13 +261,16 @@ class DeferredGradient(Deferred):
 
     def compute(self) -> torch.Tensor:
         value = self._make()
-        return value if self._extra is None else value + self._extra
+        value = value if self._extra is None else value + self._extra
+        with torch.set_grad_enabled(self._create_graph):
+            return forbid_derivative((value,))[0]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Stay deferred where gradients meet or are kept (`retain_grad`)."""
         if func in (torch.ops.aten.clone.default, torch.ops.aten.detach.default):
-            return cls.of(args[0], args[0]._make, args[0]._extra)
+            (x, *_) = args
+            return cls.of(x, x._make, x._extra, x._create_graph)
         if func is torch.ops.aten.add.Tensor and len(args) == 2 and not kwargs:
             deferred = [x for x in args if isinstance(x, DeferredGradient)]
             extras = [x._extra for x in deferred if x._extra is not None]
@@ -271,6 +279,7 @@ class DeferredGradient(Deferred):
                 deferred[0],
                 lambda: sum(x._make() for x in deferred),
                 sum(extras) if extras else None,
+                any(x._create_graph for x in deferred),
             )
         return super().__torch_dispatch__(func, types, args, kwargs)
 

@@ -47,9 +47,12 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape, dtype, device, strides=None, storage_offset=None):
-        return torch.Tensor._make_wrapper_subclass(
+        made = torch.Tensor._make_wrapper_subclass(
             cls, shape, strides, storage_offset, dtype=dtype, device=device
         )
+        # C++ code that asks for memory, of which there is none, gets an error, not a null pointer.
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        return made
 
     def compute(self) -> torch.Tensor:
         raise NotImplementedError
@@ -115,7 +118,7 @@ class _Signature(NamedTuple):
 @functools.cache
 def _signature(handler: Callable) -> _Signature:
     parameters = inspect.signature(handler).parameters.values()
-    names = frozenset(p.name for p in parameters)
+    names = frozenset(p.name for p in parameters if p.kind is not p.VAR_POSITIONAL)
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return _Signature(names, float("inf"))
     return _Signature(
