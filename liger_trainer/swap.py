@@ -101,6 +101,7 @@ def _change_class(module: nn.Module, cls: type) -> None:
 # `device_map` and offloading put a forward of theirs on the instance, which calls the module's own
 # by the second name (accelerate.hooks).
 _FORWARDS = ("forward", "_old_forward")
+PLACED = (*_FORWARDS, "_hf_hook")
 
 
 def _is_own(method: object, module: nn.Module) -> bool:

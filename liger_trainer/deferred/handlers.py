@@ -61,21 +61,31 @@ implements(_Tensor.double)(lambda x: _cast(x, torch.float64))
 
 @implements(_Tensor.to)
 def _to(logits, *args, **kwargs):
-    """`.to` with a dtype, and a device if it is the logits' own; anything else needs the value."""
+    """`.to` with a dtype, and a device of the same kind, as device_map does with what a model
+    returns. Anything else needs the value: logits that are moved to the CPU are to be kept."""
     wanted = [*args, *(v for k, v in kwargs.items() if k in ("dtype", "device"))]
     if set(kwargs) - {"dtype", "device", "non_blocking"} or not isinstance(logits, DeferredLogits):
         return NotImplemented
-    dtype = logits.dtype
+    device, dtype = logits.device, logits.dtype
     for argument in wanted:
         if isinstance(argument, torch.dtype):
             dtype = argument
         elif isinstance(argument, (str, int, torch.device)) and not isinstance(argument, bool):
             device = torch.device(argument)
-            if device.type != logits.device.type or device.index not in (None, logits.device.index):
-                return NotImplemented
         elif argument is not None:
             return NotImplemented
-    return _cast(logits, dtype)
+    if device.type != logits.device.type:
+        return NotImplemented
+    if device.index not in (None, logits.device.index):
+        logits = _move(logits, device)
+    return logits if logits is NotImplemented else _cast(logits, dtype)
+
+
+def _move(logits, device):
+    state = logits.state
+    if state is None:
+        return NotImplemented
+    return derive([logits], state.then("move", device), lambda z: z.to(device), as_meta(logits))
 
 
 def _is_number(x) -> bool:

@@ -56,7 +56,8 @@ class CallableHead(Swapped):
         body = _pending.take(self)
         if body is not None:
             return body(*args, **kwargs)
-        if isinstance(self, nn.Linear) and isinstance(self.weight, DTensor):
+        # Not `self.weight`: a parametrized one is computed anew by whoever asks for it.
+        if isinstance(self, nn.Linear) and isinstance(self._parameters.get("weight"), DTensor):
             operands = weights_of(self)
             if not isinstance(args[0], DTensor):
                 return F.linear(args[0], *operands)

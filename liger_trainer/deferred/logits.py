@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_trainer.deferred.head_call import Operands, Results, Term, consume
-from liger_trainer.deferred.origin import WAY_OUT, Origin, seen_in
+from liger_trainer.deferred.origin import WAY_OUT, Origin, device_of, seen_in
 from liger_trainer.deferred.scope import RECORDED, Scope
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.autograd import forbid_derivative
@@ -35,7 +35,7 @@ class State:
     """How deferred logits come from the head's input.
 
     `ops` is what happened to them, in order: ("cast", dtype), ("mul", c), ("div", c),
-    ("tanh", None), ("log_softmax", None).
+    ("tanh", None), ("log_softmax", None), ("move", device).
     """
 
     origin: Origin
@@ -55,6 +55,11 @@ class State:
         return as_scale_and_softcap(self.ops)
 
     @property
+    def device(self) -> torch.device:
+        moves = [argument for name, argument in self.ops if name == "move"]
+        return moves[-1] if moves else self.origin.device
+
+    @property
     def has_log_softmax(self) -> bool:
         return any(name == "log_softmax" for name, _ in self.ops)
 
@@ -63,6 +68,8 @@ def as_scale_and_softcap(ops) -> tuple[float, float | None] | None:
     """(scale, softcap) such that the ops are softcap * tanh(scale * z / softcap); else None."""
     inner, outer = 1.0, None
     for name, argument in ops:
+        if name == "move":
+            return None
         if name in ("mul", "div"):
             factor = argument if name == "mul" else 1.0 / argument
             if outer is None:
@@ -84,6 +91,7 @@ OPS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "div": lambda value, divisor: value / divisor,
     "tanh": lambda value, _: torch.tanh(value),
     "log_softmax": lambda value, _: F.log_softmax(value, dim=-1),
+    "move": lambda value, device: value.to(device),
 }
 
 
@@ -174,12 +182,13 @@ def plain_call(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bool, scope: Scope):
     """Return the deferred logits of `head(hidden)`."""
-    device = hidden.device
-    enabled = torch.is_autocast_enabled(device.type)
+    device = device_of(head, hidden)
+    enabled = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
     autocast = (enabled, torch.get_autocast_dtype(device.type))
     origin = Origin(
         head=head,
         hidden=hidden,
+        device=device,
         dtype=autocast[1] if enabled else hidden.dtype,
         fused=fused,
         scope=scope,
@@ -212,7 +221,7 @@ def _make(state, like, operands=(), parents=(), from_parents=None) -> DeferredLo
 
     def make():
         made = DeferredLogits(
-            like.shape, like.dtype, state.origin.hidden.device, like.stride(), like.storage_offset()
+            like.shape, like.dtype, state.device, like.stride(), like.storage_offset()
         )
         made._state, made._with_grad = state, with_grad
         made._parents, made._from_parents = parents, from_parents
@@ -243,10 +252,15 @@ class DeferredGradient(Deferred):
     handlers: ClassVar[dict[Callable, Callable]] = {}
     _make: Callable[[], torch.Tensor]
     _extra: torch.Tensor | None = None
+    _create_graph: bool  # its own derivative, which there is none of, may be asked for
 
     @classmethod
-    def of(cls, like, make: Callable[[], torch.Tensor], extra=None) -> DeferredGradient:
+    def of(
+        cls, like, make: Callable[[], torch.Tensor], extra=None, create_graph=None
+    ) -> DeferredGradient:
         gradient = cls(like.shape, like.dtype, like.device)
+        enabled = torch.is_grad_enabled()
+        gradient._create_graph = enabled if create_graph is None else create_graph
         if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
             # Anomaly detection looks at every gradient, from where autograd cannot compute one.
             make = functools.cache(make)
@@ -256,13 +270,16 @@ class DeferredGradient(Deferred):
 
     def compute(self) -> torch.Tensor:
         value = self._make()
-        return value if self._extra is None else value + self._extra
+        value = value if self._extra is None else value + self._extra
+        with torch.set_grad_enabled(self._create_graph):
+            return forbid_derivative((value,))[0]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Stay deferred where gradients meet or are kept (`retain_grad`)."""
         if func in (torch.ops.aten.clone.default, torch.ops.aten.detach.default):
-            return cls.of(args[0], args[0]._make, args[0]._extra)
+            (x, *_) = args
+            return cls.of(x, x._make, x._extra, x._create_graph)
         if func is torch.ops.aten.add.Tensor and len(args) == 2 and not kwargs:
             deferred = [x for x in args if isinstance(x, DeferredGradient)]
             extras = [x._extra for x in deferred if x._extra is not None]
@@ -271,6 +288,7 @@ class DeferredGradient(Deferred):
                 deferred[0],
                 lambda: sum(x._make() for x in deferred),
                 sum(extras) if extras else None,
+                any(x._create_graph for x in deferred),
             )
         return super().__torch_dispatch__(func, types, args, kwargs)
 

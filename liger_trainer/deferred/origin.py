@@ -35,6 +35,8 @@ class Seen(NamedTuple):
 
     @property
     def was_changed(self) -> bool:
+        if self.tensor.is_meta:  # offloaded: what it stands for is not looked at
+            return False
         current = _tensor_of(self.layer, self.name)
         if current is not self.tensor and type(current) is not DTensor and not self.was_exchanged:
             return True
@@ -47,6 +49,7 @@ class Origin:
 
     head: nn.Module
     hidden: torch.Tensor
+    device: torch.device  # where the head is, which need not be where its input is
     dtype: torch.dtype  # of the head's matrix products
     fused: bool  # the loss is fused with the head; else it gets the plain logits
     scope: Scope
@@ -113,7 +116,8 @@ class Origin:
         hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
         tensors = (seen.tensor for seen in self.seen) if self.seen else self.head.parameters()
         wanted = [p for p in tensors if p.requires_grad]
-        whole = [p for p in wanted if p.numel() and not isinstance(p, DTensor) and not hooked]
+        in_memory = [p for p in wanted if p.numel() and not p.is_meta]
+        whole = [p for p in in_memory if not isinstance(p, DTensor) and not hooked]
         return whole if whole or self.hidden.requires_grad else wanted
 
 
@@ -129,6 +133,16 @@ def seen_in(head: nn.Module) -> tuple[Seen, ...]:
     return tuple(found)
 
 
+def device_of(head: nn.Module, hidden: torch.Tensor) -> torch.device:
+    """Where `head(hidden)` will lie: its weights may be on another device, or offloaded."""
+    placed = next((t for t in head.parameters() if not t.is_meta), hidden).device
+    hook = vars(head).get("_hf_hook")  # of accelerate, which moves input and weights
+    target = getattr(hook, "execution_device", None)
+    if target is None:
+        return placed
+    return torch.device(placed.type, target) if isinstance(target, int) else torch.device(target)
+
+
 def _tensor_of(layer: nn.Linear, name: str) -> torch.Tensor | None:
     """`layer.weight` or `.bias`, without asking for it: ZeRO-3 answers that by gathering."""
     found = layer._parameters.get(name)
@@ -136,8 +150,8 @@ def _tensor_of(layer: nn.Linear, name: str) -> torch.Tensor | None:
 
 
 def _stamp(tensor: torch.Tensor) -> tuple | None:
-    """Version, address and a sample; None for shards."""
-    if not tensor.numel() or isinstance(tensor, DTensor):
+    """Version, address and a sample; None for shards and what is offloaded."""
+    if not tensor.numel() or tensor.is_meta or isinstance(tensor, DTensor):
         return None
     steps = tuple(slice(None, None, max(1, n // 32)) for n in tensor.shape)
     return tensor._version, tensor.data_ptr(), tensor.detach()[steps].clone()

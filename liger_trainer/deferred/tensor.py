@@ -47,9 +47,12 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape, dtype, device, strides=None, storage_offset=None):
-        return torch.Tensor._make_wrapper_subclass(
+        made = torch.Tensor._make_wrapper_subclass(
             cls, shape, strides, storage_offset, dtype=dtype, device=device
         )
+        # C++ code that asks for memory, of which there is none, gets an error, not a null pointer.
+        torch._C._set_throw_on_mutable_data_ptr(made)
+        return made
 
     def compute(self) -> torch.Tensor:
         raise NotImplementedError
@@ -110,17 +113,18 @@ def as_wrapper(func: Callable, *args, **kwargs):
 class _Signature(NamedTuple):
     names: frozenset[str]
     positional: float
+    any_keyword: bool
 
 
 @functools.cache
 def _signature(handler: Callable) -> _Signature:
     parameters = inspect.signature(handler).parameters.values()
-    names = frozenset(p.name for p in parameters)
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return _Signature(names, float("inf"))
-    return _Signature(
-        names, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-    )
+    names = frozenset(p.name for p in parameters if p.kind is not p.VAR_POSITIONAL)
+    kinds = [p.kind for p in parameters]
+    positional = sum(kind.name.startswith("POSITIONAL") for kind in kinds)
+    any_number = inspect.Parameter.VAR_POSITIONAL in kinds
+    any_keyword = inspect.Parameter.VAR_KEYWORD in kinds
+    return _Signature(names, float("inf") if any_number else positional, any_keyword)
 
 
 _SYNONYMS = {"axis": "dim", "keepdims": "keepdim"}
@@ -133,7 +137,7 @@ def _call(handler: Callable, args: tuple, kwargs: dict):
         kwargs = {_SYNONYMS.get(name, name): value for name, value in kwargs.items()}
         if "input" in kwargs and "input" not in signature.names:
             args = (kwargs.pop("input"), *args)
-        if not kwargs.keys() <= signature.names:
+        if not (signature.any_keyword or kwargs.keys() <= signature.names):
             return NotImplemented
     if not args or len(args) > signature.positional:
         return NotImplemented

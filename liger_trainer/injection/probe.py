@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from liger_trainer.kernels.runtime import every_size
+from liger_trainer.swap import PLACED, has_foreign_forward
 
 SCALES = (1e-3, 1.0, 100.0)
 TOLERANCE_FP32 = 2e-5  # relative to the largest value; sums over a row in another order
@@ -60,6 +61,7 @@ def twin(
 ) -> nn.Module:
     """Return a copy of `module` without hooks, with `make(tensor)` for parameters and buffers.
 
+    A forward that offloading put on the instance (accelerate) counts as a hook.
     The data of a parameter is not touched: it may be a shard, or on the meta device. Whoever wants
     a tensor of its whole shape takes `whole_shape`.
     """
@@ -78,8 +80,10 @@ def twin(
             values = vars(module)[name]
             memo[id(values)] = {k: v if v is None else memo[id(v)] for k, v in values.items()}
         memo.update({id(vars(module)[name]): type(vars(module)[name])() for name in _HOOKS})
+        left_out = () if has_foreign_forward(module) else PLACED
         for name, value in vars(module).items():
-            vars(copied)[name] = _copied(value, memo)
+            if name not in left_out:
+                vars(copied)[name] = _copied(value, memo)
     return memo[id(module)]
 
 

@@ -1,95 +1,20 @@
 """Trainer with the flag against Trainer without it: the same numbers, feature by feature."""
 
-import contextlib
-import copy
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers.trainer
 from families import tiny_model
 from shapes import Shapes
-from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import HPSearchBackend
+from trainers import Sequences, arguments, assert_same_run, build, losses, train
+from transformers import AutoModelForCausalLM, Trainer
 
-from liger_trainer import LigerTrainer, disable, enable, inject
+from liger_trainer import LigerTrainer, disable, enable
 from liger_trainer.deferred.logits import DeferredLogits
-from liger_trainer.injection.walk import injected_config, is_injected
+from liger_trainer.injection.walk import is_injected
 from liger_trainer.kernels.linear import operands
 
 pytestmark = pytest.mark.usefixtures("every_size")
-
-
-class Sequences(Dataset):
-    """Random token ids, each sequence with another number of labels."""
-
-    def __init__(self, number=12, length=16, position_ids=False):
-        generator = torch.Generator().manual_seed(1)
-        self.ids = torch.randint(3, 128, (number, length), generator=generator)
-        self.position_ids = position_ids
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        labels = self.ids[i].clone()
-        labels[: (5 * i) % 13] = -100
-        item = {"input_ids": self.ids[i], "labels": labels}
-        if self.position_ids:  # two sequences packed into one
-            item["position_ids"] = torch.cat([torch.arange(6), torch.arange(len(labels) - 6)])
-        return item
-
-
-def arguments(tmp_path, device="cpu", **changes):
-    settings = {
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 3,
-        "logging_steps": 1,
-        "optim": "sgd",  # Adam turns the rounding of a gradient near zero into a whole step
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": device == "cpu",
-        "use_liger_kernel": True,
-        **changes,
-    }
-    return TrainingArguments(str(tmp_path), **settings)
-
-
-def build(cls, tmp_path, device="cpu", model=None, data=None, trainer_kwargs=None, **changes):
-    return cls(
-        model=model if model is not None else tiny_model("llama", device),
-        args=arguments(tmp_path, device, **changes),
-        train_dataset=data or Sequences(),
-        eval_dataset=Sequences(6),
-        **(trainer_kwargs or {}),
-    )
-
-
-def train(*args, **kwargs):
-    trainer = build(*args, **kwargs)
-    trainer.train()
-    return trainer
-
-
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def assert_same_run(got, expected, tolerance=2e-4):
-    torch.testing.assert_close(losses(got), losses(expected), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(
-        got.evaluate()["eval_loss"],
-        expected.evaluate()["eval_loss"],
-        rtol=tolerance,
-        atol=tolerance,
-    )
 
 
 FEATURES = {
@@ -335,116 +260,3 @@ def test_every_argument_of_trainer_is_still_one():
     ours = set(inspect.signature(LigerTrainer.__init__).parameters)
     first_six = list(inspect.signature(Trainer.__init__).parameters)[:7]
     assert set(first_six) <= ours
-
-
-# --- several trainers, one model ------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def enabled():
-    enable()
-    try:
-        yield
-    finally:
-        disable()
-
-
-@pytest.mark.parametrize("cls", [LigerTrainer, Trainer])
-def test_with_and_without_the_flag_in_one_notebook(cls, tmp_path, caplog):
-    """Both trainers are made first, then each is trained: the flag of the one at work counts."""
-    with enabled():
-        model = tiny_model("llama")
-        on, off = (
-            build(cls, tmp_path, model=model, use_liger_kernel=flag) for flag in (True, False)
-        )
-        start = copy.deepcopy(model.state_dict())
-        classes = [type(m) for m in tiny_model("llama").modules()]
-        on.train()
-        assert is_injected(model)
-        model.load_state_dict(start)
-        set_seed(off.args.seed)
-        off.train()
-        assert [type(m) for m in model.modules()] == classes
-        assert "use_liger_kernel is off" in caplog.text
-        expected = train(Trainer, tmp_path, use_liger_kernel=False)
-        assert losses(off) == losses(expected)
-        model.load_state_dict(start)
-        on.train()
-        assert is_injected(model)
-        off.evaluate()
-        assert not is_injected(model)
-    assert not hasattr(Trainer.train, "__wrapped__")
-
-
-def test_an_injected_model_in_a_stock_trainer_stays_as_it_is(tmp_path):
-    """Without `enable` the flag is not this package's, and `inject` was the user's own."""
-    model = tiny_model("llama")
-    inject(model)
-    got = train(Trainer, tmp_path, model=model, use_liger_kernel=False)
-    assert is_injected(model)
-    assert_same_run(got, train(Trainer, tmp_path, use_liger_kernel=False))
-
-
-def test_each_trainer_brings_its_own_config(tmp_path):
-    model = tiny_model("llama")
-    first = build(LigerTrainer, tmp_path, model=model, liger_kernel_config={"rope": False})
-    second = build(LigerTrainer, tmp_path, model=model, liger_kernel_config={"swiglu": False})
-    for trainer, off, on in ((first, "rope", "swiglu"), (second, "swiglu", "rope")):
-        trainer.train()
-        assert trainer.injection_report.coverage[off] == (0, 0)
-        assert trainer.injection_report.coverage[on] == (2, 2)
-        assert getattr(injected_config(model), on)
-        assert not getattr(injected_config(model), off)
-
-
-def test_hyperparameter_search_injects_every_model(tmp_path, monkeypatch):
-    made, trained = [], []
-
-    def model_init(trial):
-        made.append(tiny_model("llama"))
-        return made[-1]
-
-    class Search:
-        """Two trials, one after the other."""
-
-        def ensure_available(self):
-            pass
-
-        def run(self, trainer, n_trials, direction, **kwargs):
-            values = []
-            for trial in range(n_trials):
-                trainer.objective = None
-                trainer.train(trial=SimpleNamespace(number=trial, params={"lr": trial}))
-                trained.append((trainer.model, trainer.injection_report, losses(trainer)))
-                values.append(trainer.compute_objective(trainer.evaluate()))
-            return values
-
-    monkeypatch.setitem(
-        transformers.trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Search
-    )
-    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
-    trainer = LigerTrainer(
-        model_init=model_init, args=arguments(tmp_path), train_dataset=Sequences(),
-        eval_dataset=Sequences(6),
-    )  # fmt: skip
-    found = trainer.hyperparameter_search(
-        hp_space=lambda trial: {"learning_rate": [0.1, 0.05][trial.params["lr"]]},
-        backend="optuna", n_trials=2,
-    )  # fmt: skip
-    assert len(found) == 2
-    assert [model for model, *_ in trained] == made[-2:]
-    for model, report, _ in trained:
-        assert is_injected(model)
-        assert report.coverage["fused_linear_cross_entropy"] == (1, 1)
-    for rate, (_, _, got) in zip([0.1, 0.05], trained, strict=True):
-        plain = Trainer(
-            model_init=lambda: tiny_model("llama"),
-            args=arguments(tmp_path, learning_rate=rate, use_liger_kernel=False),
-            train_dataset=Sequences(),
-        )
-        plain.train()
-        torch.testing.assert_close(got, losses(plain), rtol=2e-4, atol=2e-4)
-    made.clear()
-    trainer.model = trainer.call_model_init(SimpleNamespace(params={}))
-    trainer.train()
-    assert is_injected(trainer.model)

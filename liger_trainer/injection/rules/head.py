@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
 from liger_trainer.deferred import scope, token_scores  # noqa: F401  (registers handlers)
@@ -29,7 +30,14 @@ def _uncompiled(function: Callable, recursive: bool = True) -> Callable:
         "liger_trainer defers logits here; for one full graph set fused_linear_cross_entropy "
         "to false in liger_kernel_config"
     )
-    return torch.compiler.disable(function, recursive=recursive, reason=reason)
+    uncompiled = torch.compiler.disable(function, recursive=recursive, reason=reason)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        exporting = torch.compiler.is_exporting()  # there all of the graph is wanted
+        return (function if exporting else uncompiled)(*args, **kwargs)
+
+    return call
 
 
 class DeferredHead(CallableHead):
@@ -47,7 +55,7 @@ class DeferredHead(CallableHead):
         where = scope.scope_of(self)
         if scope.is_recording() and isinstance(self, nn.Linear):
             where = scope.RECORDED
-        if where is None or kwargs or len(args) != 1 or not _can_defer(args[0]):
+        if where is None or _in_graph() or kwargs or len(args) != 1 or not _can_defer(args[0]):
             return super().__call__(*args, **kwargs)
         return defer_call(self, args[0], vocabulary(self), self._liger_fused, where)
 
@@ -56,10 +64,21 @@ def _can_defer(hidden_states: torch.Tensor) -> bool:
     # One position per sequence is a decoding step.
     return (
         isinstance(hidden_states, torch.Tensor)
+        and not hidden_states.is_meta
         and hidden_states.dim() >= 2
         and hidden_states.shape[-2] != 1
         and not torch.is_inference_mode_enabled()
-        and not torch.compiler.is_compiling()
+    )
+
+
+def _in_graph() -> bool:
+    """Whether the forward is recorded, transformed or only shaped, so that nothing may wait."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
     )
 
 
@@ -83,7 +102,7 @@ class DeferringModel(Swapped):
             labels = kwargs.get("labels", args[position] if len(args) > position else None)
             if labels is None:
                 labels = kwargs.get("shift_labels")
-            if labels is None and not scope.in_loss_scope():
+            if (labels is None and not scope.in_loss_scope()) or _in_graph():
                 return original(self, *args, **kwargs)
             look_again(self)
             head = current_head(self)
@@ -98,9 +117,13 @@ class DeferringModel(Swapped):
         names = {"forward": forward, "_liger_fused": True}
         loss_function = getattr(base, "loss_function", None)
         if isinstance(loss_function, property):
-            getter = _uncompiled(lambda self: _uncompiled(loss_function.fget(self)))
-            names["loss_function"] = loss_function.getter(getter)
+            names["loss_function"] = loss_function.getter(_uncompiled_result(loss_function.fget))
         return names
+
+
+def _uncompiled_result(getter: Callable) -> Callable:
+    uncompiled = _uncompiled(lambda self: _uncompiled(getter(self)))
+    return lambda self: (getter if torch.compiler.is_exporting() else uncompiled)(self)
 
 
 def _position_of_labels(forward: Callable) -> float:
@@ -115,8 +138,6 @@ def current_head(model: DeferringModel) -> DeferredHead | None:
     None, which the report is told, if it cannot.
     """
     head = model.get_output_embeddings()
-    if torch.compiler.is_compiling():
-        return head if isinstance(head, DeferredHead) else None
     layers = [] if head is None else linear_layers(head)
     reason = _NONE if head is None else why_not_deferred(head, layers)
     note(model, reason)
