@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from liger_trainer.config import KernelConfig
+from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules import (
     activation_memory,
@@ -117,6 +118,7 @@ def is_injected(model: nn.Module) -> bool:
 def _find(search: Search) -> Iterator[Finding]:
     for finding in _examine(search):
         overridden = finding.row.swapped and "forward" in vars(finding.module)
+        overridden = overridden and not issubclass(finding.mixin, CallableHead)  # proven there
         if overridden and finding.module is not search.model:
             reason = "its forward is replaced on the instance (a hook?): inject before that"
             yield Finding(dataclasses.replace(finding.row, swapped=False, reason=reason))
