@@ -116,6 +116,7 @@ def _of(module: str, feature: str, *paths: str) -> Iterator[Symbol]:
 
 
 _DEFERRED = "deferred logits: without them, every loss builds [tokens, vocabulary]"
+_PLAIN = "plain logits under torch.func and forward-mode differentiation"
 _HOOKS = "seeing hooks on a module, which a kernel in its place would skip"
 _RECOMPUTE = "activation_memory: lean"
 _FLAG = "use_liger_kernel=True of LigerTrainer, and enable()"
@@ -137,6 +138,9 @@ SYMBOLS: tuple[Symbol, ...] = (
     *_of("torch.utils._pytree", _DEFERRED, "tree_map_only"),
     *_of("torch", _DEFERRED, "Tensor._version", "Tensor._base", "Tensor._backward_hooks"),
     *_of("torch", _DEFERRED, "Tensor.retains_grad", "Tensor.output_nr"),
+    *_of("torch", _DEFERRED, "_C._set_throw_on_mutable_data_ptr"),
+    *_of("torch", _PLAIN, "_C._functorch.maybe_current_level"),
+    *_of("torch.autograd.forward_ad", _PLAIN, "_current_level"),
     *_of("torch.nn", _DEFERRED, "Module:_parameters"),
     *_of("torch.nn", "probing copies of modules", "Module:_modules", "Module:_buffers"),
     *_of("torch.nn", _HOOKS, "Module:_forward_hooks", "Module:_forward_pre_hooks"),
@@ -146,6 +150,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     *_of("torch._C._autograd", _RECOMPUTE, "_saved_tensors_hooks_is_enabled"),
     *_of("torch", _RECOMPUTE, "_C._functions.ToCopyBackward0._input_metadata"),
     *_of("torch", _RECOMPUTE, "Tensor._is_view", "_C._cuda_getCurrentRawStream"),
+    *_of("torch", _MASKS, "_C._nn.scaled_dot_product_attention"),
     *_of(
         "torch", _MASKS,
         "ops.aten._flash_attention_forward.default(window_size_left, window_size_right, scale)",

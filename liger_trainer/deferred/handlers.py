@@ -352,7 +352,7 @@ def per_token(logits, reduce, dtype: torch.dtype):
 def plain_logits(operands: list[Operands], rows: slice = slice(None)) -> torch.Tensor:
     """Some rows of the logits [N, V], by the operations of the plain head."""
     value = None
-    for hidden, weight, bias in operands:
+    for hidden, weight, bias, _ in operands:
         x = hidden.reshape(-1, hidden.shape[-1])[rows]
         part = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         value = part if value is None else value + part
@@ -380,17 +380,18 @@ def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-
     options = LossOptions(ignore_index, label_smoothing, 0.0, *state.transform)
 
     def fused(operands: list[Operands]):
-        hidden, weights, biases = zip(*operands, strict=True)
+        hidden, weights, biases, shards = zip(*operands, strict=True)
         loss = linear_cross_entropy(
-            list(hidden), list(weights), target, biases[0], options=options, **kwargs
-        )
+            list(hidden), list(weights), target, biases[0],
+            options=options, shard=shards[0], **kwargs,
+        )  # fmt: skip
         return (loss,)
 
     def plain(z: torch.Tensor):
         options = LossOptions(ignore_index, label_smoothing)
         return (cross_entropy(z, target, options=options, **kwargs),)
 
-    results = consume_logits(input, fused, plain)
+    results = consume_logits(input, fused, plain, shards=True)
     return NotImplemented if results is None else results[0].to(dtype)
 
 

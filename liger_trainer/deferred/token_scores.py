@@ -57,18 +57,18 @@ def _fused_scores(logits, state: State, labels, temperature, outputs, weighting)
     options = ScoreOptions(scale=scale, softcap=softcap, temperature=temperature)
 
     def fused(operands):
-        hidden, weights, biases = zip(*operands, strict=True)
+        hidden, weights, biases, shards = zip(*operands, strict=True)
         return tuple(
             linear_log_probs(
                 list(hidden), list(weights), labels, biases[0],
-                outputs=outputs, options=options, weighting=weighting,
+                outputs=outputs, options=options, weighting=weighting, shard=shards[0],
             )
         )  # fmt: skip
 
     def plain(z):
         return tuple(_plain_scores(z, labels, temperature, outputs))
 
-    results = consume_logits(logits, fused, plain)
+    results = consume_logits(logits, fused, plain, shards=True)
     return None if results is None else TokenScores(*results)
 
 
@@ -163,14 +163,16 @@ def _label_log_probs(logits, dim, index):
     labels = index.squeeze(-1)
 
     def fused(operands):
-        hidden, weights, biases = zip(*operands, strict=True)
-        scores = linear_log_probs(list(hidden), list(weights), labels, biases[0], options=options)
+        hidden, weights, biases, shards = zip(*operands, strict=True)
+        scores = linear_log_probs(
+            list(hidden), list(weights), labels, biases[0], options=options, shard=shards[0]
+        )
         return (scores.log_probs,)
 
     def plain(z):
         return (z.gather(-1, index).squeeze(-1),)
 
-    results = consume_logits(logits, fused, plain)
+    results = consume_logits(logits, fused, plain, shards=True)
     return NotImplemented if results is None else results[0].unsqueeze(-1).to(logits.dtype)
 
 
