@@ -306,10 +306,10 @@ def layer_norm(
     parameters = weight, bias
     if not has_kernel(x, *parameters):
 
-        def again(x, weight, bias):
+        def reference(x, weight, bias):
             return layer_norm_reference(x, weight, bias, eps=eps)
 
-        return by_torch(again, (x,), parameters)
+        return by_torch(reference, (x,), parameters)
     one_dtype = all(t is None or t.dtype == x.dtype for t in parameters)
     if one_dtype and x.shape[-1] > 1 and not pays(x, MIN_ELEMENTS):
 

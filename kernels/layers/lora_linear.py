@@ -316,9 +316,9 @@ class _LoRALinear(torch.autograd.Function):
                 if needs_A:
                     D_NI = x_NI if keep is None else x_NI * keep
                     dA = products.over_rows(operand, D_NI).to(matrices[2 * i])
-                if needs_x and keep is None:
+                if dx_NI is not None and keep is None:
                     products.add(dx_NI, operand, A, beta=int(started))
-                elif needs_x:
+                elif dx_NI is not None and keep is not None:
                     part = torch.empty_like(dx_NI)
                     products.add(part, operand, A, beta=0)
                     part *= keep
@@ -326,8 +326,8 @@ class _LoRALinear(torch.autograd.Function):
                 started = True
             grads += [dA, dB]
         return (
-            dx_NI.view(ctx.x_shape) if needs_x else None,
-            (dy_NO.t() @ x_NI).to(weight.dtype) if needs_weight else None,
+            None if dx_NI is None else dx_NI.view(ctx.x_shape),
+            (dy_NO.t() @ x_NI).to(weight.dtype) if needs_weight and x_NI is not None else None,
             dy_NO.sum(0) if needs_bias else None,
             dy if needs_y else None,
             None,

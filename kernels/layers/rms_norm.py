@@ -282,10 +282,10 @@ def rms_norm(
     check_input("rms_norm", x, weight=weight)
     if not has_kernel(x, weight):
 
-        def again(x, weight):
+        def reference(x, weight):
             return rms_norm_reference(x, weight, eps=eps, offset=offset, cast_first=cast_first)
 
-        return by_torch(again, (x,), (weight,))
+        return by_torch(reference, (x,), (weight,))
     if not pays(x, MIN_ELEMENTS) and _has_torch_kernel(x, weight, offset):
 
         def again(x, weight):

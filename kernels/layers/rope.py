@@ -169,11 +169,11 @@ def _rope_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _tiling(Hq: int, Hk: int, D: int, R: int) -> tuple[int, dict[str, int]]:
+def _tiling(Hq: int, Hk: int, D: int, R: int) -> tuple[int, dict]:
     """How many programs share the heads of one position, and the kernel's sizes."""
     P = triton.next_power_of_2(R // 2)
     block_hq = min(triton.next_power_of_2(max(1, Hq)), max(1, _TILE // (2 * P)))
-    shares = max(1, triton.cdiv(Hq, block_hq))
+    shares = max(1, -(-Hq // block_hq))
     block_hk = triton.next_power_of_2(max(1, triton.cdiv(Hk, shares)))
     return shares, {
         "HQ": Hq, "BLOCK_HQ": block_hq,

@@ -174,13 +174,13 @@ def score(
     outputs: Sequence[str],
 ) -> TokenScores:
     """`log_probs`, `log_sum_exp` (always) and `outputs`, without autograd; logits are only read."""
-    outputs = {*outputs, "log_sum_exp"}
+    wanted = {*outputs, "log_sum_exp"}
     if not runs_in_triton(logits_NV):
         with torch.no_grad():
-            return log_probs_reference(logits_NV, labels_N, options, tuple(outputs))
+            return log_probs_reference(logits_NV, labels_N, options, tuple(wanted))
     n, vocab = logits_NV.shape
     transform = options.transform
-    wants_argmax = bool({"argmax", "is_top1"} & outputs)
+    wants_argmax = bool({"argmax", "is_top1"} & wanted)
 
     def per_token(wanted: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         return torch.empty(n, dtype=dtype, device=logits_NV.device) if wanted else None

@@ -87,7 +87,8 @@ class _Pairs(NamedTuple):
 
     @property
     def log_ratios(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return (self.sums - self.ref).unbind(-1)
+        chosen, rejected = (self.sums - self.ref).unbind(-1)
+        return chosen, rejected
 
     @property
     def delta(self) -> torch.Tensor:

@@ -69,7 +69,7 @@ class ModelArguments:
     @property
     def label(self) -> str:
         """The model's name for people: that of the hub, the GGUF file or the folder."""
-        return self.gguf_file or self.name_or_path or self.package
+        return self.gguf_file or self.name_or_path or self.package or ""
 
     def __post_init__(self):
         if not self.name_or_path and not self.package:
@@ -92,7 +92,7 @@ def folder(arguments: ModelArguments) -> str:
     Raises ValueError for a package that is not installed, FileNotFoundError for a missing folder.
     """
     if arguments.package is None:
-        name = arguments.name_or_path
+        name = arguments.name_or_path or ""
         if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
             raise FileNotFoundError(f"model.name_or_path: there is no folder {name!r}")
         return name

@@ -131,7 +131,7 @@ def states(run: Run) -> dict[str, float]:
     trained = w.trained * run.master
     optimizer = 2 * trained if run.optimizer is None else w.trained * run.optimizer
     if run.engine == "ddp":
-        found = {
+        found: dict[str, float] = {
             "weights": w.trained_bytes + w.frozen_bytes + run.reference_bytes,
             "gradients": w.trained_bytes,
             "optimizer": optimizer,

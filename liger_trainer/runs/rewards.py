@@ -16,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from liger_trainer.runs.judge.checker import compile_tests
 from liger_trainer.runs.sandbox import SANDBOXES, Job, find_sandbox, judge
@@ -23,7 +24,7 @@ from liger_trainer.runs.sandbox import SANDBOXES, Job, find_sandbox, judge
 logger = logging.getLogger(__name__)
 
 _SECONDS = 2  # of processor time for all assertions of a problem; solutions take milliseconds
-Reward = Callable[..., list[float]]
+Reward = Callable[..., Any]  # a list of numbers, or, where it is asynchronous, a coroutine
 _FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 

@@ -76,7 +76,7 @@ class _Facts:
 
 
 @contextlib.contextmanager
-def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None, _Facts]]:
+def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None, Any]]:
     """The first process holds the folder; a refusal reaches all."""
     with contextlib.ExitStack() as stack:
         folder, outcome = None, [None]

@@ -169,7 +169,7 @@ class FusedTrainer:
 
     def _weighting(self, args: TrainingArguments) -> str | None:
         """What `SFTTrainer.compute_loss` makes of log_probs, if that is what computes the loss."""
-        from trl import SFTTrainer
+        from trl.trainer.sft_trainer import SFTTrainer
 
         own = super().compute_loss.__func__ is SFTTrainer.compute_loss
         return _WEIGHTING.get(getattr(args, "loss_type", None)) if own else None

@@ -38,7 +38,7 @@ class Source:
         """What messages call it."""
         if isinstance(self.path, list):
             return self.path[0] + (f" and {len(self.path) - 1} more" if self.path[1:] else "")
-        return self.path or self.loader
+        return self.path or self.loader or ""
 
     def check(self, where: str) -> None:
         """Raise ValueError for values that contradict each other; `where` names the keys."""

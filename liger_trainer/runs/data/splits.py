@@ -91,7 +91,7 @@ def _split(dataset: Dataset, data: DataArguments, source: Source) -> tuple[Datas
     if len(distinct) < 2:
         one = "one example" if group is None else f"one value of {group!r}"
         raise ValueError(f"data.eval_fraction: {one} cannot be split; remove the key")
-    count = min(max(1, round(len(distinct) * data.eval_fraction)), len(distinct) - 1)
+    count = min(max(1, round(len(distinct) * (data.eval_fraction or 0.0))), len(distinct) - 1)
     last = set(distinct[-count:])
     return (
         dataset.select([i for i, key in enumerate(keys) if key not in last]),
