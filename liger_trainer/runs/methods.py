@@ -47,6 +47,7 @@ METHODS = {
     ),
     "kto": Method("KTO", "labelled", reference=True, unused_data=_PREFERENCE),
     "grpo": Method("GRPO", "prompts", unused_data={**_PREFERENCE, **_ONLINE}),
+    "rloo": Method("RLOO", "prompts", unused_data={**_PREFERENCE, **_ONLINE}),
 }
 
 # Fields of TRL's configurations that a recipe must not set: another section owns them.
@@ -69,7 +70,7 @@ _NOT_OBEYED = {
         (bool, _PUSH),
     ),
 }
-# What `from_pretrained` of a name alone would miss. TRL loads the reference of GRPO that way.
+# What `from_pretrained` of a name alone would miss. TRL loads the reference of GRPO and RLOO so.
 _BEYOND_NAME = (
     "package", "gguf_file", "config", "quantization", "revision", "subfolder", "variant",
     "cache_dir", "token", "device_map",
@@ -158,17 +159,17 @@ def refuse_unused(method: str, values: dict[str, Any]) -> None:
             raise ValueError(
                 f"training.{key}: {method} means {value!r}; remove the key, or use method: cpo"
             )
-    if method == "grpo":
-        _check_grpo(values)
+    if chosen.examples == "prompts":
+        _check_reward(method, values)
     elif values.get("reward") is not None:
         raise ValueError(f"reward: not for {method}; remove the section, or use method: grpo")
 
 
-def _check_grpo(values: dict[str, Any]) -> None:
+def _check_reward(method: str, values: dict[str, Any]) -> None:
     functions = (values.get("reward") or {}).get("functions")
     if not functions:
         raise ValueError(
-            "reward: grpo needs a reward; name one or more functions, for example "
+            f"reward: {method} needs a reward; name one or more functions, for example "
             "`reward: {functions: [parses, passes_tests]}`"
         )
     weights = values["training"].get("reward_weights")
@@ -177,11 +178,12 @@ def _check_grpo(values: dict[str, Any]) -> None:
             f"training.reward_weights: {len(weights)} weights for {len(functions)} functions in "
             "reward.functions; give each its own"
         )
-    beta, given = values["training"].get("beta", 0.0), values["model"]
+    default = arguments_class(method).__dataclass_fields__["beta"].default
+    beta, given = values["training"].get("beta", default), values["model"]
     missed = [f"model.{key}" for key in _BEYOND_NAME if given.get(key) is not None]
     if beta and missed and values.get("peft") is None:
         raise ValueError(
-            f"training.beta is {beta}, so a reference model is needed. TRL loads that of GRPO by "
+            f"training.beta is {beta}, so a reference model is needed. TRL loads it by "
             f"model.name_or_path alone, without {', '.join(missed)}. Set training.beta to 0, add a "
             "peft section (the reference is then the model without adapter), or save the model to "
             "a folder first"

@@ -125,7 +125,7 @@ def alignment_values(folder: Path, method: str, **training) -> dict:
     values = recipe_values(folder, max_steps=3, gradient_checkpointing=False, bf16=False)
     values["method"] = method
     values["training"] |= training
-    if method == "grpo":
+    if method in ("grpo", "rloo"):
         values["data"] = {"path": str(problems_file(folder / "problems.jsonl"))}
         values["reward"] = {"functions": ["parses", "passes_tests"]}
         generated = {"num_generations": 2, "max_completion_length": 8}

@@ -23,13 +23,15 @@ from liger_trainer.runs.throughput import Throughput
 pytest.importorskip("trl")
 
 PAIRED = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+REWARDED = {"reward", "rewards/parses/mean", "rewards/passes_tests/mean", "entropy"}
 HELD_OUT = {
     "dpo": PAIRED | {"entropy", "mean_token_accuracy"},
     "orpo": PAIRED | {"nll_loss", "log_odds_chosen"},
     "cpo": PAIRED | {"nll_loss"},
     "simpo": PAIRED,
     "kto": PAIRED - {"rewards/accuracies"} | {"kl", "entropy"},
-    "grpo": {"reward", "rewards/parses/mean", "rewards/passes_tests/mean", "entropy"},
+    "grpo": REWARDED,
+    "rloo": REWARDED,
 }
 
 
@@ -59,12 +61,13 @@ def test_every_method_trains_and_leaves_a_model_and_a_report(tmp_path, capsys, m
     assert finished["summary"]["tokens"] > 0
     assert finished["summary"]["steps"] == 3
     assert ("coverage:" in printed) == (flag == "true")
-    told = "held-out reward " if method == "grpo" else "held-out reward margin "
+    rewarded = HELD_OUT[method] is REWARDED
+    told = "held-out reward " if rewarded else "held-out reward margin "
     assert told in printed
     assert "tokens/s" in printed
     report = (out / "report.html").read_text()
     assert report.count("<svg") >= 6
-    assert ("held-out loss" in report) == (method != "grpo")
+    assert ("held-out loss" in report) != rewarded
     AutoModelForCausalLM.from_pretrained(out)
 
 
@@ -177,6 +180,8 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
         ("simpo", "training.loss_type=hinge", "simpo means 'simpo'"),
         ("dpo", "reward.functions=[parses]", "reward: not for dpo"),
         ("grpo", "reward=null", "grpo needs a reward"),
+        ("rloo", "reward=null", "rloo needs a reward"),
+        ("rloo", "model.revision=v1", "training.beta is 0.05.*without model.revision"),
         ("grpo", "reward.functions=[]", "grpo needs a reward"),
         ("grpo", "reward.functions=[parse]", "no function 'parse'"),
         ("grpo", "reward.function=parses", "did you mean 'functions'"),
