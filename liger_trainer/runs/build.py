@@ -139,7 +139,7 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
         given["ref_model"] = load_model(recipe.model)
     try:
         trainer = trainer_class(recipe.method)(
-            model=load_model(recipe.model),
+            model=load_model(recipe.model, scores=recipe.kind.scores),
             args=args,
             train_dataset=prepared.train,
             eval_dataset=prepared.eval,

@@ -83,7 +83,7 @@ def model_problems(recipe: Recipe) -> list[str]:
     import peft
 
     try:
-        peft.get_peft_model(meta_model(recipe.model), config)
+        peft.get_peft_model(meta_model(recipe.model, scores=recipe.kind.scores), config)
     except ValueError as error:
         return [f"peft: {' '.join(str(error).split())}"]
     return []

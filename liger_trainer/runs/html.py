@@ -15,6 +15,8 @@ _TELLING = (
     ("reward", "reward", "{:.3f}"),
     ("rewards/margins", "reward margin", "{:.3f}"),
     ("rewards/accuracies", "reward accuracy", "{:.0%}"),
+    ("margin", "margin of scores", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.0%}"),
     ("kl", "KL", "{:.4f}"),
 )
 

@@ -176,16 +176,22 @@ def _complete(templated, tokenizer, arguments: ModelArguments) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def load_model(arguments: ModelArguments):
-    """The model with its weights, ready to train; with its adapter, where it has one."""
+def load_model(arguments: ModelArguments, *, scores: bool = False):
+    """Return the model with its weights, ready to train; with its adapter, where it has one.
+
+    With `scores`, in place of logits it has one number for a sequence: a reward model.
+    """
     base, adapter = located(arguments)
     kwargs = _given(base, _LOADING_KEYS + _WEIGHT_KEYS)
     quantization = quantization_config(base)
     if quantization is not None:
         kwargs["quantization_config"] = quantization
     config = load_config(base)
+    if scores:
+        config.num_labels = 1
     with _one_line(base):
-        model = _auto_class(config).from_pretrained(folder(base), config=config, **kwargs)
+        kind = _auto_class(config, scores)
+        model = kind.from_pretrained(folder(base), config=config, **kwargs)
     return model if adapter is None else _with_adapter(model, arguments, adapter)
 
 
@@ -215,21 +221,24 @@ def quantization_config(arguments: ModelArguments):
     return None
 
 
-def meta_model(arguments: ModelArguments):
-    """The model's modules on the meta device: shapes and structure, no memory, no weights."""
+def meta_model(arguments: ModelArguments, *, scores: bool = False):
+    """Return the model's modules on the meta device: structure, no memory, no weights."""
     config = load_config(arguments)
     kwargs = _given(arguments, ("attn_implementation", "trust_remote_code"))
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # flash attention on a "CPU" model, and such
     try:
         with torch.device("meta"), _one_line(arguments):
-            return _auto_class(config).from_config(config, **kwargs)
+            return _auto_class(config, scores).from_config(config, **kwargs)
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def _auto_class(config):
-    """Text generation where transformers has it for this configuration, else image and text."""
+def _auto_class(config, scores: bool):
+    """Return text generation where transformers has it for this configuration, else image and text;
+    for `scores`, sequence classification."""
+    if scores:
+        return transformers.AutoModelForSequenceClassification
     remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if remote or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM

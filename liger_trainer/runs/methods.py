@@ -15,6 +15,7 @@ class Method:
     examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see data/alignment.py
     reference: bool = False  # whether the trainer is given a reference model
     counts_tokens: bool = True  # whether the trainer does so itself
+    scores: bool = False  # whether the model gives a sequence one number, in place of logits
     images: bool = False  # whether examples may have a column `images`
     # Fields of the configuration that make it this method.
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +47,7 @@ METHODS = {
         unused_data=_PREFERENCE,
     ),
     "kto": Method("KTO", "labelled", reference=True, unused_data=_PREFERENCE),
+    "reward": Method("Reward", "pairs", scores=True, unused_data=_PREFERENCE),
     "grpo": Method("GRPO", "prompts", unused_data={**_PREFERENCE, **_ONLINE}),
     "rloo": Method("RLOO", "prompts", unused_data={**_PREFERENCE, **_ONLINE}),
 }

@@ -209,7 +209,7 @@ class _Run:
         sharded |= getattr(trainer.model, "_tp_size", None) is not None
         if self.folder is None or self.prepared.eval is None or not count or sharded:
             return []
-        if self.facts.checkpoint is not None:
+        if self.facts.checkpoint is not None or self.recipe.kind.scores:
             return []
         found = samples_of(self.prepared.eval, trainer.processing_class, count)
         return [{**asdict(sample), "before": self._complete(sample.ids)} for sample in found]

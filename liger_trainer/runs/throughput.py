@@ -102,6 +102,8 @@ class Progress(ProgressCallback):
                 ("reward", "reward {:.3f}"),
                 ("rewards/margins", "margin {:.3f}"),
                 ("rewards/accuracies", "accuracy {:.2f}"),
+                ("margin", "margin {:.3f}"),
+                ("accuracy", "accuracy {:.2f}"),
                 ("kl", "KL {:.4f}"),
             )
         ),

@@ -10,7 +10,7 @@ import sys
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from liger_trainer import cli
 from liger_trainer.runs import methods
@@ -30,6 +30,7 @@ HELD_OUT = {
     "cpo": PAIRED | {"nll_loss"},
     "simpo": PAIRED,
     "kto": PAIRED - {"rewards/accuracies"} | {"kl", "entropy"},
+    "reward": {"loss", "accuracy", "margin", "mean_reward"},
     "grpo": REWARDED,
     "rloo": REWARDED,
 }
@@ -62,13 +63,14 @@ def test_every_method_trains_and_leaves_a_model_and_a_report(tmp_path, capsys, m
     assert finished["summary"]["steps"] == 3
     assert ("coverage:" in printed) == (flag == "true")
     rewarded = HELD_OUT[method] is REWARDED
-    told = "held-out reward " if rewarded else "held-out reward margin "
-    assert told in printed
+    told = {"reward": "held-out margin of scores "}.get(method, "held-out reward margin ")
+    assert ("held-out reward " if rewarded else told) in printed
     assert "tokens/s" in printed
     report = (out / "report.html").read_text()
     assert report.count("<svg") >= 6
     assert ("held-out loss" in report) != rewarded
-    AutoModelForCausalLM.from_pretrained(out)
+    kind = AutoModelForSequenceClassification if method == "reward" else AutoModelForCausalLM
+    assert kind.from_pretrained(out).config.num_labels == (1 if method == "reward" else 2)
 
 
 def test_preference_training_raises_what_it_is_for(tmp_path):
@@ -180,6 +182,7 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
         ("simpo", "training.loss_type=hinge", "simpo means 'simpo'"),
         ("dpo", "reward.functions=[parses]", "reward: not for dpo"),
         ("grpo", "reward=null", "grpo needs a reward"),
+        ("reward", "reward.functions=[parses]", "reward: not for reward"),
         ("rloo", "reward=null", "rloo needs a reward"),
         ("rloo", "model.revision=v1", "training.beta is 0.05.*without model.revision"),
         ("grpo", "reward.functions=[]", "grpo needs a reward"),
