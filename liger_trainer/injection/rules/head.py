@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
-from liger_trainer.deferred import scope, token_scores  # noqa: F401  (registers handlers)
+from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa: F401  (handlers)
 from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.deferred.logits import defer_call
 from liger_trainer.injection import probe
