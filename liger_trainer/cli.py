@@ -10,6 +10,7 @@ import traceback
 import liger_trainer
 from liger_trainer.commands import (
     chat,
+    data,
     env,
     evaluate,
     generate,
@@ -23,7 +24,7 @@ from liger_trainer.commands import (
 )
 from liger_trainer.runs.errors import RunError, ToldElsewhere
 
-COMMANDS = (train, launch, recipes, inspect, plan, env, evaluate, generate, chat, merge, push)
+COMMANDS = (train, launch, recipes, data, inspect, plan, env, evaluate, generate, chat, merge, push)
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 
-ACTIVATION_MEMORY = ("lean", "keep")
+ACTIVATION_MEMORY = ("lean", "keep", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,9 @@ class KernelConfig:
     `cross_entropy`, which serves logits that exist anyway.
 
     `activation_memory`: "lean" computes again in backward what one kernel gives back from tensors
-    that are kept anyway (norm outputs, gated products, casts), to the same bits; "keep" keeps it.
+    that are kept anyway (norm outputs, gated products, casts), to the same bits; "keep" keeps it. A
+    number is a budget in GiB of what PyTorch allocates on the device, "auto" takes what the device
+    has: beyond "lean", as few layers are checkpointed as that demands (`docs/lora.md`).
     """
 
     rms_norm: bool = True  # RMSNorm, with or without a gate
@@ -27,10 +29,17 @@ class KernelConfig:
     cross_entropy: bool = True  # the loss of logits that exist
     fused_linear_cross_entropy: bool = True  # output head and loss in one, without logits
     lora: bool = True  # a linear layer and its adapters in one
-    activation_memory: str = "lean"  # recompute cheap outputs in backward; or "keep" them
+    activation_memory: str | float = "lean"  # or "keep", or a budget: "auto" or GiB
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether layers are checkpointed as `activation_memory` demands."""
+        return self.activation_memory not in ("lean", "keep")
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, bool | str] | KernelConfig | None) -> KernelConfig:
+    def from_dict(
+        cls, config: Mapping[str, bool | str | float] | KernelConfig | None
+    ) -> KernelConfig:
         """Raises ValueError for an unknown key (naming the nearest) and a value it cannot have."""
         if isinstance(config, cls):
             return config
@@ -43,10 +52,11 @@ class KernelConfig:
                     f"Known keys: {', '.join(names)}."
                 )
             if key == "activation_memory":
-                if value not in ACTIVATION_MEMORY:
+                if value not in ACTIVATION_MEMORY and not _is_gib(value):
                     raise ValueError(
                         f"liger_kernel_config[{key!r}] must be one of "
-                        f"{', '.join(map(repr, ACTIVATION_MEMORY))}, got {value!r}"
+                        f"{', '.join(map(repr, ACTIVATION_MEMORY))} or a positive number of GiB, "
+                        f"got {value!r}"
                     )
             elif not isinstance(value, bool):
                 raise ValueError(
@@ -63,3 +73,8 @@ class KernelConfig:
             f"on: {', '.join(on) or 'none'}; off: {', '.join(off) or 'none'}; "
             f"activation memory: {memory}"
         )
+
+
+def _is_gib(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from liger_trainer.deferred import loss_scope
+from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.walk import inject, restore_for
 from liger_trainer.report import InjectionReport
 from liger_trainer.trainer_hook import handled_for, without_request
@@ -83,6 +85,10 @@ class LigerTrainer(Trainer):
 
     def _inject(self) -> None:
         self.injection_report = inject(self.model, self.args.liger_kernel_config)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
+        return repeated(self, model, step)
 
     def train(self, *args, **kwargs):
         if not self.args.use_liger_kernel:

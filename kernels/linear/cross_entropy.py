@@ -45,8 +45,9 @@ from ..logits.reduction import (
 from ..runtime import on_device, register_op
 from . import head as chunks
 from .head import Plan, Saved
-from .operands import checked_operands, make_head, make_plan
+from .operands import checked_operands, classes, make_head, make_plan
 from .supervised import HostStats, partition
+from .vocab_parallel import VocabShard
 from .workspace import sum_dtype
 
 # --- torch reference -------------------------------------------------------------------------
@@ -70,9 +71,9 @@ def linear_cross_entropy_reference(
 # --- planning --------------------------------------------------------------------------------
 
 
-def _partition(weight, labels, plan: Plan, options: LossOptions):
+def _partition(weight, labels, plan: Plan, options: LossOptions, shard=None):
     want_order = labels.shape[0] > plan.first
-    return partition(labels, weight[0].shape[0], options.ignore_index, want_order)
+    return partition(labels, classes(weight, shard), options.ignore_index, want_order)
 
 
 # --- op registration -------------------------------------------------------------------------
@@ -175,9 +176,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """(loss, stats): loss is the weighted sum over tokens if the plan is uniform, else [N]."""
 
     @staticmethod
-    def forward(ctx, plan, options, terms, bias, labels, class_weight, row_weight, *operands):
+    def forward(
+        ctx, plan, options, terms, shard, bias, labels, class_weight, row_weight, *operands
+    ):
         hidden, weight = list(operands[:terms]), list(operands[terms:])
-        ctx.plan, ctx.options, ctx.terms, ctx.host = plan, options, terms, None
+        ctx.plan, ctx.options, ctx.terms, ctx.host, ctx.shard = plan, options, terms, None, shard
         if torch.compiler.is_compiling():
             loss, stats, order, filled, dlogits, dbias, dhidden, dweight = (
                 _linear_cross_entropy_fwd(
@@ -187,9 +190,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )  # fmt: skip
         else:
             with on_device(labels):
-                order, stats = _partition(weight, labels, plan, options)
+                order, stats = _partition(weight, labels, plan, options, shard)
                 host = HostStats(stats)
-                head = make_head(hidden, weight, bias, labels, options, order, host, class_weight)
+                head = make_head(
+                    hidden, weight, bias, labels, options, order, host, class_weight, shard
+                )
                 loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight])
             ctx.host, dlogits, dbias = head.host, saved.dlogits, saved.dbias
             dhidden, dweight, filled = saved.dhidden, saved.dweight, torch.tensor([saved.filled])
@@ -220,12 +225,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             with on_device(labels):
                 host = ctx.host or HostStats(stats)
                 head = make_head(
-                    hidden, weight, bias, labels, ctx.options, order, host, class_weight
+                    hidden, weight, bias, labels, ctx.options, order, host, class_weight, ctx.shard
                 )
                 grads = chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
         grad_hidden, grad_weight, grad_bias = grads
         return (
-            None, None, None, grad_bias.to(bias.dtype) if plan.want_bias else None,
+            *[None] * 4, grad_bias.to(bias.dtype) if plan.want_bias else None,
             None, None, None,
             *(d if want else None for d, want in zip(grad_hidden, plan.want_hidden, strict=True)),
             *(d if want else None for d, want in zip(grad_weight, plan.want_weight, strict=True)),
@@ -247,6 +252,7 @@ def linear_cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
     options: LossOptions = LossOptions(),
     max_rows: int | None = None,
+    shard: VocabShard | None = None,
 ) -> torch.Tensor:
     """Cross entropy of `hidden @ weight.T + bias` with `labels`; the module says at what cost.
 
@@ -262,6 +268,8 @@ def linear_cross_entropy(
         reduction: "none" (the shape of `labels`), "sum" or "mean" over supervised tokens.
         num_items_in_batch: if given, the summed loss is divided by it (HF gradient accumulation).
         max_rows: rows of logits held at once; default `workspace_rows`.
+        shard: which rows `weight` and `bias` are, of a vocabulary that is split over ranks; V is
+            then that of all, and the gradient of hidden this rank's part (`vocab_parallel.py`).
 
     Returns the loss in fp32. Gradients reach hidden, weight, bias and token_weight; nothing is
     computed or allocated for those that do not require them. Without any supervised token the loss
@@ -270,11 +278,13 @@ def linear_cross_entropy(
     Raises ValueError for shapes, dtypes or devices that do not fit, and for labels outside [0, V):
     at once where the host reads the token count, else in backward; the loss is NaN until then.
     """
-    hidden, weight, bias = checked_operands(hidden, weight, bias)
+    hidden, weight, bias = checked_operands(hidden, weight, bias, shard)
+    if shard is not None and torch.compiler.is_compiling():
+        raise ValueError("a head that is split over ranks cannot be compiled")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
-    vocab = weight[0].shape[0]
+    vocab = classes(weight, shard)
     class_weight, row_weight = checked_weights(
         class_weight, token_weight, labels, vocab, options.ignore_index
     )
@@ -283,9 +293,9 @@ def linear_cross_entropy(
     # A weight that itself needs a gradient is applied outside, to the losses of the tokens.
     uniform = reduction != "none" and not (row_weight is not None and row_weight.requires_grad)
 
-    plan = make_plan(hidden, weight, bias, labels_N, uniform, max_rows)
+    plan = make_plan(hidden, weight, bias, labels_N, uniform, max_rows, shard)
     loss, stats = _LinearCrossEntropy.apply(
-        plan, options, len(hidden), bias, labels_N, class_weight,
+        plan, options, len(hidden), shard, bias, labels_N, class_weight,
         row_weight if uniform else None, *hidden, *weight,
     )  # fmt: skip
     if class_weight is None:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 
 from ..logits.cross_entropy import token_loss_
+from ..logits.log_probs import score, score_gradient_
 from ..logits.loss import LossOptions, accumulate_dtype
 from ..logits.reduction import masked_scale, scale_rows
-from ..logits.scores import ScoreOptions
+from ..logits.scores import ScoreGradients, ScoreOptions, TokenScores
 from .supervised import HostStats
 from .workspace import grown, rounded, spans, sum_dtype, workspace
 
@@ -62,6 +63,11 @@ class Head:
     def vocab(self) -> int:
         return self.weight[0].shape[0]
 
+    @property
+    def classes(self) -> int:
+        """What labels are below; more than `vocab` if the weight is one rank's part."""
+        return self.vocab
+
     def rows(self, tensor_N: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         if self.order.numel():
             return tensor_N.index_select(0, self.order[start:stop])
@@ -70,7 +76,7 @@ class Head:
     def supervised(self) -> int:
         """Rows to do: where the supervised tokens come first their number, else all."""
         n = self.labels.shape[0]
-        return self.host.wait(n, self.vocab) if self.order.numel() else n
+        return self.host.wait(n, self.classes) if self.order.numel() else n
 
     def store(self, out_N: torch.Tensor, values: torch.Tensor, start: int, stop: int) -> None:
         if self.order.numel():
@@ -97,6 +103,14 @@ class Head:
         self.logits_(logits, start, stop)
         labels = self.rows(self.labels, start, stop)
         return token_loss_(logits, labels, self.class_weight, self.options, want_grad)[0]
+
+    def score(self, logits: torch.Tensor, labels: torch.Tensor, wanted: Sequence[str]):
+        """`TokenScores` of these rows."""
+        return score(logits, labels, self.options, wanted)
+
+    def score_gradient_(self, logits, labels, scores: TokenScores, grads: ScoreGradients) -> None:
+        """Overwrites `logits` with their gradient."""
+        score_gradient_(logits, labels, scores, grads, self.options)
 
     def hidden_grad_(self, out_NH: torch.Tensor, dlogits, weight, start: int, stop: int) -> None:
         if self.order.numel():
@@ -244,7 +258,7 @@ def backward(
     divided by a count of 0).
     """
     n = head.labels.shape[0]
-    head.host.check(head.vocab)
+    head.host.check(head.classes)
     supervised = head.labels != head.options.ignore_index
     scale = masked_scale(g if row_weight_N is None else g * row_weight_N, supervised)
     dhidden = [scale_rows(d, scale) if d.numel() else torch.empty_like(d) for d in saved.dhidden]

@@ -41,8 +41,9 @@ from ..logits.scores import (
 from ..runtime import on_device
 from . import scoring
 from .head import Plan
-from .operands import checked_operands, make_head, make_plan
+from .operands import checked_operands, classes, make_head, make_plan
 from .supervised import HostStats, partition
+from .vocab_parallel import VocabShard
 
 WEIGHTINGS = ("uniform", "probability")
 
@@ -102,16 +103,17 @@ def scale_grads(finished, factor: torch.Tensor, supervised_N, dtypes: Sequence[t
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, options, outputs, weighting, terms, bias, labels, *operands):
+    def forward(ctx, plan, options, outputs, weighting, terms, shard, bias, labels, *operands):
         hidden, weight = operands[:terms], operands[terms:]
         ctx.plan, ctx.options, ctx.terms, ctx.weighting = plan, options, terms, weighting
+        ctx.shard = shard
         ctx.dtypes = [w.dtype for w in weight]
         ctx.kept = None
         with on_device(labels):
-            vocab, n = weight[0].shape[0], labels.shape[0]
+            vocab, n = classes(weight, shard), labels.shape[0]
             order, stats = partition(labels, vocab, options.ignore_index, n > plan.first)
             ctx.host = HostStats(stats)
-            head = make_head(hidden, weight, bias, labels, options, order, ctx.host)
+            head = make_head(hidden, weight, bias, labels, options, order, ctx.host, shard=shard)
             finished = []
             if weighting and plan.want_grad:
                 swept = scoring.forward_with_gradient(
@@ -144,7 +146,7 @@ class _LinearLogProbs(torch.autograd.Function):
             g_log_probs = torch.zeros_like(log_probs)
         with on_device(labels):
             if finished:
-                ctx.host.check(operands[terms].shape[0])
+                ctx.host.check(classes(operands[terms:], ctx.shard))
                 supervised_N = labels != ctx.options.ignore_index
                 both = (g_log_probs, _promised(log_probs, ctx.weighting))
                 factor = _factor(*(x.where(supervised_N, 0.0) for x in both))
@@ -155,8 +157,9 @@ class _LinearLogProbs(torch.autograd.Function):
                 )
             else:
                 head = make_head(
-                    operands[:terms], operands[terms:], bias, labels, ctx.options, order, ctx.host
-                )
+                    operands[:terms], operands[terms:], bias, labels, ctx.options, order, ctx.host,
+                    shard=ctx.shard,
+                )  # fmt: skip
                 grads = (None if g is None else g.contiguous() for g in (g_entropy, g_lse))
                 kept, ctx.kept = ctx.kept, None
                 dhidden, dweight, dbias = scoring.backward(
@@ -164,7 +167,7 @@ class _LinearLogProbs(torch.autograd.Function):
                     ScoreGradients(g_log_probs.contiguous(), *grads), kept, ctx.dtypes,
                 )  # fmt: skip
         return (
-            *[None] * 5, dbias.to(bias.dtype) if plan.want_bias else None, None,
+            *[None] * 6, dbias.to(bias.dtype) if plan.want_bias else None, None,
             *(d if want else None for d, want in zip(dhidden, plan.want_hidden, strict=True)),
             *(d if want else None for d, want in zip(dweight, plan.want_weight, strict=True)),
         )  # fmt: skip
@@ -190,6 +193,7 @@ def linear_log_probs(
     options: ScoreOptions = ScoreOptions(),
     weighting: str | None = None,
     max_rows: int | None = None,
+    shard: VocabShard | None = None,
 ) -> TokenScores:
     """Scores of `hidden @ weight.T + bias` with `labels`; the module says at what cost.
 
@@ -202,6 +206,7 @@ def linear_log_probs(
         outputs: further fields of `TokenScores`, see `scores.EXTRA`.
         weighting: None, "uniform" or "probability", a promise about the gradient of log_probs.
         max_rows: rows of logits held at once; default `workspace_rows`.
+        shard: as in `linear_cross_entropy`.
 
     Returns `TokenScores` in fp32, each field of the shape of `labels`. Gradients flow from
     log_probs, entropy and log_sum_exp to hidden, weight and bias. torch.compile breaks the graph
@@ -211,17 +216,17 @@ def linear_log_probs(
     labels outside [0, V): at once where the host reads the token count, else in backward; their
     log-probability is NaN until then.
     """
-    hidden, weight, bias = checked_operands(hidden, weight, bias)
+    hidden, weight, bias = checked_operands(hidden, weight, bias, shard)
     outputs = check_outputs(outputs)
     if weighting not in (None, *WEIGHTINGS):
         raise ValueError(f"weighting must be None or one of {WEIGHTINGS}, got {weighting!r}")
     check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
     labels_N = labels.reshape(-1).contiguous()
     hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
-    plan = make_plan(hidden, weight, bias, labels_N, weighting is not None, max_rows)
+    plan = make_plan(hidden, weight, bias, labels_N, weighting is not None, max_rows, shard)
     scores = TokenScores(
         *_LinearLogProbs.apply(
-            plan, options, outputs, weighting, len(hidden), bias, labels_N, *hidden, *weight
+            plan, options, outputs, weighting, len(hidden), shard, bias, labels_N, *hidden, *weight
         )
     )
     if "log_sum_exp" not in outputs:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..runtime import use_triton
 from .head import Head, Plan
 from .supervised import FIRST_ROWS, HostStats
+from .vocab_parallel import ShardedHead, VocabShard
 from .workspace import workspace_rows
 
 
-def checked_operands(hidden, weight, bias):
+def checked_operands(hidden, weight, bias, shard: VocabShard | None = None):
     """The first two as lists of terms; ValueError if they do not fit each other."""
     hidden = [hidden] if torch.is_tensor(hidden) else list(hidden)
     weight = [weight] if torch.is_tensor(weight) else list(weight)
@@ -23,19 +26,30 @@ def checked_operands(hidden, weight, bias):
             raise ValueError(f"hidden {tuple(h.shape)} does not fit weight {tuple(w.shape)}")
         if h.device != w.device or h.shape[:-1] != hidden[0].shape[:-1]:
             raise ValueError("hidden states and weights must share device and leading shape")
+    if shard is not None and weight[0].shape[0] != shard.rows:
+        raise ValueError(f"weight {tuple(weight[0].shape)} is not the shard of {shard.rows} rows")
     if bias is not None and bias.shape != weight[0].shape[:1]:
         raise ValueError(f"bias must have shape ({weight[0].shape[0]},), got {tuple(bias.shape)}")
     return hidden, weight, bias
 
 
-def make_plan(hidden, weight, bias, labels_N, uniform: bool, max_rows: int | None) -> Plan:
-    """What the operands that require a gradient ask for."""
+def classes(weight, shard: VocabShard | None) -> int:
+    """The vocabulary of a head whose weight may be one rank's part."""
+    return weight[0].shape[0] if shard is None else shard.vocab
+
+
+def make_plan(
+    hidden, weight, bias, labels_N, uniform: bool, max_rows: int | None,
+    shard: VocabShard | None = None,
+) -> Plan:  # fmt: skip
+    """What the operands that require a gradient ask for; the same on all ranks of a shard."""
     enabled = torch.is_grad_enabled()
     want_weight = tuple(w.requires_grad and enabled for w in weight)
     width = sum(w.shape[1] for w, want in zip(weight, want_weight, strict=True) if want)
     rows = max_rows or workspace_rows(
-        labels_N.shape[0], weight[0].shape[0], width, hidden[0], workspaces=2 if uniform else 1
-    )
+        labels_N.shape[0], weight[0].shape[0] if shard is None else shard.largest, width, hidden[0],
+        workspaces=2 if uniform else 1,
+    )  # fmt: skip
     return Plan(
         want_hidden=tuple(h.requires_grad and enabled for h in hidden),
         want_weight=want_weight,
@@ -47,11 +61,13 @@ def make_plan(hidden, weight, bias, labels_N, uniform: bool, max_rows: int | Non
 
 
 def make_head(
-    hidden, weight, bias, labels_N, options, order, host: HostStats, class_weight=None
-) -> Head:
+    hidden, weight, bias, labels_N, options, order, host: HostStats, class_weight=None,
+    shard: VocabShard | None = None,
+) -> Head:  # fmt: skip
     """The operands in the dtype of the hidden states, in which the products run."""
     dtype = hidden[0].dtype
-    return Head(
+    make = Head if shard is None else functools.partial(ShardedHead, shard=shard)
+    return make(
         hidden=[h.to(dtype) for h in hidden],
         weight=[w.to(dtype) for w in weight],
         bias=None if bias is None else bias.to(dtype),

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..logits.log_probs import score, score_gradient_
 from ..logits.loss import accumulate_dtype
 from ..logits.scores import ScoreGradients, TokenScores
 from .head import Head, HeadGradient, Plan
@@ -59,7 +58,7 @@ class Scoring:
         labels = self.head.rows(self.head.labels, start, stop)
         logits = self.logits[start - begin : stop - begin]
         wanted = [name for name, out in self.scores._asdict().items() if out is not None]
-        part = score(logits, labels, self.head.options, wanted)
+        part = self.head.score(logits, labels, wanted)
         for out, values in zip(self.scores, part, strict=True):
             if out is not None:
                 self.head.store(out, values, start, stop)
@@ -92,12 +91,11 @@ class Scoring:
         def rows(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else head.rows(values, begin, stop)
 
-        score_gradient_(
+        head.score_gradient_(
             dlogits,
             head.rows(head.labels, begin, stop),
             self.scores.map(rows),
             ScoreGradients(*map(rows, grads)),
-            head.options,
         )
         for out, weight, want in zip(self.dhidden, head.weight, self.plan.want_hidden, strict=True):
             if want:

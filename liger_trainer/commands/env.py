@@ -29,7 +29,7 @@ def add_to(commands, **shared) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print two tables."""
+    """Print two tables, and a third of what the installed versions lack."""
     import platform
 
     import torch
@@ -38,6 +38,7 @@ def main(options: argparse.Namespace) -> int:
     from liger_trainer.runs.packages import installed
     from liger_trainer.runs.recipe import native_bf16
     from liger_trainer.runs.summary import machine, version_of
+    from liger_trainer.symbols import missing
 
     facts = {"Platform": platform.platform(), **machine()}
     facts["CUDA of torch"] = torch.version.cuda or "none"
@@ -51,4 +52,8 @@ def main(options: argparse.Namespace) -> int:
             for name, what in _OPTIONAL.items()
         ],
     )
+    lacking = missing()
+    if lacking:
+        print()
+        print_table(["missing symbol", "affects"], [[s.name, s.feature] for s in lacking])
     return 0

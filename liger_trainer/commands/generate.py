@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
 
 def read_prompts(path: Path) -> list[Any]:
     """Texts, or lists of messages. Raises ValueError for a file without any."""
-    from liger_trainer.runs.rows import text_flaw
+    from liger_trainer.runs.data.rows import text_flaw
 
     if not path.is_file():
         raise ValueError(f"--prompts: there is no file {str(path)!r}")

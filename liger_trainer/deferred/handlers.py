@@ -24,6 +24,7 @@ from liger_trainer.kernels.logits.cross_entropy import cross_entropy
 from liger_trainer.kernels.logits.loss import LossOptions
 
 _Tensor = torch.Tensor
+WORKSPACE_BYTES = 64 << 20  # of fp32 logits that exist at once
 
 
 def implements(*functions):
@@ -176,32 +177,37 @@ implements(torch.tanh_, _Tensor.tanh_)(_in_place(_tanh))
 
 @implements(torch.argmax, _Tensor.argmax)
 def _argmax(logits, dim=None, keepdim=False):
-    """Some tokens at a time, so that metrics need no full logits."""
-    state = logits.state
-    if state is None or dim is None or dim % logits.ndim != logits.ndim - 1:
+    if logits.state is None or dim is None or dim % logits.ndim != logits.ndim - 1:
         return NotImplemented
-    rows = max(1, (64 << 20) // (4 * logits.shape[-1]))
+    ids = per_token(logits, lambda z: z.argmax(-1), torch.long)
+    return ids.unsqueeze(-1) if keepdim and ids is not NotImplemented else ids
+
+
+def per_token(logits, reduce, dtype: torch.dtype):
+    """Return `reduce` of each token's logits, without gradient; NotImplemented if that needs all.
+
+    Some tokens are computed at a time, so that metrics need no full logits.
+    """
+    ops = logits.state.ops
+    rows = max(1, WORKSPACE_BYTES // (4 * logits.shape[-1]))
 
     def fused(operands: list[Operands]):
         found = [
-            replay(state.ops, plain_logits(operands, slice(start, start + rows))).argmax(-1)
+            reduce(replay(ops, plain_logits(operands, slice(start, start + rows))))
             for start in range(0, math.prod(logits.shape[:-1]), rows)
         ]
-        empty = torch.empty(0, dtype=torch.long, device=logits.device)
+        empty = torch.empty(0, dtype=dtype, device=logits.device)
         return (torch.cat(found) if found else empty,)
 
     with torch.no_grad():
-        results = consume_logits(logits, fused, lambda z: (z.argmax(-1).flatten(),))
-    if results is None:
-        return NotImplemented
-    ids = results[0].reshape(logits.shape[:-1])
-    return ids.unsqueeze(-1) if keepdim else ids
+        results = consume_logits(logits, fused, lambda z: (reduce(z).flatten(),))
+    return NotImplemented if results is None else results[0].reshape(logits.shape[:-1])
 
 
 def plain_logits(operands: list[Operands], rows: slice = slice(None)) -> torch.Tensor:
     """Some rows of the logits [N, V], by the operations of the plain head."""
     value = None
-    for hidden, weight, bias in operands:
+    for hidden, weight, bias, _ in operands:
         x = hidden.reshape(-1, hidden.shape[-1])[rows]
         part = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         value = part if value is None else value + part
@@ -229,17 +235,18 @@ def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-
     options = LossOptions(ignore_index, label_smoothing, 0.0, *state.transform)
 
     def fused(operands: list[Operands]):
-        hidden, weights, biases = zip(*operands, strict=True)
+        hidden, weights, biases, shards = zip(*operands, strict=True)
         loss = linear_cross_entropy(
-            list(hidden), list(weights), target, biases[0], options=options, **kwargs
-        )
+            list(hidden), list(weights), target, biases[0],
+            options=options, shard=shards[0], **kwargs,
+        )  # fmt: skip
         return (loss,)
 
     def plain(z: torch.Tensor):
         options = LossOptions(ignore_index, label_smoothing)
         return (cross_entropy(z, target, options=options, **kwargs),)
 
-    results = consume_logits(input, fused, plain)
+    results = consume_logits(input, fused, plain, shards=True)
     return NotImplemented if results is None else results[0].to(dtype)
 
 

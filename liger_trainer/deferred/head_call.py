@@ -24,6 +24,8 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.modules import module as _global_hooks
 
 from liger_trainer.deferred.scope import recording
+from liger_trainer.deferred.vocab_parallel import LocalRows, in_place_of_linear, shard_of
+from liger_trainer.kernels.linear.vocab_parallel import VocabShard
 from liger_trainer.swap import Swapped
 
 Results = tuple[torch.Tensor | None, ...]
@@ -35,6 +37,7 @@ class Operands(NamedTuple):
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
+    shard: VocabShard | None = None  # which rows of the weight these are, if not all
 
 
 class Term(NamedTuple):
@@ -57,10 +60,10 @@ class CallableHead(Swapped):
         if body is not None:
             return body(*args, **kwargs)
         # Not `self.weight`: a parametrized one is computed anew by whoever asks for it.
-        if isinstance(self, nn.Linear) and isinstance(self._parameters.get("weight"), DTensor):
-            operands = weights_of(self)
-            if not isinstance(args[0], DTensor):
-                return F.linear(args[0], *operands)
+        weight = self._parameters.get("weight")
+        is_shard = isinstance(self, nn.Linear) and isinstance(weight, DTensor)
+        if is_shard and not isinstance(args[0], DTensor):
+            return F.linear(args[0], *weights_of(self))
         return super().forward(*args, **kwargs)
 
 
@@ -99,17 +102,19 @@ class _Pending(threading.local):
 _pending = _Pending()
 
 
-def consume(terms: Sequence[Term], consumer: Consumer) -> Results | torch.Tensor:
+def consume(
+    terms: Sequence[Term], consumer: Consumer, shards: bool = False
+) -> Results | torch.Tensor:
     """Call the layers of all terms, one inside the other, and `consumer` in the innermost.
 
-    Return the consumer's results; or, if a head turns out to be more than a sum of linear layers,
-    its plain logits.
+    Return the consumer's results; or the plain logits, if a head turns out to be more than a sum of
+    linear layers, or to hold some rows of the vocabulary while `consumer` takes no `shards`.
     """
 
-    return _call(list(terms), consumer, [])
+    return _call(list(terms), consumer, [], shards and len(terms) == 1)
 
 
-def _call(terms: list[Term], consumer: Consumer, gathered: list[Operands]):
+def _call(terms: list[Term], consumer: Consumer, gathered: list[Operands], shards: bool = False):
     # Not a closure that calls itself: that would be a cycle, which keeps the graph alive.
     if not terms:
         return consumer(gathered)
@@ -118,12 +123,14 @@ def _call(terms: list[Term], consumer: Consumer, gathered: list[Operands]):
         hidden = hidden * scale
 
     def body(x, *_):
+        if isinstance(x, Operands):
+            return _call(rest, consumer, [*gathered, x])
         if isinstance(layer, nn.Linear):
             found = Operands(x, *weights_of(layer))
             return _call(rest, consumer, [*gathered, found])
         return _inside_composite(layer, x, lambda own: _call(rest, consumer, [*gathered, *own]))
 
-    return _in_place_of_forward(layer, hidden, body)
+    return _in_place_of_forward(layer, hidden, body, shards)
 
 
 def _inside_composite(head: nn.Module, hidden: torch.Tensor, consumer: Consumer):
@@ -143,7 +150,7 @@ def _inside_composite(head: nn.Module, hidden: torch.Tensor, consumer: Consumer)
     return consume(terms, consumer)
 
 
-def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body):
+def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body, shards: bool):
     if not _is_hooked(module):
         return body(hidden)
     results: list[Results] = []
@@ -153,18 +160,28 @@ def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body):
         if isinstance(found, torch.Tensor):
             return found
         results.append(found)
-        differentiable = [r for r in found if r is not None and r.requires_grad]
-        if torch.is_grad_enabled() and differentiable:
-            return (_Anchor.apply(*differentiable),)
-        return (hidden.new_zeros(1),)
+        return (_anchor_of(found, hidden),)
 
-    _pending.module, _pending.body = module, forward
-    try:
-        returned = nn.Module.__call__(module, hidden)
-    finally:
-        _pending.take(module)
+    def take(x, weight, bias, split):
+        local = LocalRows.of(x, weight, bias, split) if shards and not results else None
+        if local is None:
+            return NotImplemented
+        results.append(body(Operands(local.x, local.weight, local.bias, local.shard)))
+        return local.leaving(_anchor_of(results[0], hidden))
+
+    if shard_of(module._parameters.get("weight")) is not None and "forward" in vars(module):
+        with in_place_of_linear(module, take):
+            returned = nn.Module.__call__(module, hidden)
+    else:
+        _pending.module, _pending.body = module, forward
+        try:
+            returned = nn.Module.__call__(module, hidden)
+        finally:
+            _pending.take(module)
     if not results:
         return returned
+    if isinstance(returned, torch.Tensor):
+        returned = (returned,)
     if not (isinstance(returned, tuple) and len(returned) == 1 and returned[0].shape == (1,)):
         raise RuntimeError(
             f"a forward hook on the output head ({type(module).__name__}) changes what it returns, "
@@ -172,6 +189,13 @@ def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body):
             "set fused_linear_cross_entropy to false in liger_kernel_config."
         )
     return _behind(returned[0], results[0])
+
+
+def _anchor_of(results: Results, hidden: torch.Tensor) -> torch.Tensor:
+    differentiable = [r for r in results if r is not None and r.requires_grad]
+    if torch.is_grad_enabled() and differentiable:
+        return _Anchor.apply(*differentiable)
+    return hidden.new_zeros(1)
 
 
 def _is_hooked(module: nn.Module) -> bool:

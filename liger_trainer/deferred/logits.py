@@ -411,11 +411,13 @@ def consume_logits(
     logits: DeferredLogits,
     fused: Callable[[list[Operands]], Results],
     plain: Callable[[torch.Tensor], Results],
+    shards: bool = False,
 ) -> Results | None:
     """Return `fused(operands)`, evaluated inside the head's call, as results of `logits`.
 
-    `plain(z)` must make the same results of the value z. None if the logits turn out to be more
-    than a sum of linear layers: their value then exists.
+    `plain(z)` must make the same results of the value z, and `shards` tells whether `fused` takes
+    operands with some rows of the vocabulary. None if the logits turn out to be more than a sum of
+    linear layers, or to have such operands where they are not taken.
     """
     state = logits.state
     state.origin.check()
@@ -430,7 +432,7 @@ def consume_logits(
             return fused([o._replace(hidden=o.hidden.to(dtype)) for o in operands])
 
     with state.origin.as_then(), torch.set_grad_enabled(attached):
-        results = consume(state.terms, cast)
+        results = consume(state.terms, cast, shards)
     if isinstance(results, torch.Tensor):
         return None
     if not attached:

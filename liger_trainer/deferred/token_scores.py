@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from liger_trainer.deferred.handlers import implements
+from liger_trainer.deferred.handlers import implements, per_token
 from liger_trainer.deferred.head_call import consume
 from liger_trainer.deferred.logits import DeferredLogits, State, consume_logits
 from liger_trainer.deferred.tensor import Deferred
@@ -57,18 +57,18 @@ def _fused_scores(logits, state: State, labels, temperature, outputs, weighting)
     options = ScoreOptions(scale=scale, softcap=softcap, temperature=temperature)
 
     def fused(operands):
-        hidden, weights, biases = zip(*operands, strict=True)
+        hidden, weights, biases, shards = zip(*operands, strict=True)
         return tuple(
             linear_log_probs(
                 list(hidden), list(weights), labels, biases[0],
-                outputs=outputs, options=options, weighting=weighting,
+                outputs=outputs, options=options, weighting=weighting, shard=shards[0],
             )
         )  # fmt: skip
 
     def plain(z):
         return tuple(_plain_scores(z, labels, temperature, outputs))
 
-    results = consume_logits(logits, fused, plain)
+    results = consume_logits(logits, fused, plain, shards=True)
     return None if results is None else TokenScores(*results)
 
 
@@ -163,37 +163,45 @@ def _label_log_probs(logits, dim, index):
     labels = index.squeeze(-1)
 
     def fused(operands):
-        hidden, weights, biases = zip(*operands, strict=True)
-        scores = linear_log_probs(list(hidden), list(weights), labels, biases[0], options=options)
+        hidden, weights, biases, shards = zip(*operands, strict=True)
+        scores = linear_log_probs(
+            list(hidden), list(weights), labels, biases[0], options=options, shard=shards[0]
+        )
         return (scores.log_probs,)
 
     def plain(z):
         return (z.gather(-1, index).squeeze(-1),)
 
-    results = consume_logits(logits, fused, plain)
+    results = consume_logits(logits, fused, plain, shards=True)
     return NotImplemented if results is None else results[0].unsqueeze(-1).to(logits.dtype)
 
 
 @implements(torch.mean, torch.Tensor.mean)
-def _mean(logits):
-    """The mean of all logits, as a number to report: no logits, where the head is linear."""
-    state = fusable(logits)
-    if state is None or logits.requires_grad or not logits.numel():
+def _mean(logits, dim=None, keepdim=False):
+    """The mean of all logits or of each token's, as numbers to report."""
+    of_each = dim in (-1, logits.ndim - 1)
+    if fusable(logits) is None or logits.requires_grad or not logits.numel():
         return NotImplemented
-    scale, softcap = state.transform
+    if not (of_each or dim is None):
+        return NotImplemented
+    means = _means(logits, torch.promote_types(logits.dtype, torch.float32))
+    if means is NotImplemented:
+        return NotImplemented
+    means = means.mean() if dim is None else means.unsqueeze(-1) if keepdim else means
+    return means.to(logits.dtype)
+
+
+def _means(logits, dtype: torch.dtype):
+    """The mean of each token's logits: where they are linear, the product with a mean weight."""
+    scale, softcap = logits.state.transform
     if softcap is not None:
-        return NotImplemented
+        return per_token(logits, lambda z: z.to(dtype).mean(-1), dtype)
 
     def fused(operands):
-        total = sum(
-            torch.dot(
-                o.hidden.float().reshape(-1, o.hidden.shape[-1]).mean(0), o.weight.float().mean(0)
-            )
-            for o in operands
-        )
+        means = sum(o.hidden.to(dtype) @ o.weight.to(dtype).mean(0) for o in operands)
         if operands[0].bias is not None:
-            total = total + operands[0].bias.float().mean()
-        return ((total * scale).to(logits.dtype),)
+            means = means + operands[0].bias.to(dtype).mean()
+        return (means * scale,)
 
-    results = consume_logits(logits, fused, lambda z: (z.mean(),))
+    results = consume_logits(logits, fused, lambda z: (z.to(dtype).mean(-1),))
     return NotImplemented if results is None else results[0]

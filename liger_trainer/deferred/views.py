@@ -7,7 +7,7 @@ import math
 import torch
 
 from liger_trainer.deferred.handlers import implements
-from liger_trainer.deferred.logits import derive
+from liger_trainer.deferred.logits import as_meta, derive
 
 _Tensor = torch.Tensor
 
@@ -95,6 +95,29 @@ def _squeeze(logits, dim=None):
     if logits.state is None or not isinstance(dim, int) or dim % logits.ndim == logits.ndim - 1:
         return NotImplemented
     return _rows(logits, lambda x: x.squeeze(dim))
+
+
+@implements(torch.chunk, _Tensor.chunk)
+def _chunk(logits, chunks, dim=0):
+    return _pieces(logits, lambda x: x.chunk(chunks, dim), dim)
+
+
+@implements(torch.split, _Tensor.split)
+def _split(logits, split_size, dim=0):
+    return _pieces(logits, lambda x: x.split(split_size, dim), dim)
+
+
+@implements(torch.unbind, _Tensor.unbind)
+def _unbind(logits, dim=0):
+    """Also what iterates over logits."""
+    return _pieces(logits, lambda x: x.unbind(dim), dim)
+
+
+def _pieces(logits, cut, dim):
+    if logits.state is None or dim % logits.ndim == logits.ndim - 1:
+        return NotImplemented
+    count = len(cut(as_meta(logits)))
+    return tuple(_rows(logits, lambda x, i=i: cut(x)[i]) for i in range(count))
 
 
 @implements(_Tensor.__getitem__)

@@ -130,13 +130,13 @@ def impurity(function: Callable, module: nn.Module, inputs: tuple) -> str | None
 
     It may draw random numbers, change `module`'s attributes, or return something else next time.
     """
-    before, state = _random_state(inputs[0].device), _state(module)
+    before, state = random_state(inputs[0].device), _state(module)
     results = []
     for training in (False, False, True):
         module.train(training)
         results.append(function(*inputs))
     module.eval()
-    if not all(map(torch.equal, _random_state(inputs[0].device), before)):
+    if not all(map(torch.equal, random_state(inputs[0].device), before)):
         return "draws random numbers"
     if not _same(_state(module), state):
         return "changes itself when it is called"
@@ -145,11 +145,19 @@ def impurity(function: Callable, module: nn.Module, inputs: tuple) -> str | None
     return None
 
 
-def _random_state(device: torch.device) -> list[torch.Tensor]:
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """Return the states of the generators of the CPU and of `device`."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
+
+
+def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+    """Set what `random_state` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def _state(module: nn.Module) -> dict[str, tuple[object, int | None]]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import ProgressCallback
 
 from liger_trainer.runs.adapters import located
-from liger_trainer.runs.collate import Collator
-from liger_trainer.runs.data import Prepared, prepare
-from liger_trainer.runs.load import load_model, load_tokenizer
+from liger_trainer.runs.data.collate import Collator
+from liger_trainer.runs.data.prepare import Prepared, prepare
+from liger_trainer.runs.data.vision import VisionCollator
+from liger_trainer.runs.load import load_model, load_processor, load_tokenizer
 from liger_trainer.runs.methods import trainer_class
 from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.rewards import check_rows, columns_of, guarded
+from liger_trainer.runs.rewards import columns_of, guarded, row_check
 from liger_trainer.runs.throughput import Progress, Throughput, count_tokens
 
 
@@ -25,20 +29,15 @@ def build_trainer(recipe: Recipe, args):
 
     Raises ValueError for data and models that the method cannot train on.
     """
-    seed = args.seed if args.data_seed is None else args.data_seed
     tokenizer, rewards = load_tokenizer(recipe.model), load_rewards(recipe)
     with args.main_process_first(desc="data"):
-        prepared = prepare(
-            recipe.data,
-            tokenizer,
-            seed=seed,
-            examples=recipe.kind.examples,
-            needed=columns_of(rewards),
-        )
-    for rows, what in ((prepared.train, "training"), (prepared.eval, "held-out")):
-        check_rows(rewards, rows or (), what)
+        prepared = load_data(recipe, tokenizer, rewards)
     for note in prepared.notes if args.process_index == 0 else ():
         print(f"data: {note}", flush=True)
+    if recipe.data.streaming:
+        # Each process reads all of the stream and takes its share. The alternative, that the first
+        # one sends the others their batches, needs batches of one length.
+        args.accelerator_config.dispatch_batches = False
     transformers.set_seed(args.seed)
     build = _sft_trainer if recipe.kind.trainer is None else _trl_trainer
     trainer = build(recipe, args, tokenizer, prepared, rewards)
@@ -46,6 +45,26 @@ def build_trainer(recipe: Recipe, args):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     return trainer, prepared
+
+
+def load_data(recipe: Recipe, tokenizer, rewards: list) -> Prepared:
+    """The data of a recipe. Raises ValueError for what its method cannot train on."""
+    return prepare(
+        recipe.data,
+        tokenizer,
+        seed=recipe.data_seed,
+        examples=recipe.kind.examples,
+        needed=columns_of(rewards),
+        check=row_check(rewards),
+        load_processor=processor_of(recipe),
+    )
+
+
+def processor_of(recipe: Recipe) -> Callable[[], Any] | None:
+    """What loads the processor of text and images; None for a method that takes no images."""
+    if not recipe.kind.images:
+        return None
+    return functools.partial(load_processor, recipe.model)
 
 
 def load_trained(recipe: Recipe, trained: Path):
@@ -78,16 +97,24 @@ def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
         import peft
 
         model = peft.get_peft_model(model, peft_config)
-    flash = "flash" in (model.config._attn_implementation or "")
+    collator = _collator(model, args, tokenizer, prepared)
     return trainer_class(recipe.method)(
         model=model,
         args=args,
         train_dataset=prepared.train,
         eval_dataset=prepared.eval,
-        data_collator=Collator(tokenizer.pad_token_id, flatten=flash),
-        processing_class=tokenizer,
+        data_collator=collator,
+        processing_class=prepared.processor or tokenizer,
         callbacks=[Throughput()],
     )
+
+
+def _collator(model, args, tokenizer, prepared: Prepared) -> Callable[[list], dict]:
+    if prepared.processor is not None:
+        args.remove_unused_columns = False  # the collator takes columns that are no inputs yet
+        return VisionCollator(prepared.processor)
+    flash = "flash" in (model.config._attn_implementation or "")
+    return Collator(tokenizer.pad_token_id, flatten=flash)
 
 
 def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: list):
@@ -116,7 +143,7 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
             args=args,
             train_dataset=prepared.train,
             eval_dataset=prepared.eval,
-            processing_class=tokenizer,
+            processing_class=prepared.processor or tokenizer,
             peft_config=peft_config,
             callbacks=[Throughput()],
             **given,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 
 from liger_trainer.runs.adapters import located
-from liger_trainer.runs.build import generations_conflict, load_rewards
-from liger_trainer.runs.data import DataArguments, fit, format_of, is_file_name, load_source
+from liger_trainer.runs.build import generations_conflict, load_rewards, processor_of
+from liger_trainer.runs.data.forms import form_of
+from liger_trainer.runs.data.prepare import fit, processor_for
+from liger_trainer.runs.data.rows import Sieve, columns
+from liger_trainer.runs.data.sources import first_rows, is_file_name
+from liger_trainer.runs.data.splits import Part
 from liger_trainer.runs.load import load_tokenizer, meta_model
 from liger_trainer.runs.packages import missing
 from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.rewards import columns_of
+from liger_trainer.runs.rewards import columns_of, row_check
 
 _ROWS = 100  # that a dry run looks at
 _AT_LEAST = {
@@ -54,6 +58,11 @@ def problems(recipe: Recipe) -> list[str]:
             f"training.max_steps is {fields['max_steps']}; it must be at least 1, or -1 for what "
             "training.num_train_epochs comes to"
         )
+    if recipe.data.streaming and fields.get("max_steps", -1) < 1:
+        found.append(
+            "data.streaming: a stream has no known length, so set training.max_steps to the number "
+            "of steps"
+        )
     try:
         _, adapter = located(recipe.model)
     except ValueError as error:
@@ -90,34 +99,31 @@ def training_problems(recipe: Recipe) -> list[str]:
 def data_problems(recipe: Recipe) -> list[str]:
     """What the first rows of local data show. A hub's data would have to be fetched."""
     data = recipe.data
-    paths = [path for path in (data.path, data.eval_path) if path is not None]
-    if any(not _is_local(path) for path in paths):
+    sources = [(source, "training") for source in data.sources]
+    sources += [(source, "held-out") for source in data.eval_sources]
+    if not all(_is_local(path) for source, _ in sources for path in source.paths):
         return []
     rewards = load_rewards(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    for path, split, what in _sources(data):
-        rows = load_source(data, path, split)
-        rows = rows.select(range(min(_ROWS, len(rows))))
+    loaded = [
+        (Part(source, first_rows(source, _ROWS, streaming=data.streaming)), what)
+        for source, what in sources
+    ]
+    processor = processor_for([part for part, _ in loaded], data, processor_of(recipe))
+    for part, what in loaded:
+        rows, source = part.rows, part.source
         fit(
-            rows,
+            part,
             data,
             tokenizer,
-            kind=format_of(rows, recipe.kind.examples),
-            what=f"of the first {len(rows)} {what}",
+            form_of(columns(rows), recipe.kind.examples, source.form),
+            Sieve(f"of the first {len(rows)} {what}", invalid=data.invalid),
             seed=0,
-            notes=[],
             needed=columns_of(rewards),
+            check=row_check(rewards),
+            processor=processor,
         )
     return []
-
-
-def _sources(data: DataArguments) -> list[tuple[str | None, str, str]]:
-    found = [(data.path, data.split, "training")]
-    if data.eval_path:
-        found.append((data.eval_path, "train", "held-out"))
-    elif data.eval_split:
-        found.append((data.path, data.eval_split, "held-out"))
-    return found
 
 
 def _is_local(path: str) -> bool:

@@ -69,7 +69,7 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
     mixed = bool(fields.get("bf16") or fields.get("fp16"))
     narrow = mixed or engine.startswith("zero") or weights.head_dtype_bytes == 2
     reference = recipe.kind.reference and config is None
-    return Run(
+    run = Run(
         sizes,
         weights,
         tokens=fields["per_device_train_batch_size"]
@@ -80,7 +80,7 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
         accumulation=fields["gradient_accumulation_steps"],
         compute=2 if narrow else 4,
         mixed=mixed,
-        lean=kernels.activation_memory == "lean",
+        lean=kernels.activation_memory != "keep",
         checkpointing=_checkpointing(fields),
         reduce_each=_reduce_each(fields),
         optimizer=_OPTIMIZERS[_name(fields["optim"])],
@@ -89,6 +89,9 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
         gpus=gpus,
         memory=memory,
     )
+    if kernels.has_budget:
+        run = replace(run, checkpointing=run.sharded or not _fits(run))
+    return run
 
 
 def ways_out(run: Run) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from liger_trainer.runs.adapters import located
@@ -131,6 +131,29 @@ def load_config(arguments: ModelArguments):
 
 def load_tokenizer(arguments: ModelArguments):
     """The tokenizer, with a padding token. Raises FileNotFoundError for a missing template file."""
+    tokenizer = _read_beside(arguments, AutoTokenizer)
+    _complete(tokenizer, tokenizer, arguments)
+    return tokenizer
+
+
+def load_processor(arguments: ModelArguments):
+    """The processor of text and images, with a padding token.
+
+    Raises ValueError for a model that has none, and as `load_tokenizer` does.
+    """
+    processor = _read_beside(arguments, AutoProcessor)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(
+            f"data: the examples have images, but {arguments.label} has no processor of images; "
+            "use a vision-language model, or remove the column"
+        )
+    _complete(processor, processor.tokenizer, arguments)
+    processor.tokenizer.chat_template = processor.chat_template
+    return processor
+
+
+def _read_beside(arguments: ModelArguments, cls: type):
+    """What lies beside the weights, the adapter or where `model.tokenizer` says."""
     base, adapter = located(arguments)
     source, keys = folder(base), _LOADING_KEYS
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
@@ -139,15 +162,18 @@ def load_tokenizer(arguments: ModelArguments):
         source = arguments.tokenizer
         keys = ("cache_dir", "token", "local_files_only", "trust_remote_code")
     with _one_line(arguments):
-        tokenizer = AutoTokenizer.from_pretrained(source, **_given(base, keys))
+        return cls.from_pretrained(source, **_given(base, keys))
+
+
+def _complete(templated, tokenizer, arguments: ModelArguments) -> None:
+    """Gives a tokenizer or processor the template of the recipe, and a padding token."""
     if arguments.chat_template:
         template = Path(arguments.chat_template)
         if not template.is_file():
             raise FileNotFoundError(f"model.chat_template: no file {str(template)!r}")
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        templated.chat_template = template.read_text(encoding="utf-8")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def load_model(arguments: ModelArguments):

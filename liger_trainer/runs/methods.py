@@ -12,9 +12,10 @@ class Method:
     """One value of `method` in a recipe."""
 
     trainer: str | None = None  # `DPO` for DPOTrainer and DPOConfig of liger_trainer.trl
-    examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see preference.py
+    examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see data/alignment.py
     reference: bool = False  # whether the trainer is given a reference model
     counts_tokens: bool = True  # whether the trainer does so itself
+    images: bool = False  # whether examples may have a column `images`
     # Fields of the configuration that make it this method.
     fixed: dict[str, Any] = field(default_factory=dict)
     # Keys of the section `data` that the method has no use for, and what to do instead.
@@ -23,7 +24,8 @@ class Method:
 
 _PACKING = "remove the key: examples are never packed, because each one has a loss of its own"
 _ASSISTANT = "remove the key: completions alone are trained on"
-_PREFERENCE = {"packing": _PACKING, "assistant_only": _ASSISTANT}
+_STREAMING = "remove the key: its examples are checked as a whole before training"
+_PREFERENCE = {"packing": _PACKING, "assistant_only": _ASSISTANT, "streaming": _STREAMING}
 _ONLINE = {
     "max_length": "remove the key: prompts are never cut, and training.max_completion_length "
     "limits what is generated",
@@ -31,8 +33,8 @@ _ONLINE = {
 }
 
 METHODS = {
-    "sft": Method(),
-    "dpo": Method("DPO", "pairs", reference=True, unused_data=_PREFERENCE),
+    "sft": Method(images=True),
+    "dpo": Method("DPO", "pairs", reference=True, images=True, unused_data=_PREFERENCE),
     "orpo": Method("ORPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
     "cpo": Method("CPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
     # SimPO (Meng et al. 2024, arXiv:2405.14734) is CPO with another margin and no likelihood term.

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import enum
 import os
-import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +18,8 @@ from typing import Any
 import torch
 
 from liger_trainer.config import KernelConfig
-from liger_trainer.runs.data import DataArguments, near
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.sources import near
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.methods import (
     METHODS,
@@ -34,11 +33,12 @@ from liger_trainer.runs.parse import parse
 from liger_trainer.runs.rewards import RewardArguments
 from liger_trainer.runs.secrets import hidden, hidden_override
 from liger_trainer.runs.shipped import recipe_names, shipped
+from liger_trainer.runs.typed import admits, convert, known
 
 # Fields that are paths here, never names of a hub: `~` is the home folder in them, and only there.
 _PATHS = {
     "model": ("name_or_path", "tokenizer", "chat_template", "cache_dir", "offload_folder"),
-    "data": ("path", "eval_path"),
+    "data": ("path", "eval_path", "mix"),
     "training": ("output_dir",),
 }
 # One option under two names, of which the later release of transformers prefers the second.
@@ -73,6 +73,12 @@ class Recipe:
     def shown(self) -> dict[str, Any]:
         """`values` without tokens and passwords, for people and files."""
         return hidden(self.values)
+
+    @property
+    def data_seed(self) -> int:
+        """What shuffles and splits the data."""
+        fields = defaults("training", self.method) | self.values["training"]
+        return fields["seed"] if fields["data_seed"] is None else fields["data_seed"]
 
     def training_fields(self) -> dict[str, tuple[Any, str]]:
         """Every field of `training` that is set: its value, and where that comes from."""
@@ -212,7 +218,7 @@ def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict
         sections["peft"] = _lora_class()
     if values.get("reward") is not None:
         sections["reward"] = RewardArguments
-    _known("recipe", values, ["method", *sections, "peft", "reward"])
+    known("recipe", values, ["method", *sections, "peft", "reward"])
     checked = {"method": method}
     for section, cls in sections.items():
         given = {} if values.get(section) is None else values[section]
@@ -221,18 +227,27 @@ def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict
         fields = [f.name for f in dataclasses.fields(cls) if f.init]
         if section == "training":
             given = _renamed(given, fields, sources)
-        _known(section, given, fields)
+        known(section, given, fields)
         hints = typing.get_type_hints(cls)
         checked[section] = {
-            k: _convert(f"{section}.{k}", v, hints[k])
+            k: convert(f"{section}.{k}", v, hints[k])
             for k, v in given.items()
-            if v is not None or (_admits(hints[k], None) and k != "output_dir")  # else the default
+            if v is not None or (admits(hints[k], None) and k != "output_dir")  # else the default
         }
         for key in _PATHS.get(section, ()):
             if checked[section].get(key):
-                checked[section][key] = os.path.expanduser(checked[section][key])
+                checked[section][key] = _at_home(checked[section][key])
     refuse_unused(method, checked)
     return checked
+
+
+def _at_home(value: Any) -> Any:
+    """Paths without `~`: one, several, or those of the entries of `data.mix`."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    if isinstance(value, dict):
+        return {k: _at_home(v) if k == "path" and v else v for k, v in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) -> dict[str, Any]:
@@ -249,52 +264,9 @@ def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) 
     return given
 
 
-def _known(where: str, given: Iterable[str], known: list[str]) -> None:
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
-
-
 def _lora_class() -> type:
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("peft: the section needs `pip install peft`") from error
     return LoraConfig
-
-
-def _convert(where: str, value: Any, hint: Any) -> Any:
-    """`value` if the annotation admits it, an integer as a float where a float is meant."""
-    if (where == "training.bf16" and value == "auto") or _admits(hint, value):
-        return value
-    if _is_int(value) and _admits(hint, float(value)):
-        return float(value)
-    name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-    shown = hidden(value, where)
-    raise ValueError(f"{where}: {shown!r} is a {type(value).__name__}, expected {name}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _admits(hint: Any, value: Any) -> bool:
-    """Whether a value from YAML fits an annotation; what YAML cannot express is admitted."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_admits(a, value) for a in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is not None:
-        return isinstance(value, origin)
-    if hint is int:
-        return _is_int(value)
-    if hint in (bool, float, str, list, dict):
-        return isinstance(value, hint)
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return value in [member.value for member in hint]
-    if hint is types.NoneType:
-        return value is None
-    return hint is Any or (dataclasses.is_dataclass(hint) and value is not None)

@@ -14,7 +14,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from liger_trainer.runs.judge.checker import compile_tests
@@ -70,15 +70,23 @@ def columns_of(rewards: list[Reward]) -> list[str]:
     return [name for name in dict.fromkeys(found) if name not in _FROM_TRL]
 
 
-def check_rows(rewards: list[Reward], rows: Iterable[dict], what: str) -> None:
-    """Raise ValueError for the first row that a reward function could never reward."""
+def row_check(rewards: list[Reward]) -> Callable[[dict], str] | None:
+    """Return a function that tells why a reward function could never reward a row; its answer is
+    empty if all could. Return None where no function knows that beforehand.
+    """
     checks = [reward.check_row for reward in rewards if isinstance(reward, PassesTests)]
-    for i, row in enumerate(rows if checks else ()):
-        for check in checks:
-            try:
-                check(row)
-            except ValueError as error:
-                raise ValueError(f"data: {what} row {i} ({row['entry_point']}): {error}") from error
+    if not checks:
+        return None
+
+    def check(row: dict) -> str:
+        try:
+            for check_row in checks:
+                check_row(row)
+        except ValueError as error:
+            return f"{error} ({row['entry_point']})"
+        return ""
+
+    return check
 
 
 def guarded(reward: Reward) -> Reward:

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
+from liger_trainer.injection.memory_budget import budget_of
 from liger_trainer.runs import folder as run_folder
 from liger_trainer.runs.adapters import location
 from liger_trainer.runs.build import build_trainer
@@ -274,6 +275,10 @@ class _Run:
             "peak_memory_gib": max(summary["peak_memory_gib"], *peaks),
             "peak_memory_gib_by_process": peaks,
         }
+        budget = budget_of(self.trainer.model)
+        if budget is not None:
+            summary["activation_memory"] = str(budget)
+            self._say([f"activation memory {budget}"])
         if self.folder is not None:
             self.folder.begin()
             files = self.folder.facts["files"]
@@ -327,9 +332,10 @@ class _Run:
             },
             samples=self.samples,
             notes=[
-                f"{len(prepared.train)} training rows ({prepared.kind})",
+                f"{prepared.size} training rows ({prepared.kind})",
                 *prepared.notes,
                 f"begun {self.folder.facts['started']}",
+                *_told("activation memory", summary.get("activation_memory")),
                 *([self.command] if self.command else []),
             ],
         )
@@ -338,6 +344,10 @@ class _Run:
         if self.args.process_index == 0:
             for line in lines:
                 print(line, flush=True)
+
+
+def _told(name: str, value: str | None) -> list[str]:
+    return [] if value is None else [f"{name} {value}"]
 
 
 def _evaluated_now(state) -> bool:

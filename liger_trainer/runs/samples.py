@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from liger_trainer.runs.tokenize import IGNORE_INDEX
+from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 
 NEW_TOKENS = 64
 
@@ -27,6 +27,8 @@ def samples_of(dataset: Any, tokenizer, count: int) -> list[Sample]:
     found = []
     rows = getattr(dataset, "dataset", dataset)  # of packed examples, those that were packed
     for row in (rows[i] for i in range(min(len(rows), 4 * count))):
+        if "images" in row:
+            return []  # a prompt of ids alone lacks them
         sample = _tokenized(row, tokenizer) if "labels" in row else _prompted(row, tokenizer)
         if sample.ids and len(found) < count:
             found.append(sample)

@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -22,13 +22,14 @@ from transformers import Trainer, TrainingArguments
 
 from liger_trainer.config import KernelConfig
 from liger_trainer.deferred import loss_scope
+from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.head import defers_logits
 from liger_trainer.injection.walk import inject, injected_config, restore_for
-from liger_trainer.report import InjectionReport
+from liger_trainer.report import InjectionReport, Row
 from liger_trainer.trainer_hook import handled_for, without_request
 from liger_trainer.trl.checks import check_examples, check_options, check_reference
 from liger_trainer.trl.fused_head import attach_fused_head, check_adapter
-from liger_trainer.trl.overrides import overrides
+from liger_trainer.trl.overrides import override_rows, overrides
 
 _HOMES = {
     **dict.fromkeys(("Distillation", "DPO", "GRPO", "KTO", "Reward", "RLOO", "SFT"), "trl"),
@@ -101,6 +102,7 @@ class FusedTrainer:
         self.args.use_liger_kernel = True
         self._kernel_config = config
         self._set_kernels()
+        self._report(override_rows(self))
         check_examples(self)
 
     def _set_kernels(self) -> None:
@@ -119,6 +121,10 @@ class FusedTrainer:
         if self.injection_report is None:  # the policy comes first
             self.injection_report = report
 
+    def _report(self, rows: Iterable[Row]) -> None:
+        self.injection_report = self.injection_report or InjectionReport(())
+        self.injection_report.rows += tuple(rows)
+
     @contextlib.contextmanager
     def _fused_heads(self, config: KernelConfig, args: TrainingArguments) -> Iterator[None]:
         """Within it, TRL's modules that build this trainer give models our head.
@@ -131,21 +137,26 @@ class FusedTrainer:
         models: list[nn.Module] = []  # the policy, then its reference
 
         def add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=()):
+            plain = vars(model).get("forward")  # of others, such as hooks that move inputs
             original(model, temperature, cast_lm_head_to_fp32, outputs or ("log_probs",))
             models.append(model)
             check_reference(models[0], model)
             forward = model.forward
             self._inject(model, config)
-            if config.fused_linear_cross_entropy and not cast_lm_head_to_fp32:
+            fused = config.fused_linear_cross_entropy and not cast_lm_head_to_fp32
+            if fused:
                 attach_fused_head(
                     model,
                     original=forward,
+                    plain=plain,
                     temperature=temperature,
                     outputs=tuple(outputs),
                     weighting=weighting,
                 )
             if not defers_logits(model):
                 check_adapter(model)
+            if len(models) == 1:
+                self._report([_head_row(fused, defers_logits(model), cast_lm_head_to_fp32)])
 
         modules = {sys.modules[cls.__module__] for cls in type(self).__mro__}
         modules = [module for module in modules if hasattr(module, "add_fused_lm_head")]
@@ -163,6 +174,10 @@ class FusedTrainer:
         own = super().compute_loss.__func__ is SFTTrainer.compute_loss
         return _WEIGHTING.get(getattr(args, "loss_type", None)) if own else None
 
+    def training_step(self, model, inputs, *args, **kwargs):
+        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
+        return repeated(self, model, step)
+
     def train(self, *args, **kwargs):
         self._set_kernels()
         with handled_for(self, lambda: None):  # the kernels are in already
@@ -179,6 +194,15 @@ class FusedTrainer:
             return super().compute_loss(model, without_request(inputs), *args, **kwargs)
 
 
+def _head_row(attached: bool, deferred: bool, cast_to_fp32: bool) -> Row:
+    """What answers `model(..., fused_lm_head=True)`, by which TRL scores tokens."""
+    if attached and deferred:
+        reason = "tokens are scored from the deferred logits of the model's own forward"
+    else:
+        reason = "TRL's own: " + ("cast_lm_head_to_fp32" if cast_to_fp32 else "no deferred logits")
+    return Row("add_fused_lm_head", "trl", attached and deferred, reason, eligible=attached)
+
+
 _WEIGHTING = {"nll": "uniform", "dft": "probability"}
 
 
@@ -188,12 +212,15 @@ class _Nothing:
 
 @contextlib.contextmanager
 def _replaced(module, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name, None)
+    before = getattr(module, name, _Nothing)
     setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        if before is _Nothing:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
 
 
 def _training_arguments(args: tuple, kwargs: dict) -> TrainingArguments | None:

@@ -23,14 +23,16 @@ def attach_fused_head(
     model: nn.Module,
     *,
     original: Callable,
+    plain: Callable | None = None,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = (),
     weighting: str | None = None,
 ) -> None:
     """Makes `model(..., fused_lm_head=True)` return TRL's `FusedCausalLMOutput` from our kernels.
 
-    `original` is the forward that TRL gave the model: it answers all other calls, and these too
-    while the head's logits are not deferred (after `restore`). `weighting` is that of
+    `original` is the forward that TRL gave the model: it answers such calls while the head's logits
+    are not deferred (after `restore`). All other calls go to `plain`, by default the forward that
+    the model's class has then: TRL's keeps the one of before the injection. `weighting` is that of
     `linear_log_probs`.
     """
     from trl.trainer.utils import FusedCausalLMOutput
@@ -47,18 +49,17 @@ def attach_fused_head(
         num_items_in_batch=None,
         **kwargs,
     ):
-        fused = fused_lm_head and defers_logits(self)
-        if fused_lm_head and not fused:
+        given = {
+            "labels": labels,
+            "shift_labels": shift_labels,
+            "num_items_in_batch": num_items_in_batch,
+        }
+        if not fused_lm_head:
+            kwargs |= {name: value for name, value in given.items() if value is not None}
+            return plain(*args, **kwargs) if plain else type(self).forward(self, *args, **kwargs)
+        if not defers_logits(self):
             check_adapter(self)
-        if not fused:
-            return original(
-                *args,
-                fused_lm_head=fused_lm_head,
-                labels=labels,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
+            return original(*args, fused_lm_head=True, **given, **kwargs)
         config = self.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)

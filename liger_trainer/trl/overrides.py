@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 
 import torch
+from torch import nn
+from transformers import Trainer
 
+from liger_trainer.config import KernelConfig
 from liger_trainer.deferred.scope import loss_scope
 from liger_trainer.deferred.token_scores import divergence, fusable, token_scores
 from liger_trainer.injection.rules.head import defers_logits
+from liger_trainer.report import Row
 from liger_trainer.swap import rebind
 
 
@@ -33,10 +37,54 @@ def overrides(trainer: type) -> dict[str, object]:
         for name, attribute in vars(cls).items():
             if name in names or _owner(trainer, name) is not cls or name == "__init__":
                 continue
-            changed = special[name](attribute) if name in special else _rebound(attribute)
-            if changed is not None:
-                names[name] = changed
+            if name in special:
+                make, reason = special[name]
+                names[name] = _marked(make(attribute), f"{cls.__qualname__}.{name}", reason)
+            elif (rebound := _rebound(attribute)) is not None:
+                changed, functions = rebound
+                reason = f"its {' and '.join(functions)} takes deferred logits"
+                names[name] = _marked(changed, f"{cls.__qualname__}.{name}", reason)
     return names
+
+
+def _marked(attribute: object, site: str, reason: str) -> object:
+    getattr(attribute, "__func__", attribute)._liger_override = site, reason
+    return attribute
+
+
+def override_rows(trainer: Trainer) -> Iterator[Row]:
+    """Yield a row of the injection report for each of `overrides` that the trainer has."""
+    names = ("model", "teacher_model")
+    models = {name: getattr(trainer, name, None) for name in names}
+    plain = [name for name, m in models.items() if m is not None and not _defers(trainer, m)]
+    eligible = KernelConfig.from_dict(trainer.args.liger_kernel_config).fused_linear_cross_entropy
+    for cls in type(trainer).__mro__:
+        for name, attribute in vars(cls).items():
+            mark = getattr(getattr(attribute, "__func__", attribute), "_liger_override", None)
+            if mark is None or _owner(type(trainer), name) is not cls:
+                continue
+            site, reason = mark
+            unused = _why_unused(trainer, name)
+            if plain:
+                reason = f"TRL's own: the logits of {' and '.join(plain)} are not deferred"
+            swapped = not plain and unused is None
+            yield Row(site, "trl", swapped, unused or reason, eligible=eligible and unused is None)
+
+
+def _why_unused(trainer: Trainer, name: str) -> str | None:
+    """Which of the two methods of ORPO and CPO that score pairs is not called."""
+    encoder_decoder = getattr(trainer, "is_encoder_decoder", None)
+    if name == "concatenated_forward" and encoder_decoder:
+        return "TRL's own: an encoder-decoder is scored by get_batch_logps"
+    if name == "get_batch_logps" and encoder_decoder is False:
+        return "not called: concatenated_forward scores the tokens"
+    return None
+
+
+def _defers(trainer: Trainer, model: nn.Module) -> bool:
+    unwrapped = trainer.accelerator.unwrap_model(model)
+    inner = getattr(unwrapped, "get_base_model", None)
+    return defers_logits(inner() if callable(inner) else unwrapped)
 
 
 def _owner(trainer: type, name: str) -> type | None:
@@ -46,20 +94,24 @@ def _owner(trainer: type, name: str) -> type | None:
 # --- TRL's functions of logits, by their names ---------------------------------------------------
 
 
-def _rebound(attribute: object) -> object | None:
-    """`attribute` with TRL's functions replaced by ours; None if it uses none of them."""
+def _rebound(attribute: object) -> tuple[object, list[str]] | None:
+    """`attribute` with TRL's functions replaced by ours, and their names; None if it has none."""
     function = getattr(attribute, "__func__", attribute)
     if not isinstance(function, FunctionType):
         return None
-    changed = None
+    changed, names = function, []
     for name, make in _FUNCTIONS.items():
         theirs = _global(function, name)
-        if theirs is not None:
-            changed = rebind(changed or function, theirs, make(theirs)) or changed
-    if changed is None:
+        rebound = None if theirs is None else rebind(changed, theirs, make(theirs))
+        if rebound is not None:
+            changed = rebound
+            names.append(name)
+    if not names:
         return None
     changed = _in_loss_scope(changed)
-    return changed if function is attribute else type(attribute)(changed)  # static or class method
+    if function is not attribute:  # a static or class method
+        changed = type(attribute)(changed)
+    return changed, names
 
 
 def _in_loss_scope(method: Callable) -> Callable:
@@ -191,11 +243,7 @@ def _cpo_forward(theirs: Callable) -> Callable:
 
 
 def _scores_pairs(trainer, model) -> bool:
-    unwrapped = trainer.accelerator.unwrap_model(model)
-    inner = getattr(unwrapped, "get_base_model", None)
-    return not trainer.is_encoder_decoder and defers_logits(
-        inner() if callable(inner) else unwrapped
-    )
+    return not trainer.is_encoder_decoder and _defers(trainer, model)
 
 
 @_in_loss_scope
@@ -290,9 +338,12 @@ def _generalized_jsd(theirs: staticmethod) -> staticmethod:
     return staticmethod(generalized_jsd_loss)
 
 
-_METHODS: dict[str, dict[str, Callable]] = {
-    "ORPOTrainer": {"concatenated_forward": _orpo_forward},
-    "CPOTrainer": {"concatenated_forward": _cpo_forward},
-    "DistillationTrainer": {"_get_last_hidden_state": _hidden_with_logits},
-    "GKDTrainer": {"generalized_jsd_loss": _generalized_jsd},
+_ONCE = "each token is scored once, from deferred logits"
+_METHODS: dict[str, dict[str, tuple[Callable, str]]] = {
+    "ORPOTrainer": {"concatenated_forward": (_orpo_forward, _ONCE)},
+    "CPOTrainer": {"concatenated_forward": (_cpo_forward, _ONCE)},
+    "DistillationTrainer": {
+        "_get_last_hidden_state": (_hidden_with_logits, "hidden states carry deferred logits")
+    },
+    "GKDTrainer": {"generalized_jsd_loss": (_generalized_jsd, "divergence of deferred logits")},
 }

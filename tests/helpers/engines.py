@@ -1,11 +1,11 @@
-"""Every engine against one process, on two CPU processes: python tests/helpers/engines.py --matrix
+"""Every engine against one process, on two or four: python tests/helpers/engines.py --matrix
 
 Each cell trains a tiny model for one step of two micro-batches under an engine, the kernels
-injected, and compares with the plain model on one process that saw both processes' data: losses,
+injected, and compares with the plain model on one process that saw all processes' data: losses,
 and every weight after the step. *fused* is counted while it runs: the head was never called for
 its plain logits. A row that the plain model cannot run either says so.
 
-    rows       the engine, as users start it
+    rows       the engine, as users start it (engine_rows.py)
     columns    how the loss is made: in the forward (labels), outside it (a loss scope around a
                loss of one's own), from token log-probabilities (what TRL's trainers use), beside a
                term of one's own on outputs.logits, and with LoRA on every linear layer, the head
@@ -21,154 +21,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from engine_rows import ENGINES, Engine
+from small import LENGTH, LOSSES, LR, MICRO, VOCAB, tiny
 from torch import nn
 
-WORLD, MICRO, LENGTH, VOCAB, LR = 2, 2, 12, 128, 0.05
 TOLERANCE = 2e-5
 
 
-# --- engines --------------------------------------------------------------------------------------
-
-
-def ddp(**options):
-    def prepare(model):
-        from torch.nn.parallel import DistributedDataParallel
-
-        return DistributedDataParallel(model, **options)
-
-    return prepare
-
-
-def fsdp2(layout: str, **options):
-    """`layout`: where the head lives: in the root, with the final norm, or a unit of its own."""
-
-    def prepare(model):
-        from torch.distributed.fsdp import fully_shard
-
-        inner = base_of(model)
-        tied = inner.lm_head_weight_is_tied
-        root = {k: v for k, v in options.items() if k != "root_resharded"}
-        for layer in inner.model.layers:
-            fully_shard(layer, **root)
-        head = inner.get_output_embeddings()
-        tail = [inner.model.norm, *([inner.model.embed_tokens] if tied else []), head]
-        if layout == "tail":
-            fully_shard(tail, **root | {"reshard_after_forward": False})
-        elif layout == "head":
-            if tied:
-                raise NotImplementedError("torch refuses a tied head as a unit of its own")
-            fully_shard(head, **root)
-        resharded = options.get("root_resharded")
-        root = {k: v for k, v in root.items() if k != "reshard_after_forward"}
-        if resharded:
-            root["reshard_after_forward"] = True
-        return fully_shard(model, **root)
-
-    return prepare
-
-
-def fsdp1():
-    def prepare(model):
-        import functools
-
-        from torch.distributed.fsdp import FullyShardedDataParallel
-        from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-
-        layer = type(base_of(model).model.layers[0])
-        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={layer})
-        return FullyShardedDataParallel(
-            model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
-        )
-
-    return prepare
-
-
-def deepspeed(stage: int, **options):
-    def prepare(model):
-        import deepspeed as ds
-
-        config = {
-            "train_micro_batch_size_per_gpu": MICRO,
-            "gradient_accumulation_steps": 2,
-            "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, **options},
-            "optimizer": {"type": "SGD", "params": {"lr": LR}},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
-        wanted = [p for p in model.parameters() if p.requires_grad]
-        config.pop("optimizer")
-        optimizer = torch.optim.SGD(wanted, lr=LR)
-        engine, *_ = ds.initialize(
-            model=model, config=config, optimizer=optimizer, dist_init_required=False
-        )
-        return engine
-
-    return prepare
-
-
-ENGINES: dict[str, Callable] = {
-    "DDP": ddp(),
-    "DDP, find_unused_parameters": ddp(find_unused_parameters=True),
-    "DDP, bucket views": ddp(gradient_as_bucket_view=True),
-    "FSDP2, head with the final norm": fsdp2("tail"),
-    "FSDP2, head with the final norm, layers kept": fsdp2("tail", reshard_after_forward=False),
-    "FSDP2, head in the root": fsdp2("root"),
-    "FSDP2, head in the root, resharded": fsdp2("root", root_resharded=True),
-    "FSDP2, head a unit": fsdp2("head"),
-    "FSDP1": fsdp1(),
-    "ZeRO-1": deepspeed(1),
-    "ZeRO-2": deepspeed(2),
-    "ZeRO-3": deepspeed(3, stage3_param_persistence_threshold=0),
-    "ZeRO-3, small parameters kept": deepspeed(3, stage3_param_persistence_threshold=1000),
-}
-
-
-# --- losses ---------------------------------------------------------------------------------------
-
-
-def in_the_forward(model, ids, labels):
-    return model(input_ids=ids, labels=labels).loss
-
-
-def outside(model, ids, labels):
-    from liger_trainer import loss_scope
-
-    with loss_scope():
-        logits = model(input_ids=ids).logits
-        rows = logits[:, :-1].reshape(-1, VOCAB).float()
-        return F.cross_entropy(rows, labels[:, 1:].flatten(), label_smoothing=0.1)
-
-
-def from_log_probs(model, ids, labels):
-    """Pairs of a preference loss."""
-    from liger_trainer import loss_scope
-    from liger_trainer.deferred.token_scores import token_scores
-
-    with loss_scope():
-        logits = model(input_ids=ids).logits[:, :-1]
-        log_probs = token_scores(logits, labels[:, 1:]).log_probs.sum(-1)
-    chosen, rejected = log_probs.chunk(2)
-    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
-
-
-def with_own_term(model, ids, labels):
-    outputs = model(input_ids=ids, labels=labels)
-    return outputs.loss + 0.01 * outputs.logits.float().pow(2).mean()
-
-
-LOSSES = {
-    "labels": in_the_forward,
-    "own loss": outside,
-    "log-probabilities": from_log_probs,
-    "own term": with_own_term,
-}
 CELLS = [
     *((name, tied, "full") for name in LOSSES for tied in (False, True)),
     *((name, False, "LoRA") for name in ("labels", "own loss", "log-probabilities")),
@@ -176,33 +39,6 @@ CELLS = [
 
 
 # --- one cell -------------------------------------------------------------------------------------
-
-
-def tiny(tied: bool, kind: str) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, use_cache=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).train()
-    if kind == "LoRA":
-        from peft import LoraConfig, get_peft_model
-
-        targets = ["q_proj", "v_proj", "down_proj", "lm_head"]
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.05)
-    base_of(model).lm_head_weight_is_tied = tied
-    return model
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
 
 
 def batches(rank: int):
@@ -214,13 +50,14 @@ def batches(rank: int):
         yield ids, labels
 
 
-def on_one_process(loss_of, tied: bool, kind: str):
+def on_one_process(loss_of, tied: bool, kind: str, shards: int):
+    """Losses and weights after a step on the data of all `shards`."""
     model = tiny(tied, kind)
     losses = []
-    for rank in range(WORLD):
-        for ids, labels in batches(rank):
+    for shard in range(shards):
+        for ids, labels in batches(shard):
             loss = loss_of(model, ids, labels) / 2
-            (loss / WORLD).backward()
+            (loss / shards).backward()
             losses.append(loss.item())
     with torch.no_grad():
         for p in model.parameters():
@@ -229,10 +66,10 @@ def on_one_process(loss_of, tied: bool, kind: str):
     return losses, {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def train(engine: nn.Module, loss_of, rank: int) -> list[float]:
+def train(engine: nn.Module, loss_of, shard: int) -> list[float]:
     losses = []
     is_deepspeed = hasattr(engine, "zero_optimization_stage")
-    for step, (ids, labels) in enumerate(batches(rank)):
+    for step, (ids, labels) in enumerate(batches(shard)):
         last = step == 1
         if hasattr(engine, "no_sync") and not is_deepspeed and not last:
             with engine.no_sync():
@@ -272,30 +109,30 @@ def whole_weights(engine: nn.Module, model: nn.Module) -> dict[str, torch.Tensor
     return found
 
 
-def run_cell(prepare, name: str, tied: bool, kind: str) -> str:
+def run_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
     """= and fused, or what is wrong."""
     from liger_trainer import inject
     from liger_trainer.deferred import logits as deferred
 
-    rank = dist.get_rank()
-    expected_losses, expected = on_one_process(LOSSES[name], tied, kind)
+    shard = dist.get_rank() // row.shares
+    expected_losses, expected = on_one_process(LOSSES[name], tied, kind, row.world // row.shares)
     initial = dict(tiny(tied, kind).named_parameters())
 
-    model = tiny(tied, kind)
+    model = row.make(tied, kind)
     report = inject(model)
-    if report.coverage["fused_linear_cross_entropy"] != (1, 1):
-        return f"refused: {report.refused}"
+    refused = [r for r in report.refused if r.rule == "fused_linear_cross_entropy"]
     calls = []
     original = deferred.plain_call
     deferred.plain_call = lambda *args: calls.append(1) or original(*args)
     try:
-        engine = prepare(model)
-        losses = train(engine, LOSSES[name], rank)
+        engine = row.prepare(model)
+        losses = train(engine, row.losses[name], shard)
         got = whole_weights(engine, model)
     finally:
         deferred.plain_call = original
     wrong = []
-    mine = expected_losses[2 * rank : 2 * rank + 2]
+    mine = expected_losses[2 * shard : 2 * shard + 2]
+    losses = mean_of_neighbors(losses, row.shares)
     if max(abs(a - b) for a, b in zip(losses, mine, strict=True)) > TOLERANCE:
         wrong.append(f"losses {losses} for {mine}")
     for key, value in expected.items():
@@ -305,15 +142,25 @@ def run_cell(prepare, name: str, tied: bool, kind: str) -> str:
             wrong.append(f"{key} is off by {error / step.clamp_min(1e-12):.1e} of its step")
     if wrong:
         return "WRONG: " + "; ".join(wrong[:3])
+    if refused:
+        return f"=, refused: {refused[0].reason}"
     expected_calls = 2 if name == "own term" else 0
     return "=, fused" if len(calls) <= expected_calls else f"=, {len(calls)} plain head calls"
 
 
-def plain_cell(prepare, name: str, tied: bool, kind: str) -> str:
+def mean_of_neighbors(losses: list[float], shares: int) -> list[float]:
+    """Over the ranks that see the same data."""
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, losses)
+    first = dist.get_rank() // shares * shares
+    return torch.tensor(everyone[first : first + shares], dtype=torch.float64).mean(0).tolist()
+
+
+def plain_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
     """Whether the plain model runs there."""
     try:
-        engine = prepare(tiny(tied, kind))
-        train(engine, LOSSES[name], dist.get_rank())
+        engine = row.prepare(row.make(tied, kind))
+        train(engine, row.losses[name], dist.get_rank() // row.shares)
     except Exception as error:
         return f"plain too: {type(error).__name__}"
     return ""
@@ -335,7 +182,7 @@ def worker(engines: list[str], out: str | None) -> None:
                 if os.environ.get("MATRIX_TRACE"):
                     raise
                 answer += f" ({plain_cell(ENGINES[engine], name, tied, kind)})"
-            answers: list = [None] * WORLD
+            answers: list = [None] * dist.get_world_size()
             dist.all_gather_object(answers, answer)
             rows.setdefault(engine, {})[column] = max(answers, key=lambda a: a != "=, fused")
             if dist.get_rank() == 0:
@@ -347,13 +194,17 @@ def worker(engines: list[str], out: str | None) -> None:
 
 
 def matrix(engines: list[str], out: str) -> dict[str, dict[str, str]]:
-    """Run the rows in two processes and return the cells."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={WORLD}", __file__, "--json", out, "--engines", *engines]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
-    if done.returncode:
-        raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
-    return json.loads(Path(out).read_text())
+    """Run the rows, each in as many processes as it takes, and return the cells."""
+    cells = {}
+    for world in sorted({ENGINES[name].world for name in engines}):
+        names = [name for name in engines if ENGINES[name].world == world]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={world}", __file__, "--json", out, "--engines", *names]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+        if done.returncode:
+            raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
+        cells |= json.loads(Path(out).read_text())
+    return {name: cells[name] for name in engines}
 
 
 if __name__ == "__main__":
@@ -362,7 +213,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--engines", nargs="+", default=list(ENGINES))
     parser.add_argument("--json")
-    parser.add_argument("--matrix", action="store_true", help="start the two processes")
+    parser.add_argument("--matrix", action="store_true", help="start the processes")
     arguments = parser.parse_args()
     if arguments.matrix:
         cells = matrix(arguments.engines, arguments.json or "engines.json")

@@ -4,6 +4,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from liger_trainer.deferred import Deferred
+
 
 class Shapes(TorchDispatchMode):
     """Collects the shapes of all results below autograd while it is active."""
@@ -13,6 +15,8 @@ class Shapes(TorchDispatchMode):
         self.seen: set[torch.Size] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, Deferred) for kind in types):
+            return NotImplemented  # theirs to answer; what they compute for it is seen
         result = func(*args, **(kwargs or {}))
         leaves = (t for t in tree_leaves(result) if type(t) is torch.Tensor and not t.is_meta)
         self.seen |= {t.shape for t in leaves}

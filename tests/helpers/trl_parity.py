@@ -55,6 +55,13 @@ COMMON = {
 }
 FAR = 20  # a wrong option must differ by at least this many tolerances
 
+ROWS = [  # prompt, chosen, rejected
+    ("what is two plus two ?", " four .", " the mat ."),
+    ("cat ?", " the cat sat on the mat and is two", " no"),
+    ("what sat on the mat ? tell the user .", " cat", " think about what the system is ."),
+    ("user", " assistant system", " two plus two is four , user ."),
+]
+
 
 class Tolerance(NamedTuple):
     """`relative` to the number or tensor; `absolute` for numbers, `floor` for gradients: relative
@@ -210,7 +217,8 @@ def parity(
     """Runs the drop-in and TRL's own trainer, and asserts that they are the same run."""
     expected = run(method, folder / "expected", build, config, flag=False)
     got = run(method, folder / "got", build, config)
-    assert any(c.swapped for c in got.trainer.injection_report.coverage.values())
+    report = got.trainer.injection_report
+    assert any(row.swapped for row in report.rows if row.rule != "trl"), report
     assert_same(got, expected, tolerance)
     return got, expected
 

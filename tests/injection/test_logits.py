@@ -63,6 +63,9 @@ PIPELINES = {
     "shift": lambda z: torch.cat([z[..., :-1, :], z[..., -1:, :]], 1).contiguous(),
     "index": lambda z: z[torch.tensor([1, 0])],
     "views": lambda z: z.unsqueeze(0).squeeze(0).view(1, *TOKENS, VOCAB).flatten(0, 1),
+    "chunk": lambda z: z.chunk(1)[0],
+    "split": lambda z: z.split([1, 4], dim=1)[1].split(3, dim=-2)[1],
+    "iteration": lambda z: next(iter(z))[None],
 }
 
 
@@ -73,7 +76,7 @@ def test_loss_and_gradients_as_from_plain_logits(head, pipeline, fused, reductio
     def loss(logits):
         logits = pipeline(logits)
         rows = logits.reshape(-1, VOCAB)
-        return F.cross_entropy(rows, labels().view(-1), reduction=reduction).sum()
+        return F.cross_entropy(rows, labels().view(-1)[-len(rows) :], reduction=reduction).sum()
 
     got = torch.autograd.grad(loss(deferred(head, fused=fused)), head)
     expected_loss = loss(plain(head))
@@ -86,7 +89,8 @@ def test_loss_and_gradients_as_from_plain_logits(head, pipeline, fused, reductio
 def test_pipelines_are_followed_without_computing_logits(head, name):
     logits = PIPELINES[name](deferred(head))
     assert isinstance(logits, DeferredLogits)
-    F.cross_entropy(logits.reshape(-1, VOCAB), labels().view(-1)).backward()
+    rows = logits.reshape(-1, VOCAB)
+    F.cross_entropy(rows, labels().view(-1)[-len(rows) :]).backward()
     assert logits._value is None
 
 
@@ -127,6 +131,54 @@ def test_argmax_token_by_token(head):
     assert torch.equal(logits.argmax(-1), plain(head).argmax(-1))
     assert torch.equal(torch.argmax(logits[:, 1:], dim=-1), plain(head)[:, 1:].argmax(-1))
     assert logits._value is None
+
+
+CUTS = {
+    "chunk": lambda z: z.chunk(2),
+    "chunks that do not divide": lambda z: torch.chunk(z, 3, dim=1),
+    "fewer chunks than asked for": lambda z: z.chunk(chunks=4, dim=-2),
+    "split": lambda z: torch.split(z, 2, dim=1),
+    "sections": lambda z: z.split([1, 1]),
+    "unbind": lambda z: z.unbind(1),
+    "iteration": tuple,
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS.keys())
+def test_pieces_are_deferred_and_are_views(head, cut):
+    logits = deferred(head)
+    pieces, expected = cut(logits), cut(plain(head))
+    assert [p.shape for p in pieces] == [p.shape for p in expected]
+    assert [p.stride() for p in pieces] == [p.stride() for p in expected]
+    assert all(isinstance(p, DeferredLogits) for p in pieces)
+    assert logits._value is None
+    assert all(torch.equal(p + 0, e) for p, e in zip(pieces, expected, strict=True))
+    last = pieces[-1].detach()
+    last.fill_(7.0)
+    assert (logits == 7).sum() == last.numel()
+
+
+@pytest.mark.parametrize("cut", [lambda z: z.chunk(2, -1), lambda z: z.split(4, 2)])
+def test_pieces_of_the_vocabulary_are_ordinary(head, cut):
+    for got, expected in zip(cut(deferred(head)), cut(plain(head)), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("pipeline", ["scale", "softcap"])
+@pytest.mark.parametrize("arguments", [{}, {"dim": -1}, {"dim": 2, "keepdim": True}])
+def test_mean_to_report(head, pipeline, arguments):
+    logits = PIPELINES[pipeline](deferred(head)).detach()
+    expected = PIPELINES[pipeline](plain(head).detach()).mean(**arguments)
+    torch.testing.assert_close(logits.mean(**arguments), expected)
+    assert logits._value is None
+
+
+def test_mean_over_tokens_or_with_gradient_is_ordinary(head):
+    over_tokens = deferred(head).detach().mean(0)
+    torch.testing.assert_close(over_tokens, plain(head).detach().mean(0))
+    got = torch.autograd.grad(deferred(head).mean(-1).sum(), head)
+    for a, b in zip(got, torch.autograd.grad(plain(head).mean(-1).sum(), head), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_other_uses_get_the_value_with_its_gradient(head):

@@ -158,6 +158,9 @@ def names_of(module: str) -> set[str]:
     file = ROOT / f"{path}.py"
     tree = ast.parse(text_of(file if file.is_file() else ROOT / path / "__init__.py"))
     found = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    if module.startswith("liger_trainer.kernels."):  # what a folder passes on
+        passed_on = [n for n in tree.body if isinstance(n, ast.ImportFrom)]
+        found |= {alias.name for node in passed_on for alias in node.names}
     if module == "liger_trainer":
         found |= set(reference.keys("__init__.py", "_HOME"))
     if module == "liger_trainer.trl":

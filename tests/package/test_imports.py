@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
-    ["kernels", "report", "config"],
+    ["kernels", "report", "config", "symbols"],
     ["swap"],
     ["deferred"],
     ["injection", "trainer_hook"],
@@ -30,23 +30,31 @@ FOLDERS = {
         ["linear"],
         ["linear_log_prob_loss", "preference"],  # former paths
     ],
-    "injection": [["probe"], ["rules"], ["walk"]],
+    "injection": [["probe"], ["memory_budget"], ["rules"], ["walk"]],
     "trl": [["checks", "fused_head", "overrides"], ["__init__"]],
     "runs": [
         ["adapters", "errors", "secrets", "parse", "packages", "signals", "health", "judge"],
-        ["rows", "memory", "shapes", "shipped"],
-        ["checkpoints", "loaders", "methods", "plots", "sandbox", "throughput", "tokenize"],
+        ["memory", "shapes", "shipped", "typed"],
+        ["checkpoints", "data", "methods", "plots", "sandbox", "throughput"],
         ["counts", "traffic"],
-        ["collate", "html", "load", "preference", "rewards", "samples", "summary"],
-        ["data"],
+        ["html", "load", "rewards", "samples", "summary"],
         ["recipe"],
         ["build", "compare", "estimate", "plan"],
         ["checks", "folder"],
         ["finished", "run"],
         ["card"],
     ],
+    "runs/data": [
+        ["builtin", "rows"],
+        ["conversation", "forms"],
+        ["arguments", "tokenize"],
+        ["alignment", "collate", "mixing", "sources", "text"],
+        ["splits", "vision"],
+        ["prepare"],
+        ["view"],
+    ],
 }
-LEAVES = ["report", "config"]
+LEAVES = ["report", "config", "symbols"]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 MODULES = [p for p in sorted((ROOT / "liger_trainer").rglob("*.py")) if p.name != "kernels.py"]
 
@@ -112,7 +120,11 @@ def test_imports_within_a_folder_point_down(folder):
     layers = FOLDERS[folder]
     for path in sorted(root.rglob("*.py")):
         own = path.relative_to(root).parts[0].removesuffix(".py")
-        modules = {name for name in below(path, f"liger_trainer.{folder}") if is_in(root, name)}
+        modules = {
+            name
+            for name in below(path, f"liger_trainer.{folder}".replace("/", "."))
+            if is_in(root, name)
+        }
         for imported in modules - {own}:
             assert layer(imported, layers) <= layer(own, layers), f"{path}: {imported}"
 

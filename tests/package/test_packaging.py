@@ -1,7 +1,11 @@
-"""What a wheel holds is what the checkout has."""
+"""What a wheel holds is what the checkout has, and what it requires is what is tested."""
 
 import tomllib
 from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import liger_trainer
 
@@ -35,3 +39,31 @@ def test_the_version_is_in_one_place():
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "liger_trainer.__version__"}
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{liger_trainer.__version__}]" in changes
+
+
+def requirements() -> dict[str, Requirement]:
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["peft"], *extras["trl"]]
+    return {requirement.name: requirement for requirement in map(Requirement, wanted)}
+
+
+def pins(versions: str) -> dict[str, str]:
+    lines = (ROOT / f"constraints{versions}.txt").read_text(encoding="utf-8").splitlines()
+    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {p.name: str(p.specifier).removeprefix("==") for p in pinned}
+
+
+def test_lower_bounds_are_the_oldest_versions_that_are_tested():
+    bounds = {n: Version(str(r.specifier).removeprefix(">=")) for n, r in requirements().items()}
+    oldest = {name: Version(version) for name, version in pins("-oldest").items()}
+    pinned_together = {"torch", "triton"}  # see constraints-oldest.txt
+    assert bounds.keys() == oldest.keys()
+    assert {n: v for n, v in oldest.items() if bounds[n] != v}.keys() == pinned_together
+
+
+@pytest.mark.parametrize("versions", ["", "-oldest", "-newest"])
+def test_tested_versions_are_allowed(versions):
+    allowed = requirements()
+    for name, version in pins(versions).items():
+        assert name not in allowed or version in allowed[name].specifier, name
+    assert pins(versions)["torch"] == pins("")["torch"]

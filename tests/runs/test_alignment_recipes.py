@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from liger_trainer import cli
 from liger_trainer.runs import methods
 from liger_trainer.runs.build import build_trainer
-from liger_trainer.runs.data import prepare
+from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.load import load_tokenizer
 from liger_trainer.runs.recipe import load_recipe
 from liger_trainer.runs.throughput import Throughput

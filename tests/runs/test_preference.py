@@ -4,7 +4,9 @@ nothing."""
 import pytest
 import tiny
 
-from liger_trainer.runs.data import DataArguments, load_splits, prepare
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.splits import load_splits
 
 CHAT = [
     {"role": "user", "content": "what is two ?"},
@@ -100,7 +102,8 @@ def test_a_pair_becomes_two_labelled_examples(tmp_path):
 def test_pairs_of_one_prompt_are_on_one_side_of_the_split(tmp_path):
     path = tiny.pairs_file(tmp_path / "pairs.jsonl", 40)
     data = DataArguments(path=str(path), eval_fraction=0.25, group="group")
-    train, held_out, *_ = load_splits(data, 0)
+    splits = load_splits(data, 0)
+    train, held_out = splits.train[0].rows, splits.held_out[0].rows
     assert len(set(held_out["group"])) == 1
     assert not set(train["group"]) & set(held_out["group"])
     assert len(train) + len(held_out) == 40
@@ -109,7 +112,8 @@ def test_pairs_of_one_prompt_are_on_one_side_of_the_split(tmp_path):
 
 
 def test_the_shipped_pairs_are_split_by_problem():
-    train, held_out, *_ = load_splits(DataArguments(loader="humaneval_pairs", eval_fraction=0.2), 0)
+    splits = load_splits(DataArguments(loader="humaneval_pairs", eval_fraction=0.2), 0)
+    train, held_out = splits.train[0].rows, splits.held_out[0].rows
     assert len(train) + len(held_out) > 300
     assert not set(train["task_id"]) & set(held_out["task_id"])
     assert train[0]["chosen"][0]["role"] == "assistant"

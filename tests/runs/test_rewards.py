@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from liger_trainer.runs.loaders import load_humaneval_prompts
+from liger_trainer.runs.data.builtin import load_humaneval_prompts
 from liger_trainer.runs.rewards import (
     RewardArguments,
     columns_of,

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from liger_trainer.runs import sandbox
 from liger_trainer.runs.judge import wire
-from liger_trainer.runs.rewards import PassesTests, RewardArguments, check_rows, guarded
+from liger_trainer.runs.rewards import PassesTests, RewardArguments, guarded, row_check
 from liger_trainer.runs.sandbox import Job, find_sandbox, judge
 
 SOURCE = "import os\n\n\ndef half(n):\n    return n / 2\n\n\ndef twice(x):\n"
@@ -351,11 +352,9 @@ def test_what_cannot_be_checked_is_told(safe, tests, body, note, caplog, monkeyp
 )
 def test_a_row_without_usable_tests_is_named_before_training(tests, message):
     good = {"tests": TESTS, "entry_point": "twice"}
-    rows = [good, good | {"tests": tests}]
-    functions = [PassesTests("process")]
-    with pytest.raises(ValueError, match=rf"held-out row 1 \(twice\): .*({message})"):
-        check_rows(functions, rows, "held-out")
-    check_rows(functions, rows[:1], "training")
+    check = row_check([PassesTests("process")])
+    assert re.search(rf"({message}).* \(twice\)$", check(good | {"tests": tests}))
+    assert check(good) == ""
 
 
 def test_such_a_row_gets_zero_and_ends_nothing(safe):

@@ -7,19 +7,12 @@ from families import tiny_model
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
-ROWS = [
-    ("what is two plus two ?", " four .", " the mat ."),
-    ("cat ?", " the cat sat on the mat and is two", " no"),
-    ("what sat on the mat ? tell the user .", " cat", " think about what the system is ."),
-    ("user", " assistant system", " two plus two is four , user ."),
-]
-
 
 def preference(model=trl_parity.policy, third=False, **more):
     """A function that makes the arguments of ORPO, CPO and (with a third answer) TPO afresh."""
 
     def build():
-        rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in ROWS]
+        rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in trl_parity.ROWS]
         if third:
             rows = [row | {"reference": " it is" + row["chosen"]} for row in rows]
         data = Dataset.from_list(rows)
@@ -43,7 +36,7 @@ def chats(**more):
     def build():
         rows = [
             [{"role": "user", "content": p}, {"role": "assistant", "content": c.strip()}]
-            for p, c, _ in ROWS
+            for p, c, _ in trl_parity.ROWS
         ]
         data = Dataset.from_list([{"messages": messages} for messages in rows])
         return {
@@ -61,7 +54,7 @@ def prompts(**more):
     """A function that makes the arguments of trainers that sample afresh."""
 
     def build():
-        data = Dataset.from_list([{"prompt": prompt} for prompt, _, _ in ROWS])
+        data = Dataset.from_list([{"prompt": prompt} for prompt, _, _ in trl_parity.ROWS])
         model = trl_parity.policy()
         model.generation_config.eos_token_id = list(range(2, 320, 12))
         return {

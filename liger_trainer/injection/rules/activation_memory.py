@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
+from liger_trainer.injection import memory_budget
 from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, look_again
 from liger_trainer.kernels.recompute import recomputing
 from liger_trainer.kernels.runtime import pays
 from liger_trainer.report import Row
 from liger_trainer.swap import Swapped
+
+logger = logging.getLogger(__name__)
 
 RULE = "activation_memory"
 # Below, the hooks (1 us for every tensor that autograd saves) cost more than the memory is worth.
@@ -29,13 +35,22 @@ class LeanModel(Swapped):
         return {"forward": _lean(base.forward)}
 
 
+class BudgetedModel(Swapped):
+    """A model of whose layers as many are checkpointed as a budget demands; key: the budget."""
+
+    @classmethod
+    def namespace(cls, base: type, asked: str | float) -> dict[str, object]:
+        return {"forward": _budgeted(base.forward, asked)}
+
+
 def _lean(original: Callable) -> Callable:
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
         look_again(self)
-        if not _is_long(args, kwargs):
+        tokens = _first_input(args, kwargs)
+        if tokens is None or not pays(tokens, MIN_TOKENS):
             return original(self, *args, **kwargs)
         with recomputing():
             return original(self, *args, **kwargs)
@@ -43,19 +58,71 @@ def _lean(original: Callable) -> Callable:
     return forward
 
 
-def _is_long(args: tuple, kwargs: dict[str, object]) -> bool:
-    """Whether the first input, token ids [B, T] or embeddings [B, T, H], has tokens enough."""
+def _budgeted(original: Callable, asked: str | float) -> Callable:
+    takes_cache = "use_cache" in inspect.signature(original).parameters
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        tokens = _first_input(args, kwargs)
+        trains = torch.is_grad_enabled() and self.training and tokens is not None
+        if torch.compiler.is_compiling() or not trains:
+            return original(self, *args, **kwargs)
+        budget = _budget(self, asked)
+        if budget is None:
+            return original(self, *args, **kwargs)
+        if takes_cache:  # which a checkpointed layer cannot fill
+            kwargs.setdefault("use_cache", False)
+        run = functools.partial(original, self, *args, **kwargs)
+        return memory_budget.within_budget(budget, tokens.numel(), run)
+
+    return forward
+
+
+def _budget(model: nn.Module, asked: str | float) -> memory_budget.Budget | None:
+    """Return the budget of `model`; None, and one warning, where nothing tells of memory."""
+    found = vars(model).get("_liger_budget", False)
+    device = next(model.parameters()).device
+    if found is None or (found and found.device.device == device):
+        return found
+    layers, memory = memory_budget.layers_of(model), memory_budget.Device(device)
+    budget = memory_budget.Budget(asked, layers, memory)
+    if (reason := memory_budget.why_not(model)) is not None:
+        budget = memory_budget.EveryLayer(asked, layers, memory, reason=reason)
+        logger.warning("activation_memory: %s", budget)
+    elif device.type != "cuda":
+        logger.warning("activation_memory: no budget on %s, which tells nothing of memory", device)
+        budget = None
+    model._liger_budget = budget
+    return budget
+
+
+def _first_input(args: tuple, kwargs: dict[str, object]) -> torch.Tensor | None:
+    """Return one number for each token: ids [B, T], or a part of the embeddings [B, T, H]."""
     candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values())
     first = next((t for t in candidates if torch.is_tensor(t) and t.dim() >= 2), None)
-    return first is not None and pays(first[..., 0] if first.dim() > 2 else first, MIN_TOKENS)
+    return first if first is None or first.dim() == 2 else first[..., 0]
 
 
 def examine_model(search: Search, rules: set[str]) -> Iterator[Finding]:
-    """The model, if norms or gated activations (in `rules`, what was swapped) are swapped in it."""
-    if not rules & {"rms_norm", "layer_norm", "swiglu", "geglu"}:
-        return
-    if search.config.activation_memory == "keep":
+    """The model, if norms or gated activations (in `rules`, what was swapped) are swapped in it,
+    or there is a budget."""
+    mode = search.config.activation_memory
+    if mode == "keep":
         yield Finding(Row("", RULE, False, SWITCHED_OFF, eligible=False))
         return
-    reason = "norm outputs and gated products are computed again in backward"
-    yield Finding(Row("", RULE, True, reason), search.model, LeanModel)
+    has_row = False
+    if search.config.has_budget:
+        budget = "auto" if mode == "auto" else f"{mode} GiB"
+        has_row = bool(memory_budget.layers_of(search.model))
+        if has_row:
+            reason = memory_budget.why_not(search.model)
+            what = f"as few layers are checkpointed as fit ({budget})"
+            row = Row("", RULE, True, f"every layer is checkpointed: {reason}" if reason else what)
+            yield Finding(row, search.model, BudgetedModel, (mode,))
+        else:
+            reason = f"no budget ({budget}): the model's layers cannot be checkpointed"
+            yield Finding(Row("", RULE, False, reason))
+    if rules & {"rms_norm", "layer_norm", "swiglu", "geglu"}:
+        reason = "norm outputs and gated products are computed again in backward"
+        row = Row("", "model" if has_row else RULE, True, reason)
+        yield Finding(row, search.model, LeanModel)

@@ -13,6 +13,7 @@ from types import FunctionType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from liger_trainer.injection import probe
@@ -49,11 +50,22 @@ class PackedAttention(Swapped):
 
 
 class Interface:
-    """An AttentionInterface whose `sdpa` reads the bounds of packed masks."""
+    """An AttentionInterface whose `sdpa` reads the bounds of packed masks.
+
+    That is so while transformers' own function stands there. Another one (which lets each rank
+    attend to the tokens of all, say) may look at more than its arguments, so it is called as it is.
+    """
 
     def __init__(self, original, heads: Heads):
         self._original = original
-        self._sdpa = by_bounds(original["sdpa"], heads)
+        self._own = original["sdpa"]
+        self._by_bounds = by_bounds(self._own, heads)
+        self._is_known = self._own.__module__.startswith("transformers.")
+
+    @property
+    def _sdpa(self):
+        current = self._original["sdpa"]
+        return self._by_bounds if self._is_known and current is self._own else current
 
     def get_interface(self, name, default):
         return self._sdpa if name == "sdpa" else self._original.get_interface(name, default)
@@ -84,7 +96,9 @@ def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
             plain = not dropout and all(kwargs.get(name) is None for name in _BEYOND)
             proven = heads == Heads(query.shape[-1], query.shape[1] // key.shape[1])
             fits = has_kernel(query, key, value) or not query.is_cuda
-            if whole and plain and proven and fits:
+            # Torch's attention may have been replaced by one over the rows of several ranks.
+            alone = F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+            if whole and plain and proven and fits and alone:
                 documents, window = attention_mask.documents, attention_mask.window
                 out = packed_attention(query, key, value, documents, window=window, scale=scaling)
                 return out, None

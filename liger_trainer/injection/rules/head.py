@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa: F401  (handlers)
 from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.deferred.logits import defer_call
+from liger_trainer.deferred.vocab_parallel import is_transparent
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, look_again
 from liger_trainer.injection.rules.hooks import foreign_hooks
@@ -212,18 +213,19 @@ def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
     adapter = hasattr(head, "base_layer") or hasattr(head, "modules_to_save")
     if not isinstance(head, nn.Linear) and not (adapter and len(layers) > 1):
         return f"{kind} is not a plain linear layer"
-    return next((reason for reason in map(_unfit, layers) if reason is not None), None)
+    reasons = (_unfit(layer, layer is head) for layer in layers)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 _WEIGHTS = (torch.Tensor, nn.Parameter, DTensor)
 
 
-def _unfit(layer: nn.Module) -> str | None:
+def _unfit(layer: nn.Module, is_head: bool) -> str | None:
     """Why the calls of one layer of a head cannot be taken over."""
     own = getattr(type(layer), "_liger_base", type(layer)).forward
     if isinstance(layer, nn.Linear) and own is not nn.Linear.forward:
         return f"{type(layer).__name__} is not a plain linear layer"
-    if has_foreign_forward(layer):
+    if has_foreign_forward(layer) and not (is_head and is_transparent(layer)):
         return "its forward is replaced on the instance"
     if foreign_hooks(layer):
         return "it has forward hooks, which would not see the logits"

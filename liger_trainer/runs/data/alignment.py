@@ -7,7 +7,7 @@ checked. Their trainers tokenize them.
 | labelled | `prompt`, `completion`, and `label`, true or false; pairs become two each | kto |
 | prompts | `prompt`, and what the reward functions ask for | grpo |
 
-Texts are strings or lists of chat messages.
+Texts are strings or lists of chat messages. Other forms are in `forms`.
 """
 
 from __future__ import annotations
@@ -17,109 +17,113 @@ from collections.abc import Callable, Iterable
 
 from datasets import Dataset, Value, concatenate_datasets
 
-from liger_trainer.runs.rows import ROW, columns, text_flaw, without_flawed
-from liger_trainer.runs.tokenize import IGNORE_INDEX, RowError, encoder
+from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS, Conversation, pruned
+from liger_trainer.runs.data.forms import Form
+from liger_trainer.runs.data.rows import (
+    ROW,
+    Judge,
+    RowError,
+    Sieve,
+    columns,
+    judged,
+    text_flaw,
+)
+from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
 
 COLUMNS = {
     "pairs": ("prompt", "chosen", "rejected"),
     "labelled": ("prompt", "completion", "label"),
     "prompts": ("prompt",),
 }
-_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # which TRL gives to the chat template
 
 
 def prepare_examples(
     dataset: Dataset,
     tokenizer,
+    sieve: Sieve,
     *,
-    kind: str,
-    what: str,
-    notes: list[str],
+    form: Form,
     max_length: int,
-    invalid: str = "raise",
     needed: Iterable[str] = (),
+    check: Callable[[dict], str] | None = None,
     seed: int = 0,
     num_proc: int | None = None,
 ) -> Dataset:
-    """The examples (`numbered`) with the columns of `kind`, all fit to train on.
+    """The examples (`numbered`) with the columns of `form.kind`, all fit to train on.
 
     Args:
-        what: "training" or "held-out", for messages.
-        notes: gets a sentence about what was left out.
-        invalid: "raise" raises for an example that cannot be trained on, "drop" leaves it out.
-        needed: columns that are kept and must be there, besides those of `kind`.
+        needed: columns that are kept and must be there, besides those of the kind.
+        check: why else a row cannot be used; empty if it can.
         seed: shuffles the two examples that each pair becomes.
 
     Raises ValueError for missing columns, labels that are not true or false or are all the same,
-    and, with `invalid="raise"`, for an empty or an unchanged text and for a prompt that leaves its
-    completion no room within `max_length`.
+    and, unless `sieve` leaves them out, for an empty or an unchanged text and for a prompt that
+    leaves its completion no room within `max_length`.
     """
-    left = {"what": what, "invalid": invalid, "notes": notes}
+    kind = form.kind
+    dataset = _converted(dataset, form, sieve, num_proc)
     paired = {"chosen", "rejected"} <= set(columns(dataset))
     source = "pairs" if kind == "labelled" and paired else kind
     names = [n for n in COLUMNS[source] if n in columns(dataset) and n != "label"]
-    dataset = _with_texts(dataset, names, left, num_proc)
+    dataset = _with_texts(dataset, names, sieve, num_proc)
     if source == "pairs":
         _require(dataset, "pairs", ("chosen", "rejected"), ())
-        dataset = _with_prompt(dataset, left)
+        dataset = _with_prompt(dataset, sieve)
     if source != kind:
         dataset = _unpaired(dataset, seed)
     _require(dataset, kind, COLUMNS[kind], needed)
     dataset = _unmixed(dataset, [name for name in COLUMNS[kind] if name != "label"])
     if kind == "labelled":
-        _check_labels(dataset, what)
-    if kind != "prompts":
-        flaw_of = {"pairs": _pair_flaw, "labelled": _label_flaw}[kind]
-        flaws = _flaws(dataset, lambda row: flaw_of(row, tokenizer, max_length), num_proc)
-        dataset = without_flawed(dataset, flaws, **left)
-    elif tokenizer.chat_template is None and not _is_text(dataset, "prompt"):
+        _check_labels(dataset, sieve.what)
+    if kind == "prompts" and tokenizer.chat_template is None and not _is_text(dataset, "prompt"):
         raise ValueError(
             "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
             "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
         )
-    if kind == "labelled" and what == "training":
+    dataset = judged(dataset, _judge(kind, tokenizer, max_length, check), sieve, num_proc)
+    if kind == "labelled" and sieve.what == "training":
         _check_both_labels(dataset)
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
-    keep = [*COLUMNS[kind], *_TEMPLATE_COLUMNS]
+    keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
     return dataset.select_columns([name for name in keep if name in dataset.column_names])
 
 
-def _flaws(dataset: Dataset, flaw_of: Callable[[dict], str], num_proc: int | None) -> list[str]:
-    """What `flaw_of` says of each row; empty for those that are fit."""
+def _converted(dataset: Dataset, form: Form, sieve: Sieve, num_proc: int | None) -> Dataset:
+    """The rows in the form of their kind, those that cannot be brought to it left out."""
+    if form.convert is None:
+        return dataset
 
-    def flaw(example: dict) -> dict:
-        try:
-            return {"flaw": flaw_of(example)}
-        except RowError as error:
-            return {"flaw": str(error)}
+    def judge(example: dict) -> tuple[str, list[str]]:
+        form.convert(example)
+        return "", []
 
-    found = dataset.map(
-        flaw, remove_columns=dataset.column_names, num_proc=num_proc, desc="Checking examples"
-    )
-    return found["flaw"][:]
+    dataset = judged(dataset, judge, sieve, num_proc)
+    replaced = [name for name in form.used if name in dataset.column_names]
+    return dataset.map(form.convert, remove_columns=replaced, desc=f"From {form.name}")
 
 
-def _with_texts(dataset: Dataset, names: list[str], left: dict, num_proc: int | None) -> Dataset:
+def _with_texts(dataset: Dataset, names: list[str], sieve: Sieve, num_proc: int | None) -> Dataset:
     """The rows in which the columns `names` hold text or messages, the same in every row."""
     first = {n: next((v for v in dataset[n] if v is not None), None) for n in names}
 
-    def flaw(example: dict) -> str:
+    def judge(example: dict) -> tuple[str, list[str]]:
         for name in names:
             if found := text_flaw(name, example[name]):
-                return found
+                return found, []
             if type(example[name]) is not type(first[name]):
-                return f"`{name}` is {_kind(example[name])}, in other rows {_kind(first[name])}"
-        return ""
+                other = f"`{name}` is {_kind(example[name])}, in other rows {_kind(first[name])}"
+                return other, []
+        return "", []
 
-    return without_flawed(dataset, _flaws(dataset, flaw, num_proc), **left)
+    return judged(dataset, judge, sieve, num_proc)
 
 
 def _kind(text: str | list) -> str:
     return "text" if isinstance(text, str) else "messages"
 
 
-def _with_prompt(dataset: Dataset, left: dict) -> Dataset:
+def _with_prompt(dataset: Dataset, sieve: Sieve) -> Dataset:
     """Pairs of whole conversations, with the beginning that they share as their prompt.
 
     A prompt that is a string beside such conversations repeats what they begin with.
@@ -130,20 +134,20 @@ def _with_prompt(dataset: Dataset, left: dict) -> Dataset:
     if has_prompt and all(len(chosen) <= 1 for chosen in dataset["chosen"]):
         return dataset  # answers alone
 
-    def flaw(example: dict) -> str:
-        chosen, rejected = (_plain(example[name]) for name in ("chosen", "rejected"))
+    def judge(example: dict) -> tuple[str, list[str]]:
+        chosen, rejected = (pruned(example[name]) for name in ("chosen", "rejected"))
         if chosen[:-1] == rejected[:-1]:
-            return ""
-        return (
+            return "", []
+        raise RowError(
             "`chosen` and `rejected` are conversations that differ before their last message; "
             "give what they share as a column `prompt`"
         )
 
     def split(example: dict) -> dict:
-        chosen, rejected = (_plain(example[name]) for name in ("chosen", "rejected"))
+        chosen, rejected = (pruned(example[name]) for name in ("chosen", "rejected"))
         return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
-    dataset = without_flawed(dataset, _flaws(dataset, flaw, None), **left)
+    dataset = judged(dataset, judge, sieve, None)
     split_up = [name for name in COLUMNS["pairs"] if name in dataset.column_names]
     return dataset.map(split, remove_columns=split_up, desc="Finding prompts")
 
@@ -219,51 +223,75 @@ def _check_both_labels(dataset: Dataset) -> None:
         )
 
 
-def _pair_flaw(example: dict, tokenizer, max_length: int) -> str:
-    """Why a pair cannot be trained on; empty if it can."""
-    texts = {name: example[name] for name in COLUMNS["pairs"]}
-    if not texts["prompt"]:
-        return "`prompt` is empty"
-    if _plain(texts["chosen"]) == _plain(texts["rejected"]):
-        return "`chosen` and `rejected` are equal"
-    ids = []
-    for name in ("chosen", "rejected"):
-        encoded = _encode(texts["prompt"], texts[name], tokenizer, max_length)
-        if all(label == IGNORE_INDEX for label in encoded["labels"]):
-            return _no_room(max_length)
-        ids.append(encoded["input_ids"])
-    if ids[0] == ids[1]:
+def sides(example: dict) -> list[dict]:
+    """The sequences that a trainer scores of one example: each a prompt and its completion."""
+    names = [name for name in ("chosen", "rejected", "completion") if name in example]
+    kept = {name: example[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in example}
+    return [{**kept, "completion": example[name]} for name in names]
+
+
+def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], str] | None) -> Judge:
+    """What says of a row of a kind why it cannot be trained on."""
+    judge = {
+        "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
+        "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
+        "prompts": lambda row: _judge_prompt(row, tokenizer),
+    }[kind]
+
+    def with_check(row: dict) -> tuple[str, list[str]]:
+        flaw, unshown = judge(row)
+        return flaw or (check(row) if check else ""), unshown
+
+    return with_check
+
+
+def _judge_pair(example: dict, tokenizer, max_length: int) -> tuple[str, list[str]]:
+    """Why a pair cannot be trained on, empty if it can; and what the template does not show."""
+    if not example["prompt"]:
+        return "`prompt` is empty", []
+    if pruned(example["chosen"]) == pruned(example["rejected"]):
+        return "`chosen` and `rejected` are equal", []
+    encode = side_encoder(tokenizer, max_length)
+    encoded = [encode(side) for side in sides(example)]
+    unshown = sorted({name for side in encoded for name in side["unshown"]})
+    if flaw := next(filter(None, (_unsupervised(side, max_length) for side in encoded)), ""):
+        return flaw, []
+    if encoded[0]["input_ids"] == encoded[1]["input_ids"]:
+        if max(side["length"] for side in encoded) <= max_length:
+            return "the chat template renders `chosen` and `rejected` alike", []
         return (
             f"`chosen` and `rejected` differ only after data.max_length ({max_length} tokens); "
             "raise it"
-        )
-    return ""
+        ), []
+    return "", unshown
 
 
-def _label_flaw(example: dict, tokenizer, max_length: int) -> str:
+def _judge_labelled(example: dict, tokenizer, max_length: int) -> tuple[str, list[str]]:
     if example["label"] is None:
-        return "`label` is missing"
-    encoded = _encode(example["prompt"], example["completion"], tokenizer, max_length)
-    labelled = any(label != IGNORE_INDEX for label in encoded["labels"])
-    return "" if labelled else _no_room(max_length)
+        return "`label` is missing", []
+    (side,) = map(side_encoder(tokenizer, max_length), sides(example))
+    return _unsupervised(side, max_length), side["unshown"]
 
 
-def _encode(prompt, completion, tokenizer, max_length: int) -> dict:
-    encode = encoder(
-        tokenizer, kind="prompt_completion", max_length=max_length, assistant_only=True
-    )
-    return encode({"prompt": prompt, "completion": completion})
+def _judge_prompt(example: dict, tokenizer) -> tuple[str, list[str]]:
+    if isinstance(example["prompt"], str):
+        return "", []
+    conversation = Conversation.of(tokenizer, example["prompt"], example)
+    return "", conversation.unshown(prompting=True)
 
 
-def _no_room(max_length: int) -> str:
+def side_encoder(tokenizer, max_length: int | None) -> Callable[[dict], dict]:
+    """A function from one of `sides` to token ids and labels."""
+    return encoder(tokenizer, kind="prompt_completion", max_length=max_length, assistant_only=True)
+
+
+def _unsupervised(encoded: dict, max_length: int) -> str:
+    """Why a completion has no token to learn; empty if it has one."""
+    if any(label != IGNORE_INDEX for label in encoded["labels"]):
+        return ""
+    if encoded["length"] <= max_length:
+        return "no message of its completion is the assistant's"
     return (
         f"its prompt alone fills data.max_length ({max_length} tokens); raise it, or shorten the "
         "prompt"
     )
-
-
-def _plain(text):
-    """Messages without the keys that are absent in them but present in others."""
-    if isinstance(text, str):
-        return text
-    return [{k: v for k, v in message.items() if v is not None} for message in text]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from liger_trainer.runs.tokenize import IGNORE_INDEX
+from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 
 
 class PackedDataset(torch.utils.data.Dataset):

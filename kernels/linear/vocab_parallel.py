@@ -1,0 +1,267 @@
+"""A head whose vocabulary is split over ranks: each computes with its own rows of the weight.
+
+    rank r holds weight_r [V_r, H] and bias_r [V_r]; all have the same hidden states and labels
+    z_r = hidden @ weight_r^T + bias_r                             [N, V_r]
+    top = max over ranks of max_v y_v                              one all-reduce
+    sum_v exp(y_v - top), y_label - top, ...                       one all-reduce of their stack
+
+Every sum over the vocabulary is a sum over ranks of local sums; y and the formulas of loss and
+scores are those of `loss.py` and `scores.py`. So a few numbers per token travel, and neither logits
+nor weight. d weight and d bias are complete on each rank. d hidden is this rank's part: the caller
+sums it over the ranks, once. The three matrix products have V / p columns each.
+
+Every rank of the group must make the same calls with the same hidden states, labels and options:
+the number of rows in a workspace follows from the largest shard, so that they match.
+
+Legend: N tokens, V vocabulary, V_r rows of rank r, p ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ..logits.log_probs import score, score_gradient_
+from ..logits.loss import accumulate_dtype, transform_logits
+from ..logits.scores import ScoreGradients, TokenScores
+from .head import Head
+
+_PIECE = 1 << 24
+"""Logits in fp32 at once: 64 MiB."""
+
+_IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabShard:
+    """Which rows of a head's weight this rank holds."""
+
+    group: dist.ProcessGroup
+    vocab: int  # V, of all ranks
+    start: int  # the first row of this rank
+    largest: int  # rows of the largest shard: all but the last one
+
+    @classmethod
+    def even(cls, group: dist.ProcessGroup, vocab: int) -> VocabShard:
+        """Shards of ceil(V / p) rows, as DTensor makes them; ValueError if a rank has none."""
+        ranks = dist.get_world_size(group)
+        rows = math.ceil(vocab / ranks)
+        if rows * (ranks - 1) >= vocab:
+            raise ValueError(f"{vocab} rows of a weight do not reach {ranks} ranks")
+        return cls(group, vocab, rows * dist.get_rank(group), rows)
+
+    @property
+    def rows(self) -> int:
+        return min(self.largest, self.vocab - self.start)
+
+    def local(self, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(labels counted from this rank's first row, 0 where another rank has them; whose)."""
+        own_N = (labels_N >= self.start) & (labels_N < self.start + self.rows)
+        return (labels_N - self.start).where(own_N, 0), own_N
+
+    def all_reduce(self, values: torch.Tensor, op) -> torch.Tensor:
+        """`values` reduced over the ranks, in place."""
+        dist.all_reduce(values, op=op, group=self.group)
+        return values
+
+    def sum(self, *rows_N: torch.Tensor) -> torch.Tensor:
+        """Each of `rows_N` summed over the ranks, in one message."""
+        return self.all_reduce(torch.stack(rows_N), dist.ReduceOp.SUM)
+
+
+@dataclasses.dataclass
+class ShardedHead(Head):
+    """The operands of one call on this rank: weight and bias are its shard."""
+
+    shard: VocabShard
+
+    @property
+    def classes(self) -> int:
+        return self.shard.vocab
+
+    def token_loss_(self, logits, start: int, stop: int, want_grad: bool) -> torch.Tensor:
+        self.logits_(logits, start, stop)
+        return _token_loss_(self, logits, self.rows(self.labels, start, stop), want_grad)
+
+    def score(self, logits, labels, wanted: Sequence[str]) -> TokenScores:
+        return _score(self, logits, labels, wanted)
+
+    def score_gradient_(self, logits, labels, scores: TokenScores, grads: ScoreGradients) -> None:
+        """As for a whole head; the label's term goes to the rank that has it."""
+        supervised, valid = _kinds(self, labels)
+        labels, own = self.shard.local(labels)
+        g = grads.log_probs.where(valid | ~supervised, math.nan)
+        along_lse = torch.where(own, 0.0, -g)
+        if grads.log_sum_exp is not None:
+            along_lse = along_lse + grads.log_sum_exp
+        score_gradient_(
+            logits,
+            labels.where(supervised, _IGNORED),
+            scores,
+            ScoreGradients(g.where(own, 0.0), grads.entropy, along_lse),
+            dataclasses.replace(self.options, ignore_index=_IGNORED),
+        )
+
+
+def _kinds(head: ShardedHead, labels_N) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens are supervised, and which of them with a label inside [0, V)."""
+    supervised_N = labels_N != head.options.ignore_index
+    return supervised_N, supervised_N & (labels_N >= 0) & (labels_N < head.shard.vocab)
+
+
+# --- cross entropy ---------------------------------------------------------------------------
+
+
+class _Weights(NamedTuple):
+    """What the class weights, 1 where there are none, and the label smoothing amount to."""
+
+    hard: torch.Tensor  # [N], (1 - eps) * w of the label
+    smooth: torch.Tensor | float  # [V_r], eps / V * w_v, of this rank's rows
+    smooth_own: torch.Tensor | float  # their sum
+    smooth_all: torch.Tensor | float  # the sum over all ranks
+
+    @classmethod
+    def of(cls, head: ShardedHead, labels_N, valid_N, dtype: torch.dtype) -> _Weights:
+        shard, eps = head.shard, head.options.label_smoothing
+        hard_N = torch.full(labels_N.shape, 1.0 - eps, dtype=dtype, device=labels_N.device)
+        smooth = eps / shard.vocab
+        if head.class_weight is None:
+            return cls(hard_N, smooth, smooth * shard.rows, eps)
+        weight_V = head.class_weight.to(dtype)
+        own_V = weight_V[shard.start : shard.start + shard.rows]
+        hard_N = hard_N * weight_V[labels_N.where(valid_N, 0)]
+        return cls(hard_N, smooth * own_V, smooth * own_V.sum(), smooth * weight_V.sum())
+
+
+def _token_loss_(head: ShardedHead, logits_NV, labels_N, want_grad: bool) -> torch.Tensor:
+    """Loss [N]; the local logits become their gradient. In fp32, some rows at a time."""
+    options, shard = head.options, head.shard
+    supervised_N, valid_N = _kinds(head, labels_N)
+    label_N, own_N = shard.local(labels_N)
+    weights = _Weights.of(head, labels_N, valid_N, accumulate_dtype(logits_NV))
+    sums = [
+        _local_sums(_transformed(logits_NV[piece], options), label_N[piece], weights.smooth)
+        for piece in _pieces(logits_NV)
+    ]
+    own_top_N, total_N, picked_N, smooth_N = map(torch.cat, zip(*sums, strict=True))
+    top_N = shard.all_reduce(own_top_N.clone(), dist.ReduceOp.MAX)
+    if options.label_smoothing:
+        smooth_N = smooth_N + weights.smooth_own * (own_top_N - top_N)
+    total_N, picked_N, smooth_N = shard.sum(
+        _rescaled(total_N, own_top_N - top_N),
+        (picked_N - top_N).where(own_N, 0.0),
+        smooth_N,
+    )
+    # Relative to the maximum, so that a common offset of the logits costs no precision.
+    log_total_N = total_N.log()
+    lse_N = top_N + log_total_N
+    loss_N = weights.hard * (log_total_N - picked_N) + options.z_loss * lse_N.square()
+    if options.label_smoothing:
+        loss_N = loss_N + (weights.smooth_all * log_total_N - smooth_N)
+    if want_grad:
+        slope_N = weights.hard + weights.smooth_all + 2 * options.z_loss * lse_N
+        at_label_N = -weights.hard.where(own_N, 0.0)
+        for piece in _pieces(logits_NV):
+            y_nV = _transformed(logits_NV[piece], options)
+            grad_nV = torch.exp(y_nV - top_N[piece, None] - log_total_N[piece, None])
+            grad_nV = grad_nV.mul_(slope_N[piece, None]).sub_(weights.smooth)
+            grad_nV.scatter_add_(1, label_N[piece, None], at_label_N[piece, None])
+            grad_nV *= options.scale
+            if options.softcap is not None:
+                grad_nV *= 1 - (y_nV / options.softcap).square()
+            logits_NV[piece] = grad_nV.masked_fill_(~supervised_N[piece, None], 0.0)
+    return loss_N.where(valid_N, math.nan).where(supervised_N, 0.0)
+
+
+def _pieces(logits_NV: torch.Tensor) -> list[slice]:
+    rows = max(1, _PIECE // logits_NV.shape[1])
+    return [slice(start, start + rows) for start in range(0, max(len(logits_NV), 1), rows)]
+
+
+def _transformed(logits_nV: torch.Tensor, options) -> torch.Tensor:
+    return transform_logits(logits_nV.to(accumulate_dtype(logits_nV)), options)
+
+
+def _local_sums(y_nV: torch.Tensor, label_n: torch.Tensor, smooth_V) -> tuple[torch.Tensor, ...]:
+    """(maximum, sum of exponentials relative to it, y of the label, sum of smooth_v * y_v relative
+    to it)."""
+    top_n = y_nV.amax(-1)
+    picked_n = y_nV.gather(1, label_n[:, None]).squeeze(1)
+    below_nV = y_nV - top_n.masked_fill(top_n == -math.inf, 0.0)[:, None]
+    smooth_n = torch.zeros_like(top_n)
+    if torch.is_tensor(smooth_V) or smooth_V:
+        smooth_n = (below_nV * smooth_V).sum(-1)
+    return top_n, below_nV.exp_().sum(-1), picked_n, smooth_n
+
+
+def _rescaled(total_N: torch.Tensor, shift_N: torch.Tensor) -> torch.Tensor:
+    """Sums of exponentials, from the local maximum to that of all ranks."""
+    return (total_N * shift_N.exp()).where(total_N != 0, 0.0)
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def _score(head: ShardedHead, logits_NV, labels_N, wanted: Sequence[str]) -> TokenScores:
+    """The scores of `kernels.logits.log_probs.score`, from those of each rank's own logits.
+
+    With lse_r and entropy_r of rank r's logits alone, w_r = exp(lse_r - top), W = sum_r w_r:
+
+        log_sum_exp  = top + log W
+        entropy      = sum_r w_r / W (entropy_r - (lse_r - top)) + log W
+    """
+    shard = head.shard
+    supervised_N, valid_N = _kinds(head, labels_N)
+    label_N, own_N = shard.local(labels_N)
+    options = dataclasses.replace(head.options, ignore_index=_IGNORED)
+    asked = [name for name in wanted if name not in ("argmax", "is_top1")]
+    if len(asked) < len(wanted):
+        asked.append("argmax")
+    own = score(logits_NV, label_N.where(supervised_N, _IGNORED), options, asked)
+
+    top_N = shard.all_reduce(own.log_sum_exp.clone(), dist.ReduceOp.MAX)
+    shift_N = own.log_sum_exp - top_N
+    weight_N = shift_N.exp()
+    terms = [weight_N, (own.log_probs + shift_N).where(own_N, 0.0)]
+    if own.entropy is not None:
+        terms.append((weight_N * (own.entropy - shift_N)).where(weight_N > 0, 0.0))
+    if own.log_sum_sq_probs is not None:
+        terms.append((own.log_sum_sq_probs + 2 * shift_N).exp())
+    if own.mean_logits is not None:
+        terms.append(own.mean_logits * (shard.rows / shard.vocab))
+    total_N, picked_N, *others = shard.sum(*terms)
+    others, log_total_N = iter(others), total_N.log()
+
+    def supervised(values_N: torch.Tensor) -> torch.Tensor:
+        return values_N.where(supervised_N, torch.zeros_like(values_N))
+
+    found = {
+        "log_probs": (picked_N - log_total_N).where(valid_N, math.nan),
+        "log_sum_exp": top_N + log_total_N,
+    }
+    if own.entropy is not None:
+        found["entropy"] = next(others) / total_N + log_total_N
+    if own.log_sum_sq_probs is not None:
+        found["log_sum_sq_probs"] = next(others).log() - 2 * log_total_N
+    if own.mean_logits is not None:
+        found["mean_logits"] = next(others)
+    if own.argmax is not None:
+        argmax_N = _first_of_all(shard, logits_NV, own.argmax, options.transform)
+        if "argmax" in wanted:
+            found["argmax"] = argmax_N
+        if "is_top1" in wanted:
+            found["is_top1"] = argmax_N == labels_N
+    return TokenScores(**{name: supervised(values_N) for name, values_N in found.items()})
+
+
+def _first_of_all(shard: VocabShard, logits_NV, argmax_N, transform) -> torch.Tensor:
+    """The smallest index with the largest y of all ranks, from the `argmax_N` of this one."""
+    best_N = _transformed(logits_NV.gather(1, argmax_N[:, None]), transform).squeeze(1)
+    best_of_all_N = shard.all_reduce(best_N.clone(), dist.ReduceOp.MAX)
+    index_N = (argmax_N + shard.start).where(best_N == best_of_all_N, shard.vocab)
+    return shard.all_reduce(index_N, dist.ReduceOp.MIN)

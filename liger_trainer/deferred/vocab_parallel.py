@@ -1,0 +1,158 @@
+"""Heads that a rank holds some rows of: how the weight is split, seen where the head runs.
+
+Tensor parallelism wraps a linear layer: what enters becomes a DTensor that every rank has whole,
+the weight is a DTensor split by rows, and what leaves is gathered. Where the linear function itself
+runs, both are seen as they are, and a consumer can take its place with the local rows. Whatever
+the wrapper does to the gradient of the input (a sum over the ranks) it does for the consumer, too.
+
+A weight that is split over data ranks is another matter: there the input is a plain tensor, and the
+weight is gathered before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.overrides import TorchFunctionMode
+
+from liger_trainer.kernels.linear.vocab_parallel import VocabShard
+
+
+def shard_of(weight: torch.Tensor | None) -> VocabShard | None:
+    """The rows of `weight` [V, H] that this rank holds; None if it is not evenly split by rows."""
+    if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
+        return None
+    try:
+        shard = VocabShard.even(weight.device_mesh.get_group(), weight.shape[0])
+    except ValueError:  # some rank has no rows
+        return None
+    return shard
+
+
+class LocalRows:
+    """The tensors of one call of a linear layer that is split by rows, on this rank.
+
+    `x` and `weight` are those of the call; `split` is the weight as it was when the layer's forward
+    was entered, which a wrapper may have replaced by its local rows since.
+    """
+
+    def __init__(self, x, weight, bias, shard: VocabShard, mesh):
+        self.x, self.weight, self.bias, self.shard, self._mesh = x, weight, bias, shard, mesh
+
+    @classmethod
+    def of(cls, x, weight, bias, split: torch.Tensor | None) -> LocalRows | None:
+        """None if this is no such call, or one whose input's gradient nobody would sum."""
+        shard = shard_of(split)
+        if shard is None:
+            return None
+        mesh = split.device_mesh
+        if isinstance(x, DTensor):
+            if weight is not split or x.device_mesh != mesh or x.placements != (Replicate(),):
+                return None
+            x = x.to_local(grad_placements=[Partial()])
+        elif torch.is_grad_enabled() and x.requires_grad:
+            return None
+        locals_ = [t.to_local() if isinstance(t, DTensor) else t for t in (weight, bias)]
+        if locals_[0].shape[0] != shard.rows:
+            return None
+        return cls(x, *locals_, shard, mesh)
+
+    def leaving(self, tensor: torch.Tensor) -> DTensor:
+        """`tensor`, the same on all ranks, in the form in which the wrapper hands it through."""
+        return DTensor.from_local(tensor, self._mesh, [Replicate()], run_check=False)
+
+
+Taking = Callable[
+    [torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"], object
+]
+
+
+class _InPlaceOfLinear(TorchFunctionMode):
+    """Within it, the layer's linear function is `take(x, weight, bias, split)`.
+
+    NotImplemented leaves it as it is.
+    """
+
+    def __init__(self, layer: nn.Linear, take: Taking):
+        super().__init__()
+        self._layer, self._take, self._split = layer, take, layer._parameters.get("weight")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        found = NotImplemented
+        if func is F.linear and len(args) == 3 and not kwargs:
+            is_own = args[1] is self._layer._parameters.get("weight")
+            found = self._take(*args, self._split) if is_own else found
+        return func(*args, **kwargs) if found is NotImplemented else found
+
+
+@contextlib.contextmanager
+def in_place_of_linear(layer: nn.Linear, take: Taking) -> Iterator[None]:
+    """Within it, calls of a layer whose forward is wrapped on the instance go through `take`."""
+    own = vars(layer)["forward"]
+
+    def forward(*args, **kwargs):
+        with _InPlaceOfLinear(layer, take):
+            return own(*args, **kwargs)
+
+    vars(layer)["forward"] = forward
+    try:
+        yield
+    finally:
+        vars(layer)["forward"] = own
+
+
+def is_transparent(layer: nn.Module) -> bool:
+    """Return whether the wrapper around a split layer's forward hands on its input and its result.
+
+    Tried once for each wrapper, with a few numbers that do not reach the weight; no rank waits for
+    another.
+    """
+    weight = layer._parameters.get("weight")
+    if not isinstance(layer, nn.Linear) or shard_of(weight) is None:
+        return False
+    wrapper = vars(layer)["forward"]
+    tried, found = vars(layer).get("_liger_transparent", (None, False))
+    if tried is not wrapper:
+        found = _hands_on(layer, weight)
+        layer._liger_transparent = wrapper, found
+    return found
+
+
+def _hands_on(layer: nn.Linear, weight: torch.Tensor) -> bool:
+    hidden = torch.rand(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    marks = torch.rand(3, dtype=weight.dtype, device=weight.device)
+    seen = []
+
+    def take(x, weight, bias, split):
+        found = LocalRows.of(x, weight, bias, split)
+        if found is None:
+            return NotImplemented
+        seen.append(found.x)
+        return found.leaving(marks)
+
+    for with_grad in (True, False):
+        with in_place_of_linear(layer, take), torch.set_grad_enabled(with_grad):
+            try:
+                returned = nn.Module.__call__(layer, hidden.requires_grad_(with_grad))
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                return False
+        pairs = [(returned, marks), *((x, hidden) for x in seen)]
+        if len(seen) != 1 or not all(map(_are_same, *zip(*pairs, strict=True))):
+            return False
+        seen.clear()
+    return True
+
+
+def _are_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (
+        type(a) is torch.Tensor
+        and a.shape == b.shape
+        and a.dtype == b.dtype
+        and (a.is_meta or torch.equal(a, b))
+    )

@@ -1,0 +1,109 @@
+"""Chat messages with what belongs to them, and what a chat template makes of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import TemplateError
+
+from liger_trainer.runs.data.rows import RowError
+
+# Columns beside the messages that the chat template is given.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+REASONING = ("reasoning_content", "reasoning", "thinking")  # as models' templates call it
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, the tools that they may call, and the tokenizer whose template renders them."""
+
+    tokenizer: Any
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # more variables of the template
+
+    @classmethod
+    def of(cls, tokenizer, messages: list[dict], example: dict) -> Conversation:
+        """The conversation of an example's messages, with its columns `TEMPLATE_COLUMNS`.
+
+        Keys that hold None are left out: they are absent in one row and present in another, and
+        Arrow gives all of them to both. Raises RowError for tools that are no list.
+        """
+        tools, options = (_decoded(name, example.get(name)) for name in TEMPLATE_COLUMNS)
+        if tools is not None and not isinstance(tools, list):
+            raise RowError(f"`tools` is {tools!r}, not a list of functions")
+        if options is not None and not isinstance(options, dict):
+            raise RowError(f"`chat_template_kwargs` is {options!r}, not names and values")
+        return cls(tokenizer, pruned(messages), pruned(tools) or None, pruned(options) or {})
+
+    def render(self, messages: list[dict] | None = None, *, prompting: bool = False) -> str:
+        """The text of the conversation, or of other messages in its place.
+
+        Raises RowError where the template refuses them.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                self.messages if messages is None else messages,
+                tokenize=False,
+                add_generation_prompt=prompting,
+                tools=self.tools,
+                **self.options,
+            )
+        except (TemplateError, TypeError) as error:
+            raise RowError(f"the chat template refuses it: {error}") from error
+
+    def unshown(self, *, prompting: bool = False) -> list[str]:
+        """The fields of reasoning that the template leaves out.
+
+        What it shows is found by rendering: a field that can be taken away without a change to the
+        text is not shown. Raises RowError for tools and tool calls that it leaves out, without
+        which the conversation is another one.
+        """
+        keys = {key for message in self.messages for key in message if message[key]}
+        for name, present in (("tools", bool(self.tools)), ("tool_calls", "tool_calls" in keys)):
+            if present and not self._shows(name, prompting):
+                raise RowError(
+                    f"the chat template does not show its `{name}`; set model.chat_template to a "
+                    "template that does"
+                )
+        return [n for n in REASONING if n in keys and not self._shows(n, prompting)]
+
+    def _shows(self, name: str, prompting: bool) -> bool:
+        without = [{k: v for k, v in m.items() if k != name} for m in self.messages]
+        without = [{"content": "", **message} for message in without]
+        other = Conversation(
+            self.tokenizer, without, None if name == "tools" else self.tools, self.options
+        )
+        try:
+            return other.render(prompting=prompting) != self.render(prompting=prompting)
+        except RowError:
+            return True  # the template looked for it
+
+
+def require_template(tokenizer) -> None:
+    """Raises ValueError for a tokenizer without chat template."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "data: the examples are chat messages, but the tokenizer has no chat template. Use the "
+            "instruction-tuned model, set model.chat_template to a Jinja file, or use columns "
+            "`prompt` and `completion` with plain strings"
+        )
+
+
+def pruned(value: Any) -> Any:
+    """`value` without the keys that hold None, at any depth."""
+    if isinstance(value, dict):
+        return {k: pruned(v) for k, v in value.items() if v is not None}
+    return [pruned(item) for item in value] if isinstance(value, list) else value
+
+
+def _decoded(name: str, value: Any) -> Any:
+    """The value of a column that may hold JSON, as tools often do: their schemas differ."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError as error:
+        raise RowError(f"`{name}` is text that is not JSON: {error}") from error

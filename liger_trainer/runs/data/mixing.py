@@ -1,0 +1,88 @@
+"""Several data sets in one, drawn by weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+
+SOURCE = "__source__"  # column with the position of a row's data set, while they are mixed
+
+
+def concatenated(parts: list[Dataset], labels: list[str]) -> Dataset:
+    """All rows of all parts, one part after the other. Raises ValueError as `mixed` does."""
+    return parts[0] if len(parts) == 1 else concatenate_datasets(_aligned(parts, labels))
+
+
+def mixed(
+    parts: list[Dataset] | list[IterableDataset],
+    weights: list[float | None],
+    labels: list[str],
+    *,
+    until: str,
+    seed: int,
+    notes: list[str],
+) -> Dataset | IterableDataset:
+    """The rows of all parts: each row from part `i` with probability `weights[i] / sum(weights)`,
+    drawn by `seed`, within a part in its order. Without weights, every row once.
+
+    Args:
+        until: when to stop, the `stopping_strategy` of `datasets.interleave_datasets`.
+        labels: the parts' names, for messages.
+        notes: gets a sentence about what was drawn.
+
+    Raises ValueError for columns of one name that hold different things.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if weights[0] is None:
+        return concatenated(parts, labels).shuffle(seed=seed)
+    drawing = {
+        "probabilities": [weight / sum(weights) for weight in weights],
+        "seed": seed,
+        "stopping_strategy": until,
+    }
+    if isinstance(parts[0], IterableDataset):
+        return interleave_datasets(parts, **drawing)
+    parts = _aligned(parts, labels)
+    marked = [part.add_column(SOURCE, [i] * len(part)) for i, part in enumerate(parts)]
+    whole = interleave_datasets(marked, **drawing)
+    drawn = Counter(whole[SOURCE])
+    told = ", ".join(
+        f"{drawn[i]} from the {len(part)} of {label}"
+        for i, (part, label) in enumerate(zip(parts, labels, strict=True))
+    )
+    notes.append(f"mixed {len(whole)} training rows: {told}")
+    return whole.remove_columns(SOURCE)
+
+
+def _aligned(parts: list[Dataset], labels: list[str]) -> list[Dataset]:
+    """The parts with one type for each column.
+
+    A column that a part lacks is filled with None when they are joined.
+    """
+    for name in dict.fromkeys(name for part in parts for name in part.features):
+        parts = _unified(parts, labels, name)
+    return parts
+
+
+def _unified(parts: list[Dataset], labels: list[str], name: str) -> list[Dataset]:
+    """The parts with one type for a column: the first of theirs that all others can be cast to.
+
+    Messages have more keys in one data set than in another, and JSON in a third.
+    """
+    found = {
+        label: part.features[name]
+        for label, part in zip(labels, parts, strict=True)
+        if name in part.features
+    }
+    for kind in found.values():
+        try:
+            return [
+                part.cast_column(name, kind) if part.features.get(name, kind) != kind else part
+                for part in parts
+            ]
+        except (ValueError, TypeError, NotImplementedError):  # Arrow's errors are among them
+            continue
+    told = " and ".join(f"{kind} in {label}" for label, kind in found.items())
+    raise ValueError(f"data.mix: the column {name!r} is {told}; bring them to one form")

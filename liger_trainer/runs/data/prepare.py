@@ -1,0 +1,155 @@
+"""Data sets for the trainer: loaded, split, brought to one form, tokenized, mixed and packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from liger_trainer.runs.data.alignment import prepare_examples
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.collate import PackedDataset
+from liger_trainer.runs.data.forms import TEXT_FORMS, Form, form_of
+from liger_trainer.runs.data.mixing import concatenated, mixed
+from liger_trainer.runs.data.rows import Sieve, columns
+from liger_trainer.runs.data.splits import Part, load_splits
+from liger_trainer.runs.data.text import stream, tokenized
+from liger_trainer.runs.data.vision import (
+    VisionCollator,
+    has_images,
+    length_check,
+    prepare_images,
+    with_images,
+)
+
+_TEXT_KINDS = {form.kind for form in TEXT_FORMS}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Datasets for the trainer, and what was left out on the way."""
+
+    train: Any
+    eval: Any | None
+    kind: str  # the format that was found
+    notes: tuple[str, ...]
+    digest: str  # of the source's contents: the same for the same rows in the same order
+    sieves: tuple[Sieve, ...] = ()  # what was found in each part, training and held-out
+    processor: Any | None = None  # of text and images, where the examples have images
+
+    @property
+    def size(self) -> str:
+        """How many rows there are to train on, for people."""
+        return "streamed" if isinstance(self.train, IterableDataset) else str(len(self.train))
+
+
+def prepare(
+    data: DataArguments,
+    tokenizer,
+    *,
+    seed: int,
+    examples: str = "text",
+    needed: Iterable[str] = (),
+    check: Callable[[dict], str] | None = None,
+    load_processor: Callable[[], Any] | None = None,
+) -> Prepared:
+    """Loads and splits; text is tokenized and, if asked to, packed, other examples are checked.
+
+    Args:
+        examples: what the method trains on, `Method.examples`. All but "text" are tokenized by the
+            method's trainer.
+        needed: columns that have to be there besides the examples', for reward functions.
+        check: why no reward function could ever reward a row; empty if one could.
+        load_processor: the processor of text and images; None for a method that takes no images.
+
+    Raises ValueError when no format is recognized, when no example has a label left, and, unless
+    `data.invalid` is "drop", for examples that cannot be trained on.
+    """
+    splits, notes, sieves, kinds = load_splits(data, seed), [], [], []
+    parts = {"training": splits.train, "held-out": splits.held_out}
+    processor = processor_for(splits.train + splits.held_out, data, load_processor)
+    options = {"seed": seed, "needed": needed, "check": check, "processor": processor}
+    fitted = {what: [] for what in parts}
+    for what, part in ((what, part) for what, some in parts.items() for part in some):
+        sieve = Sieve(what, part.source.label if len(splits.train) > 1 else "", data.invalid, notes)
+        form = form_of(columns(part.rows), examples, part.source.form)
+        if form.convert and what == "training":
+            notes.append(f"{part.source.label}: {form.name} rows, taken as {form.kind}")
+        fitted[what].append(fit(part, data, tokenizer, form, sieve, **options))
+        sieves.append(sieve)
+        kinds.append(form.kind)
+    labels = {what: [part.source.label for part in some] for what, some in parts.items()}
+    train = mixed(
+        fitted["training"],
+        [part.source.weight for part in splits.train],
+        labels["training"],
+        until=data.mix_until,
+        seed=seed,
+        notes=notes,
+    )
+    held_out = concatenated(fitted["held-out"], labels["held-out"]) if splits.held_out else None
+    if data.packing:
+        train = PackedDataset(train, data.max_length)
+        held_out = held_out and PackedDataset(held_out, data.max_length)
+    kind = ", ".join(dict.fromkeys(kinds))
+    return Prepared(train, held_out, kind, tuple(notes), splits.digest, tuple(sieves), processor)
+
+
+def processor_for(
+    parts: list[Part], data: DataArguments, load_processor: Callable[[], Any] | None
+) -> Any | None:
+    """The processor, if any of the data sets has images.
+
+    Raises ValueError where the method, another key or the model has no use for them.
+    """
+    pictured = next((part for part in parts if has_images(columns(part.rows))), None)
+    if pictured is None:
+        return None
+    if load_processor is None:
+        raise ValueError(
+            f"data: {pictured.source.label} has images, which are for sft and dpo; remove the "
+            "column, or use one of these methods"
+        )
+    for key in ("packing", "streaming"):
+        if getattr(data, key):
+            raise ValueError(f"data.{key}: not for examples with images; remove the key")
+    return load_processor()
+
+
+def fit(
+    part: Part,
+    data: DataArguments,
+    tokenizer,
+    form: Form,
+    sieve: Sieve,
+    *,
+    seed: int,
+    needed: Iterable[str] = (),
+    check: Callable[[dict], str] | None = None,
+    processor: Any | None = None,
+) -> Dataset | IterableDataset:
+    """The rows that can be trained on: text as ids and labels, other kinds as their trainers take
+    them. Raises ValueError as `prepare` does."""
+    rows = part.rows
+    if processor is not None:
+        rows = with_images(rows, part.source, sieve, data.num_proc)
+        if form.kind in _TEXT_KINDS:
+            return prepare_images(rows, data, processor, form, sieve)
+        tokenizer = processor.tokenizer
+        check = length_check(VisionCollator(processor, pairs=True), data.max_length)
+    if form.kind in _TEXT_KINDS:
+        encode = stream if isinstance(rows, IterableDataset) else tokenized
+        return encode(rows, data, tokenizer, form, sieve)
+    return prepare_examples(
+        rows,
+        tokenizer,
+        sieve,
+        form=form,
+        max_length=data.max_length,
+        needed=needed,
+        check=check,
+        seed=seed,
+        num_proc=data.num_proc,
+    )

@@ -1,0 +1,175 @@
+"""Data sets as they are at their source: files, a folder, a hub, or this package."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from pathlib import Path
+
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    ReadInstruction,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
+
+from liger_trainer.runs.data.arguments import Source
+from liger_trainer.runs.data.builtin import LOADERS
+from liger_trainer.runs.data.rows import numbered
+
+_FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # which datasets reads
+_SAVED = ("state.json", "dataset_dict.json")  # one of which `save_to_disk` leaves in its folder
+
+
+def load_source(source: Source, *, streaming: bool = False) -> Dataset | IterableDataset:
+    """One split as it is in its source, with our column names and `numbered`.
+
+    Raises FileNotFoundError for a missing file and ValueError for an unreadable or empty one.
+    """
+    dataset = _opened(source, streaming)
+    if next(iter(dataset), None) is None if streaming else len(dataset) == 0:
+        raise ValueError(f"data: {source.label} holds no example in split {source.split!r}")
+    names = dataset.column_names or list(next(iter(dataset)))
+    for ours, theirs in (source.columns or {}).items():
+        if theirs not in names:
+            raise ValueError(
+                f"data.columns.{ours}: no column {theirs!r}; the dataset has {', '.join(names)}"
+            )
+        if ours in names and ours != theirs:
+            dataset = dataset.remove_columns(ours)
+        dataset = dataset.rename_column(theirs, ours)
+    return numbered(dataset)
+
+
+def first_rows(source: Source, count: int, *, streaming: bool) -> Dataset:
+    """The first rows of `load_source`, of a stream without reading more."""
+    rows = load_source(source, streaming=streaming)
+    if streaming:
+        return Dataset.from_list(list(rows.take(count)))
+    return rows.select(range(min(count, len(rows))))
+
+
+def is_file_name(path: str) -> bool:
+    """Whether a path names a file of a kind that is read here, not a hub's dataset or a folder."""
+    return _kind(path) is not None
+
+
+def is_saved(path: str) -> bool:
+    """Whether a path is a folder of `save_to_disk`."""
+    return any((Path(path) / name).is_file() for name in _SAVED)
+
+
+def files_of(source: Source) -> list[Path]:
+    """The files of a source, its globs as the files that they match, sorted; none for a folder, a
+    hub's data set and a loader.
+
+    Raises FileNotFoundError for a file that is missing and a glob that matches none.
+    """
+    if not isinstance(source.path, list) and not all(map(is_file_name, source.paths)):
+        return []
+    found = []
+    for path in source.paths:
+        if not is_file_name(path):
+            raise ValueError(
+                f"data.path: {path!r} in a list is none of {', '.join(_FILE_TYPES)} files; "
+                "several data sets are the entries of data.mix"
+            )
+        if Path(path).is_file():
+            found.append(Path(path))
+        elif glob.has_magic(path):
+            matches = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
+            if not matches:
+                raise FileNotFoundError(f"data.path: no file matches {path!r}")
+            found += map(Path, matches)
+        else:
+            raise FileNotFoundError(f"data.path: no file {path!r}{near(Path(path))}")
+    return found
+
+
+def near(path: Path) -> str:
+    """A sentence that says where a missing file was looked for and what is there instead."""
+    path = path.absolute()
+    if not path.parent.is_dir():
+        return f" (there is no folder {path.parent})"
+    names = sorted(p.name for p in path.parent.iterdir())
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    close = close or [n for n in names if n.endswith(path.suffix)][:5]
+    return f" in {path.parent}" + (f"; there is {', '.join(close)}" if close else "")
+
+
+def _opened(source: Source, streaming: bool) -> Dataset | IterableDataset:
+    if source.loader is not None:
+        dataset = LOADERS[source.loader]()
+    elif files := files_of(source):
+        return _load_files(files, source.split, streaming)
+    elif is_saved(source.path):
+        dataset = _load_saved(source.path, source.split)
+    else:
+        return _load_named(source, streaming)
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def _load_named(source: Source, streaming: bool) -> Dataset | IterableDataset:
+    """A dataset of a hub or a folder. Raises ValueError for an unknown one, in one line."""
+    try:
+        return load_dataset(source.path, source.name, split=source.split, streaming=streaming)
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"data.path: {source.path} cannot be loaded: {_reason(error)}") from error
+
+
+def _load_saved(path: str, split: str) -> Dataset:
+    """A split, or a slice of one, of what `save_to_disk` wrote."""
+    try:
+        saved = load_from_disk(path)
+    except (ValueError, FileNotFoundError) as error:  # ArrowInvalid is one of the former
+        raise ValueError(f"data.path: {path} cannot be loaded: {_reason(error)}") from error
+    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+    if split.split("[")[0] not in splits:
+        raise ValueError(
+            f"data.split: {path} has no split {split!r}; there is {', '.join(map(str, splits))}"
+        )
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    (part,) = ReadInstruction.from_spec(split).to_absolute(sizes)
+    return splits[part.splitname].select(range(part.from_, part.to))
+
+
+def _load_files(files: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:
+    if split.split("[")[0] != "train":
+        raise ValueError(
+            f"data.split: a single file has the split `train` only (or a slice of it such as "
+            f"`train[:90%]`), not {split!r}; held-out examples in a second file are data.eval_path"
+        )
+    kinds = sorted({_kind(path) for path in files})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"data.path: files of {' and '.join(kinds)} in one list; make them entries of data.mix"
+        )
+    for path in files:
+        if path.stat().st_size == 0:
+            raise ValueError(f"data.path: {path} is empty")
+    names = list(map(str, files))
+    try:
+        dataset = load_dataset(kinds[0], data_files=names, split=split, streaming=streaming)
+        if streaming:
+            next(iter(dataset), None)  # where a stream is first read
+        return dataset
+    except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is one of the latter
+        raise ValueError(
+            f"data.path: {' or '.join(names)} cannot be read as {kinds[0]}: {_reason(error)}"
+        ) from error
+
+
+def _kind(path: str | Path) -> str | None:
+    """The kind of a file by its name, which may end on that of a compression."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes[-1:] and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return _FILE_TYPES.get(suffixes[-1]) if suffixes else None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split())

@@ -1,0 +1,99 @@
+"""Training and held-out examples, shuffled and split by a seed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import xxhash
+from datasets import Dataset, IterableDataset
+
+from liger_trainer.runs.data.arguments import DataArguments, Source
+from liger_trainer.runs.data.builtin import GROUPS
+from liger_trainer.runs.data.rows import columns
+from liger_trainer.runs.data.sources import files_of, load_source
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one data set, as they are there but `numbered`."""
+
+    source: Source
+    rows: Dataset | IterableDataset
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What is trained on and what is held out, a part for each data set."""
+
+    train: list[Part]
+    held_out: list[Part]
+    digest: str  # of the contents: the same for the same rows in the same order
+
+
+def load_splits(data: DataArguments, seed: int) -> Splits:
+    """Training and held-out examples, untokenized; shuffled and split by `seed`.
+
+    The digest of a stream is that of its files' names and sizes.
+
+    Raises FileNotFoundError for a missing file and ValueError for an unreadable or empty one.
+    """
+    loaded = [Part(s, load_source(s, streaming=data.streaming)) for s in data.sources]
+    held_out = [Part(source, load_source(source)) for source in data.eval_sources]
+    digest = "".join(_digest(part) for part in loaded + held_out)
+    train = []
+    for source, rows in ((part.source, part.rows) for part in loaded):
+        rows = _shuffled(rows, data, seed)
+        if data.eval_fraction:
+            rows, last = _split(rows, data, source)
+            held_out.append(Part(source, last))
+        train.append(Part(source, rows))
+    return Splits(train, held_out, digest)
+
+
+def _shuffled(
+    rows: Dataset | IterableDataset, data: DataArguments, seed: int
+) -> Dataset | IterableDataset:
+    """The rows in another order, at most `data.max_examples` of them."""
+    if data.streaming:
+        rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
+        return rows if data.max_examples is None else rows.take(data.max_examples)
+    rows = rows.shuffle(seed=seed)
+    if data.max_examples is None:
+        return rows
+    return rows.select(range(min(data.max_examples, len(rows))))
+
+
+def _digest(part: Part) -> str:
+    """A hash of all rows, before any of them is moved."""
+    found = xxhash.xxh3_64()
+    if isinstance(part.rows, IterableDataset):
+        sizes = [(path.name, path.stat().st_size) for path in files_of(part.source)]
+        found.update(json.dumps(sizes or part.source.label).encode())
+        return found.hexdigest()
+    for batch in part.rows.data.to_batches():
+        found.update(batch.serialize())
+    return found.hexdigest()
+
+
+def _split(dataset: Dataset, data: DataArguments, source: Source) -> tuple[Dataset, Dataset]:
+    """The first rows, and the last `eval_fraction`; rows of one group go the same way."""
+    group = data.group or GROUPS.get(source.loader)
+    if group is None:
+        keys = list(range(len(dataset)))
+    elif group in dataset.column_names:
+        keys = dataset[group][:]
+    else:
+        raise ValueError(
+            f"data.group: no column {group!r}; the dataset has {', '.join(columns(dataset))}"
+        )
+    distinct = list(dict.fromkeys(keys))
+    if len(distinct) < 2:
+        one = "one example" if group is None else f"one value of {group!r}"
+        raise ValueError(f"data.eval_fraction: {one} cannot be split; remove the key")
+    count = min(max(1, round(len(distinct) * data.eval_fraction)), len(distinct) - 1)
+    last = set(distinct[-count:])
+    return (
+        dataset.select([i for i, key in enumerate(keys) if key not in last]),
+        dataset.select([i for i, key in enumerate(keys) if key in last]),
+    )

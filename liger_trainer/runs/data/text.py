@@ -1,0 +1,128 @@
+"""Text examples to token ids and labels; those that nothing can be learned from are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from datasets import Dataset, Features, IterableDataset, Sequence, Value
+
+from liger_trainer.runs.data.arguments import DataArguments
+from liger_trainer.runs.data.forms import Form
+from liger_trainer.runs.data.rows import (
+    ROW,
+    RowError,
+    Sieve,
+    note_unshown,
+    text_flaw,
+    without_flawed,
+)
+from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
+
+_IDS = Sequence(Value("int64"))
+_TOKENS = Features({"input_ids": _IDS, "labels": _IDS})
+_ENCODED = Features(
+    {
+        **_TOKENS,
+        "flaw": Value("string"),
+        "length": Value("int64"),
+        "unshown": Value("string"),
+    }
+)
+
+
+def tokenized(rows: Dataset, data: DataArguments, tokenizer, form: Form, sieve: Sieve) -> Dataset:
+    """`input_ids` and `labels` of the rows that can be trained on.
+
+    Raises ValueError as `without_flawed` does, and for messages without a chat template.
+    """
+    encoded = rows.map(
+        row_encoder(data, tokenizer, form),
+        remove_columns=rows.column_names,
+        features=_ENCODED,
+        num_proc=data.num_proc,
+        desc=f"Tokenizing {sieve.what} examples",
+    )
+    flaws = encoded["flaw"][:]
+    sieve.rows = len(flaws)
+    without_flawed(rows, flaws, sieve)
+    kept = [i for i, flaw in enumerate(flaws) if not flaw]
+    encoded = encoded.select(kept) if len(kept) < len(flaws) else encoded
+    _note(encoded, data, sieve)
+    return encoded.select_columns(list(_TOKENS))
+
+
+def stream(
+    rows: IterableDataset, data: DataArguments, tokenizer, form: Form, sieve: Sieve
+) -> IterableDataset:
+    """`input_ids` and `labels` of rows that are read while training.
+
+    A row that cannot be trained on raises ValueError when it is reached, or is left out.
+    """
+    encode = row_encoder(data, tokenizer, form)
+
+    def encoded(row: dict) -> dict:
+        found = encode(row)
+        if found["flaw"]:
+            sieve.refuse(f"row {row[ROW]} of the {sieve.examples} because {found['flaw']}")
+        return found
+
+    names = rows.column_names or list(next(iter(rows)))
+    found = rows.map(encoded, remove_columns=names, features=_ENCODED)
+    found = found.filter(lambda row: not row["flaw"])
+    return found.select_columns(list(_TOKENS))
+
+
+def row_encoder(data: DataArguments, tokenizer, form: Form) -> Callable[[dict], dict]:
+    """A function from a row to the columns of `_ENCODED`; of a flawed one, `flaw` says why."""
+    encode = encoder(
+        tokenizer, kind=form.kind, max_length=data.max_length, assistant_only=data.assistant_only
+    )
+    no_label = (
+        f"there is nothing to train on within data.max_length ({data.max_length} tokens): raise "
+        "it, shorten the prompts, or set data.assistant_only to false"
+    )
+
+    def encoded(row: dict) -> dict:
+        found = {"input_ids": [], "labels": [], "length": 0, "unshown": ""}
+        try:
+            example = {**row, **form.convert(row)} if form.convert else row
+            flaw = flaw_of(form.kind, example)
+            if not flaw:
+                found = encode(example)
+                found["unshown"] = ", ".join(found["unshown"])
+        except RowError as error:
+            flaw = str(error)
+        if not flaw and all(label == IGNORE_INDEX for label in found["labels"]):
+            flaw = no_label
+        return {**found, "flaw": flaw}
+
+    return encoded
+
+
+def _note(encoded: Dataset, data: DataArguments, sieve: Sieve) -> None:
+    """Says what of the rows the model will not see."""
+    sieve.cut = sum(length > data.max_length for length in encoded["length"])
+    if sieve.cut:
+        sieve.notes.append(
+            f"cut {sieve.cut} of {len(encoded)} {sieve.examples} at data.max_length "
+            f"({data.max_length} tokens)"
+        )
+    note_unshown(encoded["unshown"], sieve)
+
+
+def flaw_of(kind: str, example: dict) -> str:
+    """Why a row is not what its columns promise; empty if it is."""
+    if kind == "tokenized":
+        return "" if example["input_ids"] else "`input_ids` is empty"
+    if kind == "text":
+        text = example["text"]
+        is_text = text is None or isinstance(text, str)
+        return text_flaw("text", text) if is_text else f"`text` is {text!r}, which is not text"
+    if kind == "messages":
+        messages = example["messages"]
+        if isinstance(messages, str):
+            return "`messages` is text; name its column `text`, or give a list of messages"
+        return text_flaw("messages", messages)
+    return text_flaw("prompt", example["prompt"], may_be_empty=True) or text_flaw(
+        "completion", example["completion"]
+    )

@@ -1,0 +1,242 @@
+"""Examples with images: found by their column, checked, and collated by TRL with the processor.
+
+A row has `images`, a list, or `image`, one; each is an image of `datasets`, or the path of a file,
+from the working folder or from that of the data. Images stand where the messages have
+`{"type": "image"}`, or before the first text of the user.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Image, Value
+
+from liger_trainer.runs.data.arguments import DataArguments, Source
+from liger_trainer.runs.data.conversation import REASONING, pruned
+from liger_trainer.runs.data.forms import Form
+from liger_trainer.runs.data.rows import RowError, Sieve, judged
+from liger_trainer.runs.data.sources import files_of
+from liger_trainer.runs.data.text import flaw_of
+from liger_trainer.runs.data.tokenize import IGNORE_INDEX
+
+IMAGES = ("images", "image")  # the columns that hold them
+_PARTS = [
+    {"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}
+]
+_STORED = {"bytes": Value("binary"), "path": Value("string")}
+
+
+@dataclass(frozen=True)
+class VisionCollator:
+    """Rows with images to tensors, by the collators of TRL.
+
+    Text rows get labels, of the completion alone where there is one. Pairs get chosen sequences and
+    then rejected ones.
+    """
+
+    processor: Any
+    pairs: bool = False
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+            from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+        except ImportError as error:
+            raise ValueError(
+                f"data: examples with images need TRL, which cannot be imported ({error}): "
+                "`pip install trl`"
+            ) from error
+        examples = [pruned(example) for example in examples]
+        if self.pairs:
+            return DataCollatorForVisionPreference(self.processor)(examples)
+        alone = "completion" in examples[0]
+        return DataCollatorForVisionLanguageModeling(self.processor, completion_only_loss=alone)(
+            examples
+        )
+
+
+def has_images(names: list[str]) -> bool:
+    """Whether rows with these columns have images."""
+    return bool(set(IMAGES) & set(names))
+
+
+def with_images(
+    rows: Dataset, source: Source, sieve: Sieve, num_proc: int | None = None
+) -> Dataset:
+    """The rows with a list of images each, in the column `images`; empty for a row without.
+
+    Raises ValueError for a column of another type and, unless `sieve` leaves them out, for rows
+    with an image that cannot be read.
+    """
+    name = next((name for name in IMAGES if name in rows.column_names), None)
+    folders = [Path(), *{path.parent for path in files_of(source)}]
+    if name is not None:
+        rows = _undecoded(rows, name)
+
+    def listed(row: dict) -> dict:
+        value = row[name] if name else None
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        return {"images": [_stored(item, folders) for item in several]}
+
+    def judge(row: dict) -> tuple[str, list[str]]:
+        for number, stored in enumerate(row["images"], 1):
+            _check_readable(stored, number)
+        return "", []
+
+    others = {n: feature for n, feature in rows.features.items() if n not in IMAGES}
+    rows = rows.map(
+        listed,
+        remove_columns=[n for n in IMAGES if n in rows.column_names],
+        features=Features({**others, "images": [_STORED]}),
+        desc="Finding images",
+    )
+    return judged(rows, judge, sieve, num_proc).cast_column("images", [Image()])
+
+
+def prepare_images(
+    rows: Dataset, data: DataArguments, processor, form: Form, sieve: Sieve
+) -> Dataset:
+    """`prompt`, `completion` and `images` of the rows that can be trained on; `messages` and
+    `images` where all tokens are trained on.
+
+    Nothing is cut: a row that is longer than `data.max_length` cannot be used. Raises ValueError
+    for rows that are neither messages nor prompt and completion.
+    """
+    if form.kind not in ("messages", "prompt_completion"):
+        raise ValueError(
+            f"data: {form.name} rows cannot have images; give messages, or prompt and completion"
+        )
+
+    def convert(row: dict) -> dict:
+        return _structured(row, form, assistant_only=data.assistant_only)
+
+    def judge(row: dict) -> tuple[str, list[str]]:
+        check = length_check(VisionCollator(processor), data.max_length)
+        return check({**convert(row), "images": row["images"]}), []
+
+    rows = judged(rows, judge, sieve, data.num_proc)
+    sieve.rows = max(sieve.rows, len(rows))
+    names = ("prompt", "completion") if data.assistant_only else ("messages",)
+    return rows.map(
+        convert,
+        remove_columns=[name for name in rows.column_names if name != "images"],
+        features=Features({**dict.fromkeys(names, _PARTS), "images": rows.features["images"]}),
+        desc="Placing images",
+    )
+
+
+def length_check(collator: VisionCollator, max_length: int) -> Callable[[dict], str]:
+    """A function that tells why a row does not fit the model; its answer is empty if it does."""
+
+    def check(row: dict) -> str:
+        try:
+            batch = collator([row])
+        except (ValueError, TypeError, IndexError) as error:
+            raise RowError(f"the processor refuses it: {' '.join(str(error).split())}") from error
+        length = batch["input_ids"].shape[1]
+        if length > max_length:
+            return (
+                f"it has {length} tokens with its images, more than data.max_length "
+                f"({max_length}), and images cannot be cut; raise it"
+            )
+        labels = batch.get("labels")
+        return "" if labels is None or (labels != IGNORE_INDEX).any() else "nothing is trained on"
+
+    return check
+
+
+def placed(messages: list[dict], count: int) -> list[dict]:
+    """Messages whose content is a list of parts, with a place for each of `count` images.
+
+    Raises RowError where there are places, but another number of them.
+    """
+    for name in ("tool_calls", *REASONING):
+        if any(message.get(name) for message in messages):
+            raise RowError(f"it has `{name}`, which does not reach the chat template beside images")
+    parts = [{"role": m["role"], "content": _parts(m.get("content"))} for m in pruned(messages)]
+    places = sum(part["type"] == "image" for m in parts for part in m["content"])
+    asker = next((m for m in parts if m["role"] == "user"), None)
+    if places == 0 and count and asker is not None:
+        asker["content"][:0] = [{"type": "image"}] * count
+        places = count
+    if places != count:
+        raise RowError(f"it has {count} images, and {places} places for them in its messages")
+    return parts
+
+
+def _structured(row: dict, form: Form, *, assistant_only: bool) -> dict[str, Any]:
+    if row.get("tools"):
+        raise RowError("it has tools, which do not reach the chat template beside images")
+    example = {**row, **form.convert(row)} if form.convert else row
+    if flaw := flaw_of(form.kind, example):
+        raise RowError(flaw)
+    count = len(row["images"])
+    if form.kind == "messages":
+        prompt, completion = _split(example["messages"], strict=assistant_only)
+    else:
+        prompt = _messages(example["prompt"], "user")
+        completion = _messages(example["completion"], "assistant")
+    if not assistant_only:
+        return {"messages": placed(prompt + completion, count)}
+    return {"prompt": placed(prompt, count), "completion": placed(completion, 0)}
+
+
+def _split(messages: list[dict], *, strict: bool) -> tuple[list[dict], list[dict]]:
+    """What comes before the last answer, and that."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if strict and answers != [len(messages) - 1]:
+        raise RowError(
+            f"it has {len(answers)} turns of the assistant; with images, only one at the end can "
+            "be trained on. Give `prompt` and `completion`, or set data.assistant_only to false"
+        )
+    return messages[:-1], messages[-1:]
+
+
+def _messages(text: str | list[dict], role: str) -> list[dict]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
+def _parts(content: str | list | None) -> list[dict]:
+    if not isinstance(content, list):
+        return [{"type": "text", "text": content}] if content else []
+    for part in content:
+        if part.get("type") not in ("text", "image") or len(part.keys() - {"type", "text"}):
+            raise RowError(
+                f"a part of a message is {part!r}; it must be text, or the place of an image of "
+                "the column `images`"
+            )
+    return list(content)
+
+
+def _undecoded(rows: Dataset, name: str) -> Dataset:
+    """Images as they are stored; paths stay. Raises ValueError for what is neither."""
+    feature = rows.features[name]
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    if isinstance(inner, Image):
+        stored = Image(decode=False)
+        return rows.cast_column(name, stored if inner is feature else [stored])
+    if isinstance(inner, dict) or getattr(inner, "dtype", "") in ("string", "large_string", "null"):
+        return rows
+    raise ValueError(f"data: the column {name!r} is {feature}; it must hold images or their paths")
+
+
+def _stored(item: Any, folders: list[Path]) -> dict[str, Any]:
+    if isinstance(item, str):
+        found = next((f / item for f in folders if (f / item).is_file()), Path(item))
+        return {"bytes": None, "path": str(found)}
+    return {key: item.get(key) for key in _STORED}
+
+
+def _check_readable(stored: dict[str, Any], number: int) -> None:
+    import PIL.Image
+
+    content, path = stored["bytes"], stored["path"]
+    try:
+        with PIL.Image.open(io.BytesIO(content) if content is not None else path) as image:
+            image.verify()
+    except (OSError, SyntaxError, AttributeError) as error:  # PIL's word for a broken PNG, a None
+        raise RowError(f"image {number} cannot be read: {error}") from error

@@ -1,0 +1,72 @@
+"""Plain values against the annotations of a dataclass: unknown keys, wrong types."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from liger_trainer.runs.secrets import hidden
+
+
+def known(where: str, given: Iterable[str], names: list[str]) -> None:
+    """Raise ValueError for a key that is not among `names`; it tells the nearest one."""
+    for key in given:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def convert(where: str, value: Any, hint: Any) -> Any:
+    """Return `value` if the annotation admits it, an integer as a float where a float is meant.
+
+    Raise ValueError otherwise.
+    """
+    if (where == "training.bf16" and value == "auto") or admits(hint, value):
+        return value
+    if _is_int(value) and admits(hint, float(value)):
+        return float(value)
+    name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+    shown = hidden(value, where)
+    raise ValueError(f"{where}: {shown!r} is a {type(value).__name__}, expected {name}")
+
+
+def filled(where: str, given: Any, cls: type) -> Any:
+    """Return the dataclass `cls` with the values of a mapping.
+
+    Raise ValueError for what is no mapping, an unknown key and a value of the wrong type.
+    """
+    if not isinstance(given, dict):
+        raise ValueError(f"{where}: expected keys and values, found {hidden(given)!r}")
+    known(where, given, [f.name for f in dataclasses.fields(cls)])
+    hints = typing.get_type_hints(cls)
+    return cls(**{k: convert(f"{where}.{k}", v, hints[k]) for k, v in given.items()})
+
+
+def admits(hint: Any, value: Any) -> bool:
+    """Whether a value from YAML fits an annotation; what YAML cannot express is admitted."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(admits(a, value) for a in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is int:
+        return _is_int(value)
+    if hint in (bool, float, str, list, dict):
+        return isinstance(value, hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return value in [member.value for member in hint]
+    if hint is types.NoneType:
+        return value is None
+    return hint is Any or (dataclasses.is_dataclass(hint) and value is not None)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
