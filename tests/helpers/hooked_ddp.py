@@ -22,7 +22,9 @@ from liger_trainer import inject
 def case(name: str, find_unused: bool, hook_first: bool) -> list[str]:
     rank = dist.get_rank()
     loss_of = engines.LOSSES[name]
-    expected_losses, expected = engines.on_one_process(loss_of, False, "full")
+    expected_losses, expected = engines.on_one_process(
+        loss_of, False, "full", dist.get_world_size()
+    )
     model = engines.tiny(False, "full")
     report = inject(model)
     seen: list[torch.Size] = []

@@ -151,8 +151,10 @@ def test_a_hook_on_every_module_sees_logits():
     assert_equal_steps(got, expected)
 
 
-def test_adapters_that_came_after_the_injection(caplog):
-    model, plain, report = injected_pair()
+@pytest.mark.parametrize("memory", ["lean", "keep"])
+def test_adapters_that_came_after_the_injection(memory, caplog):
+    model, plain, _ = injected_pair()
+    report = inject(model, {"activation_memory": memory})
     targets = {"target_modules": ["q_proj", "v_proj", "lm_head"]}
     model, plain = adapted(model, **targets), adapted(plain, **targets)
     for _ in range(2):

@@ -12,11 +12,12 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
-from liger_trainer.deferred import scope, token_scores  # noqa: F401  (registers handlers)
+from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa: F401  (handlers)
 from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.deferred.logits import defer_call
 from liger_trainer.deferred.vocab_parallel import is_transparent
 from liger_trainer.injection import probe
+from liger_trainer.injection.rules.activation_memory import LeanModel
 from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, look_again
 from liger_trainer.injection.rules.hooks import foreign_hooks
 from liger_trainer.report import Row
@@ -105,7 +106,8 @@ class DeferringModel(Swapped):
                 labels = kwargs.get("shift_labels")
             if (labels is None and not scope.in_loss_scope()) or _in_graph():
                 return original(self, *args, **kwargs)
-            look_again(self)
+            if not isinstance(self, LeanModel):  # which looks itself
+                look_again(self)
             head = current_head(self)
             if head is None:
                 return original(self, *args, **kwargs)

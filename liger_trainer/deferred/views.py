@@ -1,0 +1,155 @@
+"""The functions of torch that give the same logits of other tokens, without their value."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from liger_trainer.deferred.handlers import implements
+from liger_trainer.deferred.logits import as_meta, derive
+
+_Tensor = torch.Tensor
+
+
+def _rows(logits, fn, like=None):
+    """`fn` acts on the tokens of hidden states and logits alike."""
+    made = derive([logits], logits.state.map_hidden(fn), fn, like)
+    made._has_views = logits._has_views = True
+    return made
+
+
+@implements(_Tensor.contiguous)
+def _contiguous(logits, memory_format=torch.contiguous_format):
+    if logits.state is None or memory_format is not torch.contiguous_format:
+        return NotImplemented
+    if logits.is_contiguous():
+        return logits
+    return derive([logits], logits.state, lambda z: z.contiguous())
+
+
+@implements(_Tensor.clone, torch.clone)
+def _clone(logits, memory_format=torch.preserve_format):
+    """Within the scope, or inside an autograd function's forward. Elsewhere it is a snapshot."""
+    state = logits.state
+    if state is None or (torch.is_grad_enabled() and not state.origin.scope.open):
+        return NotImplemented
+    return _adoptable(logits, lambda z: z.clone(memory_format=memory_format))
+
+
+@implements(_Tensor.detach, torch.detach)
+def _detach(logits):
+    if logits.state is None:
+        return NotImplemented
+    logits._has_views = True
+    if not torch.is_grad_enabled():
+        made = _adoptable(logits, lambda z: z.view_as(z))
+    else:
+        with torch.no_grad():
+            made = derive([logits], logits.state, lambda z: z.detach())
+    made._has_views = True
+    return made
+
+
+def _adoptable(logits, copy):
+    """A copy that an autograd function may return as its own (an engine's identity, say).
+
+    Its gradient then passes through that function; without one, it has none.
+    """
+    made = derive([logits], logits.state, copy)
+    made._with_grad = logits._with_grad
+    return made
+
+
+@implements(_Tensor.view, _Tensor.reshape, torch.reshape)
+def _reshape(logits, *shape):
+    if logits.state is None or not shape or isinstance(shape[0], torch.dtype):
+        return NotImplemented
+    shape = list(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else list(shape)
+    vocab = logits.shape[-1]
+    if shape.count(-1) == 1:
+        known = math.prod(n for n in shape if n != -1)
+        shape[shape.index(-1)] = logits.numel() // known if known else 0
+    if not shape or shape[-1] != vocab or math.prod(shape) != logits.numel():
+        return NotImplemented
+    return _rows(logits, lambda x: x.reshape(*shape[:-1], x.shape[-1]))
+
+
+@implements(_Tensor.flatten, torch.flatten)
+def _flatten(logits, start_dim=0, end_dim=-1):
+    end = end_dim % logits.ndim
+    if logits.state is None or end == logits.ndim - 1:
+        return NotImplemented
+    return _rows(logits, lambda x: x.flatten(start_dim % logits.ndim, end))
+
+
+@implements(_Tensor.unsqueeze, torch.unsqueeze)
+def _unsqueeze(logits, dim):
+    if logits.state is None or dim == -1 or dim >= logits.ndim:
+        return NotImplemented
+    return _rows(logits, lambda x: x.unsqueeze(dim))
+
+
+@implements(_Tensor.squeeze, torch.squeeze)
+def _squeeze(logits, dim=None):
+    if logits.state is None or not isinstance(dim, int) or dim % logits.ndim == logits.ndim - 1:
+        return NotImplemented
+    return _rows(logits, lambda x: x.squeeze(dim))
+
+
+@implements(torch.chunk, _Tensor.chunk)
+def _chunk(logits, chunks, dim=0):
+    return _pieces(logits, lambda x: x.chunk(chunks, dim), dim)
+
+
+@implements(torch.split, _Tensor.split)
+def _split(logits, split_size, dim=0):
+    return _pieces(logits, lambda x: x.split(split_size, dim), dim)
+
+
+@implements(torch.unbind, _Tensor.unbind)
+def _unbind(logits, dim=0):
+    """Also what iterates over logits."""
+    return _pieces(logits, lambda x: x.unbind(dim), dim)
+
+
+def _pieces(logits, cut, dim):
+    if logits.state is None or dim % logits.ndim == logits.ndim - 1:
+        return NotImplemented
+    count = len(cut(as_meta(logits)))
+    return tuple(_rows(logits, lambda x, i=i: cut(x)[i]) for i in range(count))
+
+
+@implements(_Tensor.__getitem__)
+def _getitem(logits, index):
+    if logits.state is None or not _leaves_vocabulary(index, logits.ndim):
+        return NotImplemented
+    parts = index if isinstance(index, tuple) else (index,)
+    if all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts):
+        return _rows(logits, lambda x: x[index])
+    # Advanced indexing makes a copy; its shape may depend on values, so it is read off the hidden
+    # states.
+    hidden = logits.state.terms[0].hidden[index]
+    shape = (*hidden.shape[:-1], logits.shape[-1])
+    like = torch.empty(shape, dtype=logits.dtype, device="meta")
+    return derive([logits], logits.state.map_hidden(lambda x: x[index]), lambda z: z[index], like)
+
+
+def _leaves_vocabulary(index, ndim: int) -> bool:
+    """Whether `index` selects tokens only, each with its whole vocabulary."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    consumed = 0
+    for part in parts:
+        if torch.is_tensor(part):
+            consumed += part.dim() if part.dtype == torch.bool else 1
+        elif isinstance(part, (int, slice)) and not isinstance(part, bool):
+            consumed += 1
+        elif part is not None and part is not Ellipsis:
+            return False
+    reaches_last = consumed >= ndim or any(
+        part is Ellipsis and i < len(parts) - 1 for i, part in enumerate(parts)
+    )
+    if not reaches_last:
+        return True
+    last = parts[-1]
+    return isinstance(last, slice) and last == slice(None)
