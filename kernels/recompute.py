@@ -159,7 +159,7 @@ class Recipe:
         return value
 
     def cast(self, y: torch.Tensor) -> Recipe | None:
-        """The recipe of `y`, a cast of what this one gives."""
+        """Return the recipe of `y`, a cast of what this one gives."""
         output = self.output()
         # As long as the output is unchanged, so it was when it was cast.
         if output is None or output._version != self.version or output.device != y.device:
@@ -183,7 +183,7 @@ def _mark(y: torch.Tensor, recipe: Recipe) -> None:
 
 
 def _stream(packed: tuple) -> int | None:
-    """The CUDA stream that a recipe's sources would be read on."""
+    """Return the CUDA stream that a recipe's sources would be read on."""
     tensor = packed[0]
     while isinstance(tensor, Recipe):
         tensor = tensor.packed[0][0]
@@ -236,7 +236,7 @@ def _recipe_of_cast(y: torch.Tensor) -> Recipe | None:
 
 
 def _widened(y: torch.Tensor, dtype: torch.dtype) -> Recipe | None:
-    """The recipe of an fp32 tensor that was cast from `dtype`: its 16 bits are kept."""
+    """Return the recipe of an fp32 tensor that was cast from `dtype`: its 16 bits are kept."""
     if dtype not in _NARROW:
         return None
     return Recipe(y, lambda t: t.to(torch.float32), (y.detach().to(dtype),))

@@ -105,7 +105,7 @@ _LIBRARY = torch.library.Library("liger_trainer", "DEF")
 
 
 def register_op(schema: str, launch: Callable, fake: Callable) -> Callable:
-    """Registers `launch` as `torch.ops.liger_trainer.<name>` and returns a function that calls it.
+    """Register `launch` as `torch.ops.liger_trainer.<name>` and return a function that calls it.
 
     Args:
         schema: torch schema, such as `"swiglu_fwd(Tensor gate, Tensor up) -> Tensor"`.

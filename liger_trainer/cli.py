@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands. Each puts its `main` into the options."""
+    """Return the parser of all commands. Each puts its `main` into the options."""
     parser = argparse.ArgumentParser(
         prog="liger-trainer",
         description="Fine-tune a model by a recipe, and use what comes out.",

@@ -40,7 +40,7 @@ class KernelConfig:
     def from_dict(
         cls, config: Mapping[str, bool | str | float] | KernelConfig | None
     ) -> KernelConfig:
-        """Raises ValueError for an unknown key (naming the nearest) and a value it cannot have."""
+        """Raise ValueError for an unknown key (naming the nearest) and a value it cannot have."""
         if isinstance(config, cls):
             return config
         names = [field.name for field in dataclasses.fields(cls)]

@@ -45,7 +45,7 @@ class Swapped(metaclass=_SwappedType):
 
 
 def _new_instance(cls: type, *swaps: tuple):
-    """An empty instance of `cls` with the swaps (mixin, *key) made one after the other."""
+    """Return an empty instance of `cls` with the swaps (mixin, *key) made one after the other."""
     for mixin, *key in swaps:
         cls = swapped_class(cls, mixin, *key)
     return cls.__new__(cls)
@@ -185,7 +185,7 @@ def holds(module: Swapped, proven: Proven) -> bool:
 
 
 def rebind(function: FunctionType, old: object, new: object) -> FunctionType | None:
-    """A copy of `function` whose global names for `old` mean `new`; None if it has none.
+    """Return a copy of `function` whose global names for `old` mean `new`; None if it has none.
 
     The code object is shared: nothing is copied from the source, and the original is not touched.
     Decorated functions are followed into their closures.
@@ -241,7 +241,7 @@ def _content(cell: CellType) -> object:
 
 
 def referenced_globals(function: FunctionType) -> list[object]:
-    """The objects that the function's global names stand for, its closures' included."""
+    """Return the objects that the function's global names stand for, its closures' included."""
     found, queue, visited = [], [function], set()
     while queue:
         current = queue.pop()

@@ -37,6 +37,6 @@ def handled_for(owner: object, apply: Callable[[], object]) -> Iterator[None]:
 
 
 def without_request(inputs: dict) -> dict:
-    """`inputs` without `skip_logits`, which Trainer adds in evaluation for another package's models
-    (a PEFT wrapper would pass it on)."""
+    """Return `inputs` without `skip_logits`, which Trainer adds in evaluation for another
+    package's models (a PEFT wrapper would pass it on)."""
     return {name: value for name, value in inputs.items() if name != "skip_logits"}

@@ -133,7 +133,7 @@ def _gather_parts(sums: torch.Tensor, rank: int, scale: float = 1.0):
 
 
 def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a b in fp32 for 16-bit a and b."""
+    """Return a b in fp32 for 16-bit a and b."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
@@ -153,7 +153,7 @@ class _OneDtype:
 
     @staticmethod
     def again(h_NR):
-        """The second of `narrow`, from the first."""
+        """Return the second of `narrow`, from the first."""
         return h_NR
 
     @staticmethod
@@ -218,7 +218,7 @@ def _products(x_NI: torch.Tensor, y_NO: torch.Tensor, A: torch.Tensor):
 
 
 def dropout_mask(x: torch.Tensor, seed: int, probability: float) -> torch.Tensor:
-    """A bool tensor of x's shape, False with `probability`; the same for the same seed."""
+    """Return a bool tensor of x's shape, False with `probability`; the same for the same seed."""
     generator = torch.Generator(device=x.device)
     generator.manual_seed(seed)
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)

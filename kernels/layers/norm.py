@@ -31,7 +31,7 @@ def has_kernel(x: torch.Tensor, *parameters: torch.Tensor | None) -> bool:
 
 
 def check_input(norm: str, x: torch.Tensor, **parameters: torch.Tensor | None) -> None:
-    """Raises ValueError unless x is [..., H], each parameter [H] on its device, all floating."""
+    """Raise ValueError unless x is [..., H], each parameter [H] on its device, all floating."""
     if not x.is_floating_point() or x.dim() == 0:
         raise ValueError(f"{norm}: x is {x.dtype} {tuple(x.shape)}; needs floating point [..., H]")
     for name, p in parameters.items():

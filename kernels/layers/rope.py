@@ -69,7 +69,8 @@ def _load_pairs(
     row_ptr, row_mask,
     ROWS: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """The first and the second member of every pair of each row, two fp32 blocks [ROWS, P]."""
+    """Return the first and the second member of every pair of each row, two fp32 blocks [ROWS,
+    P]."""
     if INTERLEAVED:
         # One contiguous load, split in registers: strided loads would be a sixteenth as wide.
         cols = tl.arange(0, 2 * P)[None, :]
@@ -105,7 +106,8 @@ def _load_table(
     table_ptr,
     HALF: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, HALF_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """The table's entries for the first and the second member of every pair, two blocks [1, P]."""
+    """Return the table's entries for the first and the second member of every pair, two blocks
+    [1, P]."""
     row = tl.arange(0, 1)[:, None]
     if HALF_TABLE:
         table, _ = _load_pairs(table_ptr + row, row < 1, 1, HALF, P, False)
@@ -253,7 +255,7 @@ class _Rope(torch.autograd.Function):
 
 
 def why_not(q, k, cos, sin) -> str | None:
-    """What is wrong with the arguments of `rope`, None if nothing is."""
+    """Return what is wrong with the arguments of `rope`, None if nothing is."""
     if q.dim() != 4 or k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
         return (
             "q and k must be [B, Hq, S, D] and [B, Hk, S, D], "

@@ -5,18 +5,18 @@
 for N tokens, hidden size H, vocabulary V. The sum has one term for a plain head; a head with a
 low-rank adapter has a second one (hidden_2 = s * A x [N, r], weight_2 = B [V, r]).
 
-Cost. The floor for a trainable head is three matrix products of 2 N H V FLOP (logits, d hidden,
+Cost. The floor for a trainable head is three GEMMs of 2 N H V FLOP (logits, d hidden,
 d weight), with N the number of *supervised* tokens. Exactly these are paid: tokens whose label is
-`ignore_index` are left out before the first product (all but the first `FIRST_ROWS` tokens' worth,
+`ignore_index` are left out before the first GEMM (all but the first `FIRST_ROWS` tokens' worth,
 see `supervised.py`), and logits are turned into their gradient in place.
 
     reduction           head trainable                                   head frozen
-    "sum", "mean"       3 products                                       2
+    "sum", "mean"       3 GEMMs                                       2
     "none"              3 if the logits fit the workspace, else 4        2
 
 Memory. One workspace of logits (`workspace.py`). If all supervised tokens fit it, their gradient is
-kept until backward, where d weight is a single product, accumulated in fp32 by the hardware. Over
-two workspaces d weight is summed in its own dtype, the second product onto the rounded first; over
+kept until backward, where d weight is a single GEMM, accumulated in fp32 by the hardware. Over
+two workspaces d weight is summed in its own dtype, the second GEMM onto the rounded first; over
 more in an fp32 buffer that is rounded once.
 
 Row scaling. d loss_n / d logits is known up to the factor g_n that backward receives. It scales the
@@ -258,7 +258,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., H], or a sequence of such, one for each term of the head. fp32, bf16 or fp16;
-            the products run in the dtype of the first.
+            the GEMMs run in the dtype of the first.
         weight: [V, H], or a sequence of such. May be of another dtype (fp32 parameters, bf16
             hidden states); its gradient has its own dtype.
         labels: [...], int64; `options.ignore_index` marks tokens without loss and without cost.

@@ -7,9 +7,9 @@ for N tokens, one vocabulary V, and hidden sizes of the two models that may diff
 one term for a plain head; a head with a low-rank adapter has a second one (hidden_2 = s * A x
 [N, r], weight_2 = B [V, r]). The gradient reaches the student; the teacher is a constant.
 
-Cost, in matrix products of 2 N H V FLOP with N the number of tokens that the mask keeps (tokens
-that it leaves out are dropped before the first product, all but the first `FIRST_ROWS` tokens'
-worth, see `supervised.py`). One product, `+ 1`, has the teacher's H, the others the student's:
+Cost, in GEMMs of 2 N H V FLOP with N the number of tokens that the mask keeps (tokens
+that it leaves out are dropped before the first GEMM, all but the first `FIRST_ROWS` tokens'
+worth, see `supervised.py`). One GEMM, `+ 1`, has the teacher's H, the others the student's:
 
     reduction           head trainable      head frozen         without gradient
     "sum", "mean"       3 + 1               2 + 1               1 + 1
@@ -86,7 +86,7 @@ class _Pair:
     def sweep(
         self, plan: Plan, want_grad: bool, divergence_N: torch.Tensor, entropy_N: torch.Tensor
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Fills `divergence_N` and `entropy_N`, and yields one workspace after the other.
+        """Fill `divergence_N` and `entropy_N`, and yield one workspace after the other.
 
         A workspace is (its first row, d divergence / d student logits of its rows), the latter
         overwritten by the next; the last one has no rows if no token is kept.
@@ -224,7 +224,7 @@ class _LinearDivergence(torch.autograd.Function):
 # --- public ----------------------------------------------------------------------------------
 
 
-@torch.compiler.disable(reason="the number of tokens kept decides the shapes of the products")
+@torch.compiler.disable(reason="the number of tokens kept decides the shapes of the GEMMs")
 def linear_divergence(
     hidden: torch.Tensor | Sequence[torch.Tensor],
     weight: torch.Tensor | Sequence[torch.Tensor],
@@ -243,7 +243,7 @@ def linear_divergence(
 
     Args:
         hidden: [..., H], or a sequence of such, one for each term of the head. fp32, bf16 or fp16;
-            the products run in the dtype of the first.
+            the GEMMs run in the dtype of the first.
         weight: [V, H], or a sequence of such. May be of another dtype (fp32 parameters, bf16
             hidden states); its gradient has its own dtype.
         teacher_hidden: [..., H_teacher], or a sequence of such, with the leading shape of `hidden`;

@@ -1,4 +1,4 @@
-"""The chunk loop of a linear head with a loss: logits a workspace at a time, three matrix products.
+"""The chunk loop of a linear head with a loss: logits a workspace at a time, three GEMMs.
 
 Used by `linear_cross_entropy.py`, which says what it computes and what it costs. Here is how.
 
@@ -50,7 +50,7 @@ class Plan:
 class Head:
     """The operands of one call."""
 
-    hidden: list[torch.Tensor]  # [N, H_t] each, all of one dtype, in which the products run
+    hidden: list[torch.Tensor]  # [N, H_t] each, all of one dtype, in which the GEMMs run
     weight: list[torch.Tensor]  # [V, H_t] each, of the same dtype
     bias: torch.Tensor | None  # [V]
     labels: torch.Tensor  # [N]
@@ -85,7 +85,7 @@ class Head:
             out_N[start:stop] = values
 
     def logits_(self, out: torch.Tensor, start: int, stop: int) -> None:
-        """Fills `out` [stop - start, V] with the logits of these rows."""
+        """Fill `out` [stop - start, V] with the logits of these rows."""
         for t, (hidden, weight) in enumerate(zip(self.hidden, self.weight, strict=True)):
             x = self.rows(hidden, start, stop)
             if t > 0:
@@ -96,7 +96,7 @@ class Head:
                 torch.mm(x, weight.t(), out=out)
 
     def token_loss_(self, logits: torch.Tensor, start: int, stop: int, want_grad: bool):
-        """Fills `logits` [stop - start, V] with the logits of these rows, or with their gradient.
+        """Fill `logits` [stop - start, V] with the logits of these rows, or with their gradient.
 
         Returns the loss of each row.
         """
@@ -109,7 +109,7 @@ class Head:
         return score(logits, labels, self.options, wanted)
 
     def score_gradient_(self, logits, labels, scores: TokenScores, grads: ScoreGradients) -> None:
-        """Overwrites `logits` with their gradient."""
+        """Overwrite `logits` with their gradient."""
         score_gradient_(logits, labels, scores, grads, self.options)
 
     def hidden_grad_(self, out_NH: torch.Tensor, dlogits, weight, start: int, stop: int) -> None:
@@ -134,7 +134,7 @@ class HeadGradient:
         self._first = True
 
     def add(self, dlogits: torch.Tensor, start: int, scale_N: torch.Tensor | None) -> None:
-        """Adds the products of `dlogits`, the rows from `start` on, each times its scale."""
+        """Add the GEMMs of `dlogits`, the rows from `start` on, each times its scale."""
         stop = start + dlogits.shape[0]
         scale = None if scale_N is None else self.head.rows(scale_N, start, stop)
         for buffer, hidden, want in zip(

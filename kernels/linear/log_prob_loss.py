@@ -1,4 +1,4 @@
-"""A loss of log-probabilities from hidden states and head weight: three products for any formula.
+"""A loss of log-probabilities from hidden states and head weight: three GEMMs for any formula.
 
     scores = scores of sum_t hidden_t @ weight_t^T + bias with labels     (`scores.py`)
     total  = sum over groups of loss(scores of the group)
@@ -7,9 +7,9 @@ A group is a set of sequences whose loss depends on no other sequence: the pair 
 loss, one sequence of a policy loss, or the whole batch. As soon as the logits of a group are there,
 its loss is evaluated on the group's few numbers, its gradient taken by autograd, and the group's d
 hidden and d weight are finished before the next logits take the place. So a loss written in a few
-lines of plain torch costs three matrix products of 2 N H V FLOP (two with a frozen head, one
+lines of plain torch costs three GEMMs of 2 N H V FLOP (two with a frozen head, one
 without gradient), N the number of tokens with a label, and one workspace of memory. A group that
-does not fit the workspace has its logits computed twice (four products).
+does not fit the workspace has its logits computed twice (four GEMMs).
 
 The gradient of the logits is formed before the caller scales the loss: in fp16 small ones
 underflow, use bf16.
@@ -45,7 +45,7 @@ a token has no label; `groups` [g], int64, tells which groups they are."""
 
 
 def pairs(batch: int) -> torch.Tensor:
-    """Groups [batch / 2, 2] of a batch whose first half is chosen and whose second is rejected."""
+    """Return the groups [batch / 2, 2] of a batch, the first half chosen, the second rejected."""
     if batch % 2:
         raise ValueError(
             f"{batch} sequences cannot be paired: the batch must hold as many rejected as chosen"
@@ -69,7 +69,7 @@ class _Groups:
         return list(itertools.accumulate(host.counts(self.groups.shape[0])))
 
     def evaluate(self, scores: TokenScores, first: int, last: int, want_grad: bool) -> None:
-        """Adds the losses of these groups, and their gradients if wanted."""
+        """Add the losses of these groups, and their gradients if wanted."""
         members = self.groups[first:last]
         picked = scores.map(lambda x: x.view(self.shape)[members])
         leaves = {name: getattr(picked, name) for name in DIFFERENTIABLE}
@@ -156,7 +156,7 @@ class _LinearLogProbLoss(torch.autograd.Function):
 # --- public ----------------------------------------------------------------------------------
 
 
-@torch.compiler.disable(reason="the number of labelled tokens decides the shapes of the products")
+@torch.compiler.disable(reason="the number of labeled tokens decides the shapes of the GEMMs")
 def linear_log_prob_loss(
     hidden: torch.Tensor | Sequence[torch.Tensor],
     weight: torch.Tensor | Sequence[torch.Tensor],
@@ -170,7 +170,8 @@ def linear_log_prob_loss(
     options: ScoreOptions = ScoreOptions(),
     max_rows: int | None = None,
 ) -> tuple[torch.Tensor, TokenScores]:
-    """The loss of all groups, and the scores that it was made of; the module says at what cost.
+    """Return the loss of all groups, and the scores that it was made of; the module says at what
+    cost.
 
         dpo = DPOLoss(beta=0.1)
         loss, scores = linear_log_prob_loss(

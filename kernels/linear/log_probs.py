@@ -5,7 +5,7 @@
 for N tokens, hidden size H, vocabulary V; one term for a plain head, a second one for a low-rank
 adapter on it. The result is an ordinary differentiable tensor: any loss may be made of it.
 
-Cost, in matrix products of 2 N H V FLOP with N the number of tokens that have a label:
+Cost, in GEMMs of 2 N H V FLOP with N the number of tokens that have a label:
 
     without gradient                                                            1
     the logits fit the workspace, which is kept until backward                  3  (frozen head: 2)
@@ -14,7 +14,7 @@ Cost, in matrix products of 2 N H V FLOP with N the number of tokens that have a
 
 `weighting` declares the gradient g_n of log_probs in advance: "uniform" (the same for all
 tokens: negative log-likelihood) or "probability" (proportional to the token's probability:
-dynamic fine-tuning, arXiv:2508.05629). All three products are then finished in forward. A gradient
+dynamic fine-tuning, arXiv:2508.05629). All three GEMMs are then finished in forward. A gradient
 that breaks the promise turns all gradients but those of ignored tokens into NaN, as does one that
 arrives at another output.
 In fp16 the gradient of the logits is then formed before a loss scale reaches it: use bf16.
@@ -69,7 +69,7 @@ def linear_log_probs_reference(
 
 
 def _promised(log_probs_N: torch.Tensor, weighting: str) -> torch.Tensor:
-    """The promised gradient of log_probs, up to a factor; ignored tokens are excluded."""
+    """Return the promised gradient of log_probs, up to a factor; ignored tokens are excluded."""
     return torch.ones_like(log_probs_N) if weighting == "uniform" else log_probs_N.exp()
 
 
@@ -182,7 +182,7 @@ def _even_ends(total: int, plan: Plan) -> list[int]:
 # --- public ----------------------------------------------------------------------------------
 
 
-@torch.compiler.disable(reason="the number of labelled tokens decides the shapes of the products")
+@torch.compiler.disable(reason="the number of labeled tokens decides the shapes of the GEMMs")
 def linear_log_probs(
     hidden: torch.Tensor | Sequence[torch.Tensor],
     weight: torch.Tensor | Sequence[torch.Tensor],
@@ -199,7 +199,7 @@ def linear_log_probs(
 
     Args:
         hidden: [..., H], or a sequence of such, one for each term of the head. fp32, bf16 or fp16;
-            the products run in the dtype of the first.
+            the GEMMs run in the dtype of the first.
         weight: [V, H], or a sequence of such; its gradient has its own dtype.
         labels: [...], int64; `options.ignore_index` marks tokens without label and without cost.
         bias: [V].

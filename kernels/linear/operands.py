@@ -14,7 +14,7 @@ from .workspace import workspace_rows
 
 
 def checked_operands(hidden, weight, bias, shard: VocabShard | None = None):
-    """The first two as lists of terms; ValueError if they do not fit each other."""
+    """Return the first two as lists of terms; ValueError if they do not fit each other."""
     hidden = [hidden] if torch.is_tensor(hidden) else list(hidden)
     weight = [weight] if torch.is_tensor(weight) else list(weight)
     if not hidden or len(hidden) != len(weight):
@@ -34,7 +34,7 @@ def checked_operands(hidden, weight, bias, shard: VocabShard | None = None):
 
 
 def classes(weight, shard: VocabShard | None) -> int:
-    """The vocabulary of a head whose weight may be one rank's part."""
+    """Return the vocabulary of a head whose weight may be one rank's part."""
     return weight[0].shape[0] if shard is None else shard.vocab
 
 
@@ -42,7 +42,8 @@ def make_plan(
     hidden, weight, bias, labels_N, uniform: bool, max_rows: int | None,
     shard: VocabShard | None = None,
 ) -> Plan:  # fmt: skip
-    """What the operands that require a gradient ask for; the same on all ranks of a shard."""
+    """Return what the operands that require a gradient ask for; the same on all ranks of a
+    shard."""
     enabled = torch.is_grad_enabled()
     want_weight = tuple(w.requires_grad and enabled for w in weight)
     width = sum(w.shape[1] for w, want in zip(weight, want_weight, strict=True) if want)
@@ -64,7 +65,7 @@ def make_head(
     hidden, weight, bias, labels_N, options, order, host: HostStats, class_weight=None,
     shard: VocabShard | None = None,
 ) -> Head:  # fmt: skip
-    """The operands in the dtype of the hidden states, in which the products run."""
+    """Return the operands in the dtype of the hidden states, in which the GEMMs run."""
     dtype = hidden[0].dtype
     make = Head if shard is None else functools.partial(ShardedHead, shard=shard)
     return make(

@@ -72,7 +72,7 @@ class Scoring:
             self.head.logits_(self.logits[start - begin : stop - begin], start, stop)
 
     def start_gradient(self, dtypes: Sequence[torch.dtype]) -> None:
-        """Makes room for the gradients; `dtypes` are those in which d weight is summed."""
+        """Make room for the gradients; `dtypes` are those in which d weight is summed."""
         head = self.head
         zeros_or_empty = torch.zeros_like if head.order.numel() else torch.empty_like
         self.dhidden = [
@@ -128,7 +128,7 @@ class Kept:
 
 
 def forward(head: Head, plan: Plan, outputs: Sequence[str]) -> tuple[TokenScores, Kept | None]:
-    """The scores [N] of all tokens, and the last workspace if there will be a backward."""
+    """Return the scores [N] of all tokens, and the last workspace if there will be a backward."""
     n = head.labels.shape[0]
     rows = plan.rows if plan.want_grad else plan.workspace(n)
     scoring = Scoring.start(head, plan, outputs)

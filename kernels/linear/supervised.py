@@ -1,7 +1,7 @@
 """Which tokens carry a label: their order, and their number, without stalling the device.
 
 The linear cross entropy pays only for supervised tokens. Their number lives on the device, and the
-host needs it to size the matrix products. Reading it at once would drain the device's queue, so the
+host needs it to size the GEMMs. Reading it at once would drain the device's queue, so the
 host queues the first `FIRST_ROWS` rows of work, which need no count, and only then waits: while the
 device computes those rows the count arrives and the rest is queued behind them.
 """
@@ -89,7 +89,7 @@ class HostStats:
         return tokens if self._host is None else int(self._host[0])
 
     def counts(self, number: int) -> list[int]:
-        """The `number` values that follow the stats."""
+        """Return the `number` values that follow the stats."""
         if self._event is not None:
             self._event.synchronize()
         if self._host is None:
@@ -97,7 +97,7 @@ class HostStats:
         return self._host[2 : 2 + number].tolist()
 
     def check(self, vocab: int) -> None:
-        """Raises ValueError if a label lies outside [0, vocab)."""
+        """Raise ValueError if a label lies outside [0, vocab)."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None

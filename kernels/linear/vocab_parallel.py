@@ -8,7 +8,7 @@
 Every sum over the vocabulary is a sum over ranks of local sums; y and the formulas of loss and
 scores are those of `loss.py` and `scores.py`. So a few numbers per token travel, and neither logits
 nor weight. d weight and d bias are complete on each rank. d hidden is this rank's part: the caller
-sums it over the ranks, once. The three matrix products have V / p columns each.
+sums it over the ranks, once. The three GEMMs have V / p columns each.
 
 Every rank of the group must make the same calls with the same hidden states, labels and options:
 the number of rows in a workspace follows from the largest shard, so that they match.
@@ -200,7 +200,7 @@ def _local_sums(y_nV: torch.Tensor, label_n: torch.Tensor, smooth_V) -> tuple[to
 
 
 def _rescaled(total_N: torch.Tensor, shift_N: torch.Tensor) -> torch.Tensor:
-    """Sums of exponentials, from the local maximum to that of all ranks."""
+    """Return sums of exponentials, from the local maximum to that of all ranks."""
     return (total_N * shift_N.exp()).where(total_N != 0, 0.0)
 
 
@@ -208,7 +208,7 @@ def _rescaled(total_N: torch.Tensor, shift_N: torch.Tensor) -> torch.Tensor:
 
 
 def _score(head: ShardedHead, logits_NV, labels_N, wanted: Sequence[str]) -> TokenScores:
-    """The scores of `kernels.logits.log_probs.score`, from those of each rank's own logits.
+    """Return the scores of `kernels.logits.log_probs.score`, from those of each rank's own logits.
 
     With lse_r and entropy_r of rank r's logits alone, w_r = exp(lse_r - top), W = sum_r w_r:
 
@@ -260,7 +260,8 @@ def _score(head: ShardedHead, logits_NV, labels_N, wanted: Sequence[str]) -> Tok
 
 
 def _first_of_all(shard: VocabShard, logits_NV, argmax_N, transform) -> torch.Tensor:
-    """The smallest index with the largest y of all ranks, from the `argmax_N` of this one."""
+    """Return the smallest index with the largest y of all ranks, from the `argmax_N` of this
+    one."""
     best_N = _transformed(logits_NV.gather(1, argmax_N[:, None]), transform).squeeze(1)
     best_of_all_N = shard.all_reduce(best_N.clone(), dist.ReduceOp.MAX)
     index_N = (argmax_N + shard.start).where(best_N == best_of_all_N, shard.vocab)

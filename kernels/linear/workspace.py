@@ -17,7 +17,7 @@ SPLIT_ROWS = 4096
 def workspace_rows(
     tokens: int, vocab: int, trainable_width: int, hidden: torch.Tensor, workspaces: int = 1
 ) -> int:
-    """The most rows of logits to hold at once on the device of `hidden`, see `rows_on`."""
+    """Return the most rows of logits to hold at once on the device of `hidden`, see `rows_on`."""
     if hidden.is_cuda:
         memory = torch.cuda.get_device_properties(hidden.device).total_memory
     else:
@@ -28,7 +28,7 @@ def workspace_rows(
 def rows_on(
     memory: int, tokens: int, vocab: int, trainable_width: int, itemsize: int, workspaces: int = 1
 ) -> int:
-    """The most rows of logits to hold at once on a device of `memory` bytes.
+    """Return the most rows of logits to hold at once on a device of `memory` bytes.
 
     What the budget holds: 1/64 of the memory; a quarter of it if there is no d weight, whose
     summation is what large workspaces are for. If all tokens fit `workspaces` of the budget and the
@@ -73,7 +73,7 @@ def sum_dtype(dtype: torch.dtype, few: bool) -> torch.dtype:
 
 
 def grown(logits: torch.Tensor, rows: int) -> torch.Tensor:
-    """A workspace of `rows` rows that begins with what `logits` holds.
+    """Return a workspace of `rows` rows that begins with what `logits` holds.
 
     The first rows are queued before the host knows how many will follow.
     """

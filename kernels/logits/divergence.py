@@ -69,7 +69,7 @@ def _load(logits_ptr, cols, mask, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _add_exp(top, sums, y):
-    """The online log-sum-exp takes in a block: (largest y so far, sums of exp(y - largest))."""
+    """Take a block into the online log-sum-exp: (largest y so far, sums of exp(y - largest))."""
     new_top = tl.maximum(top, tl.max(y, 0))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     return new_top, sums * tl.exp(top - shift) + tl.exp(y - shift)

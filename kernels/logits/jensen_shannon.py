@@ -132,7 +132,7 @@ def entropy(log_p: torch.Tensor) -> torch.Tensor:
 
 
 def check_vocabularies(student: int, teacher: int) -> None:
-    """Raises ValueError unless student and teacher have vocabularies of one size."""
+    """Raise ValueError unless student and teacher have vocabularies of one size."""
     if student != teacher:
         raise ValueError(
             f"the student's vocabulary has {student} entries, the teacher's {teacher}. Logits can "

@@ -131,7 +131,7 @@ def _score_gradient_kernel(
     g_lse_ptr, V, ignore_index, scale, softcap,
     ENTROPY: tl.constexpr, LSE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The logits of a block of columns of one token become their gradient."""
+    """Turn the logits of a block of columns of one token into their gradient."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < V
@@ -215,7 +215,7 @@ def score_gradient_(
     grads: ScoreGradients,
     options: ScoreOptions,
 ) -> None:
-    """Overwrites `logits_NV` with the gradient that `grads` send to it.
+    """Overwrite `logits_NV` with the gradient that `grads` send to it.
 
     `scores` holds log_sum_exp, and entropy if its gradient is given.
     """

@@ -8,7 +8,7 @@ REDUCTIONS = ("none", "sum", "mean")
 
 
 def check_labels(labels: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Raises ValueError unless `labels` is an int64 tensor of `shape` on `device`."""
+    """Raise ValueError unless `labels` is an int64 tensor of `shape` on `device`."""
     if labels.shape != shape:
         raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")
     if labels.dtype != torch.int64:

@@ -86,7 +86,7 @@ class ScoreOptions:
 
 
 def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
-    """`outputs` as a tuple; ValueError names what is unknown."""
+    """Return `outputs` as a tuple; ValueError names what is unknown."""
     unknown = sorted(set(outputs) - {*EXTRA, "log_probs"})
     if unknown:
         raise ValueError(f"unknown outputs {', '.join(unknown)}; known: {', '.join(EXTRA)}")
@@ -99,7 +99,7 @@ def log_probs_reference(
     options: ScoreOptions = ScoreOptions(),
     outputs: Sequence[str] = (),
 ) -> TokenScores:
-    """The formulas in plain torch, differentiable by autograd."""
+    """Return the formulas in plain torch, differentiable by autograd."""
     vocab = logits_NV.shape[1]
     y_NV = transform_logits(logits_NV.to(accumulate_dtype(logits_NV)), options.transform)
     supervised_N = labels_N != options.ignore_index

@@ -62,7 +62,7 @@ def _grouped(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
 
 
 def _std(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Standard deviation of what is not NaN, with Bessel's correction; NaN of a single value."""
+    """Return the standard deviation of what is not NaN, by Bessel's formula; NaN of one value."""
     count = (~values.isnan()).sum(dim, keepdim=True)
     squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
     return (squares / (count - 1)).sqrt()

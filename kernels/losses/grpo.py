@@ -163,7 +163,7 @@ class GRPOLoss:
         num_items_in_batch: torch.Tensor | float | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Normalizers:
-        """What the sums over a batch of B completions with `mask` [B, T] are divided by.
+        """Return what the sums over a batch of B completions with `mask` [B, T] are divided by.
 
         The caller sums the losses of `accumulation_steps` batches. num_items_in_batch, the tokens
         of all these batches (a process' share where losses are averaged over processes), is read by
@@ -241,7 +241,7 @@ class GRPOLoss:
         return PolicyOutput(loss_B, policy_loss_B.detach(), *token[1:], kl)
 
     def _check(self, log_probs, advantages, sampling_ratio, top_entropy_mask, **per_token):
-        """Raises ValueError for a tensor that does not fit, for one that an option needs and that
+        """Raise ValueError for a tensor that does not fit, for one that an option needs and that
         is not there, and for a reference that no option needs."""
         shape, device = log_probs.shape, log_probs.device
         check_like("advantages", advantages, shape[: max(1, advantages.dim())], device)

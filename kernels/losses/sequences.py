@@ -78,7 +78,7 @@ def batch_nll(
 
 
 def check_sequences(log_probs: torch.Tensor, mask: torch.Tensor, shape: str) -> None:
-    """Raises ValueError unless `log_probs` is fp32 or fp64 of `shape` ("[G, 2, T]": a number is an
+    """Raise ValueError unless `log_probs` is fp32 or fp64 of `shape` ("[G, 2, T]": a number is an
     exact size) and `mask` a bool tensor of the same shape on the same device."""
     sizes = shape.strip("[]").split(", ")
     got = tuple(log_probs.shape)
@@ -99,7 +99,7 @@ def check_sequences(log_probs: torch.Tensor, mask: torch.Tensor, shape: str) -> 
 def check_like(
     name: str, tensor: torch.Tensor | None, shape: Iterable[int], device: torch.device
 ) -> None:
-    """Raises ValueError unless `tensor` is there, of `shape`, on `device`."""
+    """Raise ValueError unless `tensor` is there, of `shape`, on `device`."""
     shape = tuple(shape)
     if tensor is None:
         raise ValueError(f"{name} is needed, a tensor of shape {shape}")
@@ -110,7 +110,7 @@ def check_like(
 
 
 def check_name(option: str, value: str, known: Iterable[str]) -> None:
-    """Raises ValueError unless `value` is one of `known`."""
+    """Raise ValueError unless `value` is one of `known`."""
     known = list(known)
     if value not in known:
         raise ValueError(f"{option} {value!r} is unknown; known are {', '.join(known)}")
@@ -125,7 +125,7 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Raises ValueError unless `value` is None or finite and from `low` to `high`, a bound itself
+    """Raise ValueError unless `value` is None or finite and from `low` to `high`, a bound itself
     being outside where it is open."""
     if value is None:
         return
@@ -137,7 +137,7 @@ def check_range(
 
 
 def check_unused(options: Any, used_by: Mapping[str, Iterable[str]], chosen: Iterable[str]) -> None:
-    """Raises ValueError for a field of the dataclass `options` that has another value than its
+    """Raise ValueError for a field of the dataclass `options` that has another value than its
     default though no loss of `chosen` is among those that `used_by` says use it."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

@@ -28,6 +28,6 @@ def print_titled(title: str, text: str) -> None:
 
 
 def console() -> Console:
-    """The terminal, or the file that is written to instead."""
+    """Return the terminal, or the file that is written to instead."""
     found = Console()
     return found if found.is_terminal else Console(width=_WIDTH_OF_FILES)

@@ -46,7 +46,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def command(options: argparse.Namespace) -> list[str]:
-    """The words of the command. Raises ValueError for what it could not run."""
+    """Return the words of the command. Raises ValueError for what it could not run."""
     import torch
 
     from liger_trainer.runs.checks import require

@@ -53,7 +53,7 @@ def _list(names: list[str]) -> int:
 
 
 def _needs(values: dict) -> str:
-    """What has to be there besides the package itself."""
+    """Return what has to be there besides the package itself."""
     model, needs = values["model"], []
     needs += ["trl"] if values.get("method", "sft") != "sft" else []
     needs += ["peft"] if values.get("peft") else []

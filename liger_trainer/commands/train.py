@@ -90,7 +90,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe, checked; of the processes of one machine, the first one tells what is wrong."""
+    """Return the recipe, checked; of the processes of one machine, the first one tells what is
+    wrong."""
     from liger_trainer.runs.checks import require
     from liger_trainer.runs.recipe import load_recipe
 
@@ -110,7 +111,7 @@ def _local_rank() -> int:
 
 
 def _leave_together() -> None:
-    """Ends the process group, where there is one: torch complains of processes that do not."""
+    """End the process group, where there is one: torch complains of processes that do not."""
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -134,7 +135,7 @@ def _tell(result: RunResult, command: str) -> int:
 
 
 def _what_is_left(recipe: Recipe, command: str) -> str:
-    """What a run that was interrupted at once has left."""
+    """Return what a run that was interrupted at once has left."""
     from liger_trainer.runs import checkpoints
     from liger_trainer.runs import folder as run_folder
 
@@ -176,7 +177,7 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
 
 
 def _summary(result: RunResult) -> str:
-    """The closing lines of a run."""
+    """Return the closing lines of a run."""
     from liger_trainer.runs.html import telling
 
     numbers = result.summary

@@ -11,7 +11,8 @@ _Tensor = torch.Tensor
 
 
 def _separate_value(logits) -> torch.Tensor | None:
-    """The value of the logits, if gradients of it do not pass through the logits themselves."""
+    """Return the value of the logits, if gradients of it do not pass through the logits
+    themselves."""
     direct = getattr(logits, "_direct", None)
     return direct if direct is not None and direct is logits._value else None
 

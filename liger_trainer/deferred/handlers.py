@@ -134,7 +134,7 @@ def _log_softmax(logits, dim=None, dtype=None):
 
 @implements(torch.add, _Tensor.add, _Tensor.__add__, _Tensor.__radd__)
 def _add(a, b):
-    """The sum of two linear maps: a head and the low-rank adapter on it."""
+    """Return the sum of two linear maps: a head and the low-rank adapter on it."""
     if not (isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits)):
         return NotImplemented
     base, other = a.state, b.state
@@ -205,7 +205,7 @@ def per_token(logits, reduce, dtype: torch.dtype):
 
 
 def plain_logits(operands: list[Operands], rows: slice = slice(None)) -> torch.Tensor:
-    """Some rows of the logits [N, V], by the operations of the plain head."""
+    """Return some rows of the logits [N, V], by the operations of the plain head."""
     value = None
     for hidden, weight, bias, _ in operands:
         x = hidden.reshape(-1, hidden.shape[-1])[rows]
@@ -251,7 +251,8 @@ def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-
 
 
 def _loss_dtype(logits: torch.Tensor) -> torch.dtype:
-    """The dtype in which torch returns a loss of such logits: autocast computes it in fp32."""
+    """Return the dtype in which torch returns a loss of such logits: autocast computes it in
+    fp32."""
     autocast = torch.is_autocast_enabled(logits.device.type)
     return torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
 

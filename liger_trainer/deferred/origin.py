@@ -50,7 +50,7 @@ class Origin:
     head: nn.Module
     hidden: torch.Tensor
     device: torch.device  # where the head is, which need not be where its input is
-    dtype: torch.dtype  # of the head's matrix products
+    dtype: torch.dtype  # of the head's GEMMs
     fused: bool  # the loss is fused with the head; else it gets the plain logits
     scope: Scope
     with_grad: bool
@@ -61,7 +61,7 @@ class Origin:
 
     @contextlib.contextmanager
     def as_then(self):
-        """The grad mode, autocast and weights of the call."""
+        """Restore the grad mode, autocast and weights of the call within the block."""
         enabled, dtype = self.autocast
         with (
             torch.set_grad_enabled(self.with_grad),
@@ -72,7 +72,8 @@ class Origin:
 
     @contextlib.contextmanager
     def weights(self):
-        """The weights of the call, where an engine has put shards in their place (FSDP1)."""
+        """Put back the weights of the call within the block, where an engine has put shards in
+        their place (FSDP1)."""
         exchanged = [seen for seen in self.seen if seen.was_exchanged]
         if not all(_in_memory(seen.tensor) for seen in exchanged):
             raise RuntimeError(
@@ -122,7 +123,7 @@ class Origin:
 
 
 def seen_in(head: nn.Module) -> tuple[Seen, ...]:
-    """The weights and biases of the head's linear layers, as they are."""
+    """Return the weights and biases of the head's linear layers, as they are."""
     found = []
     for layer in head.modules():
         if isinstance(layer, nn.Linear):

@@ -70,7 +70,7 @@ def deferring(head: nn.Module) -> Iterator[None]:
 
 
 def scope_of(head: nn.Module) -> Scope | None:
-    """The scope in which calls of `head` are deferred; None if they are not."""
+    """Return the scope in which calls of `head` are deferred; None if they are not."""
     return _state.scope if _state.head is head else None
 
 

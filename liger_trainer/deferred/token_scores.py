@@ -73,7 +73,7 @@ def _fused_scores(logits, state: State, labels, temperature, outputs, weighting)
 
 
 def fusable(logits: torch.Tensor) -> State | None:
-    """What deferred logits are made of, if a kernel can take it from there; else None."""
+    """Return what deferred logits are made of, if a kernel can take it from there; else None."""
     state = logits.state if isinstance(logits, DeferredLogits) else None
     if state is None or not state.origin.fused or state.has_log_softmax or not state.transform:
         return None
@@ -178,7 +178,7 @@ def _label_log_probs(logits, dim, index):
 
 @implements(torch.mean, torch.Tensor.mean)
 def _mean(logits, dim=None, keepdim=False):
-    """The mean of all logits or of each token's, as numbers to report."""
+    """Return the mean of all logits or of each token's, as numbers to report."""
     of_each = dim in (-1, logits.ndim - 1)
     if fusable(logits) is None or logits.requires_grad or not logits.numel():
         return NotImplemented
@@ -192,7 +192,8 @@ def _mean(logits, dim=None, keepdim=False):
 
 
 def _means(logits, dtype: torch.dtype):
-    """The mean of each token's logits: where they are linear, the product with a mean weight."""
+    """Return the mean of each token's logits: where they are linear, the product with a mean
+    weight."""
     scale, softcap = logits.state.transform
     if softcap is not None:
         return per_token(logits, lambda z: z.to(dtype).mean(-1), dtype)

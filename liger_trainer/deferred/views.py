@@ -52,7 +52,7 @@ def _detach(logits):
 
 
 def _adoptable(logits, copy):
-    """A copy that an autograd function may return as its own (an engine's identity, say).
+    """Return a copy that an autograd function may return as its own (an engine's identity, say).
 
     Its gradient then passes through that function; without one, it has none.
     """

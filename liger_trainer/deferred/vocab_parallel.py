@@ -24,7 +24,8 @@ from liger_trainer.kernels.linear.vocab_parallel import VocabShard
 
 
 def shard_of(weight: torch.Tensor | None) -> VocabShard | None:
-    """The rows of `weight` [V, H] that this rank holds; None if it is not evenly split by rows."""
+    """Return the rows of `weight` [V, H] that this rank holds; None if it is not evenly split by
+    rows."""
     if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
         return None
     try:

@@ -126,7 +126,7 @@ def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def impurity(function: Callable, module: nn.Module, inputs: tuple) -> str | None:
-    """What `function(*inputs)` does beyond its result, None if nothing is seen.
+    """Return what `function(*inputs)` does beyond its result, None if nothing is seen.
 
     It may draw random numbers, change `module`'s attributes, or return something else next time.
     """
@@ -183,7 +183,7 @@ def draw(shape: tuple[int, ...], scale: float, device: torch.device, seed: int) 
 
 
 def compare(original: Callable, candidate: Callable, cases: Iterable[Case]) -> Verdict:
-    """Runs both on each case. A case in 16 bits is also run, by the original, in fp32.
+    """Run both on each case. A case in 16 bits is also run, by the original, in fp32.
 
     `original(*inputs)` and `candidate(*inputs)` return a tensor or a tuple of tensors.
     """
@@ -252,7 +252,7 @@ def choose(
 
 
 def evaluate(function: Callable, case: Case) -> list[torch.Tensor]:
-    """Outputs, then the gradient of each input that requires one."""
+    """Return outputs, then the gradient of each input that requires one."""
     outputs = function(*case.inputs)
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     wanted = [t for t in case.inputs if t.requires_grad]

@@ -38,7 +38,7 @@ def inject(
     config: Mapping[str, bool] | KernelConfig | None = None,
     strict: bool = False,
 ) -> InjectionReport:
-    """Swaps every part of `model` that a kernel provably computes, in place and reversibly.
+    """Swap every part of `model` that a kernel provably computes, in place and reversibly.
 
     Only this instance changes: other models, also of the same class, are not touched. Parameters,
     their names and the model's forward stay. A model that was injected before starts from its plain
@@ -211,6 +211,6 @@ def _ids(model: nn.Module) -> list[int]:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a PEFT wrapper, whose adapters are part of it."""
+    """Return the model inside a PEFT wrapper, whose adapters are part of it."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model

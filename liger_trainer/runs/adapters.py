@@ -13,7 +13,8 @@ _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def located(arguments: Any) -> tuple[Any, Path | None]:
-    """The arguments of the base model, and the adapter to put on it, if `arguments` name one.
+    """Return the arguments of the base model, and the adapter to put on it, if `arguments` name
+    one.
 
     The base is what `run.json` says beside the adapter, or else `adapter_config.json`.
     Raises ValueError for a run that has left no model, and for an adapter without a base.
@@ -43,13 +44,13 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
 
 
 def location(arguments: Any) -> dict[str, Any]:
-    """What `run.json` keeps as `base`: where the base model of `arguments` is."""
+    """Return what `run.json` keeps as `base`: where the base model of `arguments` is."""
     base, _ = located(arguments)
     return {key: getattr(base, key) for key in LOCATION if getattr(base, key) is not None}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is no file or no object."""
+    """Return the object in a file; empty where there is no file or no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

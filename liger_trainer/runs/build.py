@@ -25,7 +25,7 @@ from liger_trainer.runs.throughput import Progress, Throughput, count_tokens
 
 
 def build_trainer(recipe: Recipe, args):
-    """The trainer of a recipe, ready for `.train()`, and its data.
+    """Return the trainer of a recipe, ready for `.train()`, and its data.
 
     Raises ValueError for data and models that the method cannot train on.
     """
@@ -48,7 +48,7 @@ def build_trainer(recipe: Recipe, args):
 
 
 def load_data(recipe: Recipe, tokenizer, rewards: list) -> Prepared:
-    """The data of a recipe. Raises ValueError for what its method cannot train on."""
+    """Return the data of a recipe. Raises ValueError for what its method cannot train on."""
     return prepare(
         recipe.data,
         tokenizer,
@@ -61,21 +61,23 @@ def load_data(recipe: Recipe, tokenizer, rewards: list) -> Prepared:
 
 
 def processor_of(recipe: Recipe) -> Callable[[], Any] | None:
-    """What loads the processor of text and images; None for a method that takes no images."""
+    """Return what loads the processor of text and images; None for a method that takes no
+    images."""
     if not recipe.kind.images:
         return None
     return functools.partial(load_processor, recipe.model)
 
 
 def load_trained(recipe: Recipe, trained: Path):
-    """The trainer of a recipe, with the trained weights or adapter of a folder, and its data."""
+    """Return the trainer of a recipe, with the trained weights or adapter of a folder, and its
+    data."""
     trainer, prepared = build_trainer(recipe, recipe.training_arguments())
     trainer._load_from_checkpoint(str(trained))
     return trainer, prepared
 
 
 def load_rewards(recipe: Recipe) -> list:
-    """The reward functions; modules are also looked for beside the recipe and in the working
+    """Return the reward functions; modules are also looked for beside the recipe and in the working
     folder."""
     if recipe.reward is None:
         return []
@@ -118,7 +120,7 @@ def _collator(model, args, tokenizer, prepared: Prepared) -> Callable[[list], di
 
 
 def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: list):
-    """A trainer of TRL, which tokenizes and collates itself.
+    """Return a trainer of TRL, which tokenizes and collates itself.
 
     TRL would load the reference by the policy's name alone: not possible for a GGUF file in a
     package, and silently another model where the recipe names a revision or changes the
@@ -177,7 +179,7 @@ def _require_separation(model, args) -> None:
 
 
 def generations_conflict(args) -> list[str]:
-    """What stands against evaluating completions in groups, at most one sentence.
+    """Return what stands against evaluating completions in groups, at most one sentence.
 
     TRL checks this only for a recipe that evaluates on the way; every run does at its ends.
     """

@@ -29,14 +29,14 @@ SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def begin(checkpoint: Path, run: str) -> None:
-    """Marks a folder as that of `run`, not complete."""
+    """Mark a folder as that of `run`, not complete."""
     remove(checkpoint)  # what an earlier save has left
     checkpoint.mkdir(parents=True, exist_ok=True)
     write_whole(checkpoint / _BEGUN, json.dumps({"run": run}))
 
 
 def complete(checkpoint: Path, run: str, **facts: Any) -> None:
-    """Declares everything in a folder to be the complete checkpoint of `run`."""
+    """Declare everything in a folder to be the complete checkpoint of `run`."""
     files = {}
     for path in _files(checkpoint):
         with path.open("r+b") as file:
@@ -48,7 +48,7 @@ def complete(checkpoint: Path, run: str, **facts: Any) -> None:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Writes a file that has, at any time, its old content or its new one."""
+    """Write a file that has, at any time, its old content or its new one."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -81,7 +81,8 @@ def flaw(checkpoint: Path, run: str) -> str:
 
 
 def newest(folder: Path, run: str) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of `run`, and a sentence about each that was passed over."""
+    """Return the newest complete checkpoint of `run`, and a sentence about each that was passed
+    over."""
     passed = []
     for checkpoint in reversed(numbered(folder)):
         reason = flaw(checkpoint, run)
@@ -92,7 +93,7 @@ def newest(folder: Path, run: str) -> tuple[Path | None, list[str]]:
 
 
 def what_is_left(folder: Path, run: str) -> str:
-    """A sentence about where a run that failed can go on."""
+    """Return a sentence about where a run that failed can go on."""
     checkpoint, _ = newest(folder, run)
     if checkpoint is None:
         return "There is no complete checkpoint"
@@ -100,18 +101,18 @@ def what_is_left(folder: Path, run: str) -> str:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """The folders `checkpoint-<step>`, by step."""
+    """Return the folders `checkpoint-<step>`, by step."""
     found = [p for p in folder.glob("checkpoint-*") if _NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=step)
 
 
 def step(checkpoint: Path) -> int:
-    """The optimizer steps that were done."""
+    """Return the optimizer steps that were done."""
     return int(_NAME.fullmatch(checkpoint.name)[1])
 
 
 def owner(checkpoint: Path) -> str | None:
-    """The run that wrote a checkpoint, complete or not; None if none did."""
+    """Return the run that wrote a checkpoint, complete or not; None if none did."""
     for name in (MANIFEST, _BEGUN):
         try:
             return json.loads((checkpoint / name).read_text())["run"]
@@ -127,7 +128,7 @@ def foreign(checkpoint: Path, runs: set[str]) -> bool:
 
 
 def remove(checkpoint: Path) -> None:
-    """Removes what a run wrote to a checkpoint. Other files stay, and with them the folder."""
+    """Remove what a run wrote to a checkpoint. Other files stay, and with them the folder."""
     if (checkpoint / MANIFEST).is_file():  # from now on it is not complete, and still ours
         os.replace(checkpoint / MANIFEST, checkpoint / _BEGUN)
     if (checkpoint / _BEGUN).is_file():
@@ -141,13 +142,13 @@ def remove(checkpoint: Path) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Removes a folder that holds nothing."""
+    """Remove a folder that holds nothing."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def guard_saves(trainer, run: str, *, saving: Callable[[bool], None], healthy) -> None:
-    """Makes a trainer's checkpoints complete ones of `run`, and its rotation remove only those.
+    """Make a trainer's checkpoints complete ones of `run`, and its rotation remove only those.
 
     Args:
         saving: is told before and after a save.
@@ -182,7 +183,7 @@ def guard_saves(trainer, run: str, *, saving: Callable[[bool], None], healthy) -
 
 
 def rotate(folder: Path, run: str, limit: int | None, keep: str | None) -> None:
-    """Removes the oldest checkpoints of `run` over `limit`, never the newest or `keep`."""
+    """Remove the oldest checkpoints of `run` over `limit`, never the newest or `keep`."""
     if not limit or limit < 1:
         return
     ours = [c for c in numbered(folder) if not flaw(c, run)]

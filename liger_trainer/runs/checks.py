@@ -37,7 +37,7 @@ _ABOVE_ZERO = ("eval_steps", "logging_steps", "num_train_epochs", "save_steps")
 
 
 def require(recipe: Recipe) -> None:
-    """Raises ValueError with all `problems`."""
+    """Raise ValueError with all `problems`."""
     found = problems(recipe)
     if found:
         raise ValueError("; ".join(found))
@@ -76,7 +76,7 @@ def problems(recipe: Recipe) -> list[str]:
 
 
 def model_problems(recipe: Recipe) -> list[str]:
-    """What the model's configuration shows of the section `peft`, without weights."""
+    """Return what the model's configuration shows of the section `peft`, without weights."""
     config = recipe.peft_config()
     if config is None:
         return []
@@ -90,14 +90,15 @@ def model_problems(recipe: Recipe) -> list[str]:
 
 
 def training_problems(recipe: Recipe) -> list[str]:
-    """What the installed release says of the section `training`, as ValueError, and of batches."""
+    """Return what the installed release says of the section `training`, as ValueError, and of
+    batches."""
     args, data = recipe.training_arguments(), recipe.data
     held_out = data.eval_path or data.eval_split or data.eval_fraction
     return generations_conflict(args) if held_out else []
 
 
 def data_problems(recipe: Recipe) -> list[str]:
-    """What the first rows of local data show. A hub's data would have to be fetched."""
+    """Return what the first rows of local data show. A hub's data would have to be fetched."""
     data = recipe.data
     sources = [(source, "training") for source in data.sources]
     sources += [(source, "held-out") for source in data.eval_sources]

@@ -8,7 +8,7 @@ from liger_trainer.runs.memory import Shape, Weights
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """The sizes that the formulas need, of a model without adapters.
+    """Return the sizes that the formulas need, of a model without adapters.
 
     Raises ValueError for a model whose layers are not attention and one gated MLP, or differ.
     """
@@ -39,7 +39,7 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Counts over the parameters of a model, with or without adapters; tied ones count once."""
+    """Count over the parameters of a model, with or without adapters; tied ones count once."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     layer = layers_of(model)[0]
@@ -69,7 +69,7 @@ def weights_of(model: nn.Module) -> Weights:
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers: the list of modules that holds most parameters."""
+    """Return the decoder's layers: the list of modules that holds most parameters."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of layers")

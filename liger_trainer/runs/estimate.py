@@ -45,7 +45,7 @@ def estimate(run: Run) -> Estimate:
 
 
 def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str | None) -> Run:
-    """What the formulas need to know of a recipe on `gpus` GPUs of `memory` GiB.
+    """Return what the formulas need to know of a recipe on `gpus` GPUs of `memory` GiB.
 
     Only the model's configuration is loaded; with `shape`, a name of `CONFIGS`, not even that.
     Raises ValueError for what the formulas do not cover, and for a configuration that cannot be
@@ -95,7 +95,8 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
 
 
 def ways_out(run: Run) -> list[str]:
-    """What would make a run fit: each change that is enough alone, else the least of several.
+    """Return what would make a run fit: each change that is enough alone, else the least of
+    several.
 
     Empty if nothing here does.
     """
@@ -134,7 +135,7 @@ def _batches(run: Run) -> list[dict]:
 
 
 def _words(run: Run, change: dict) -> list[str]:
-    """A change as a user makes it, without what is so already."""
+    """Return a change as a user makes it, without what is so already."""
     return [
         _WORDS[key].format(value)
         for key, value in change.items()
@@ -147,7 +148,7 @@ def _fits(run: Run) -> bool:
 
 
 def _least(run: Run) -> int | None:
-    """The fewest GPUs, more than there are, on which a run fits."""
+    """Return the fewest GPUs, more than there are, on which a run fits."""
     low, high = run.gpus, _MOST_GPUS
     if low >= high:
         return None
@@ -161,7 +162,8 @@ def _least(run: Run) -> int | None:
 
 
 def _covered(recipe: Recipe, fields: dict) -> KernelConfig:
-    """The kernels of a recipe. Raises ValueError for a recipe that the formulas do not describe."""
+    """Return the kernels of a recipe. Raises ValueError for a recipe that the formulas do not
+    describe."""
     if recipe.method not in _METHODS:
         raise ValueError(f"plan: not for method {recipe.method}; it is for {', '.join(_METHODS)}")
     if not fields.get("use_liger_kernel"):
@@ -191,7 +193,7 @@ def _covered(recipe: Recipe, fields: dict) -> KernelConfig:
 
 
 def _meta_model(recipe: Recipe, shape: str | None):
-    """The model without weights, in the dtype that the recipe loads it in."""
+    """Return the model without weights, in the dtype that the recipe loads it in."""
     if shape is None:
         try:
             config = load_config(recipe.model)

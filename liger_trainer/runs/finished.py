@@ -37,7 +37,7 @@ class FinishedRun:
 
 
 def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
-    """The finished run in a folder. Raises ValueError when there is none, in one line."""
+    """Return the finished run in a folder. Raises ValueError when there is none, in one line."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"there is no folder {str(path)!r}")
@@ -52,5 +52,5 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
 
 
 def _known(keys: Any) -> Any:
-    """A section without the values that were hidden when it was written."""
+    """Return a section without the values that were hidden when it was written."""
     return {k: v for k, v in keys.items() if v != HIDDEN} if isinstance(keys, dict) else keys

@@ -51,7 +51,7 @@ class RunFolder:
         return self.earlier is not None and self.earlier["id"] == self.id
 
     def begin(self) -> None:
-        """Makes the folder this run's; a run that it replaces is removed. Once."""
+        """Make the folder this run's; a run that it replaces is removed. Once."""
         if self.begun:
             return
         self.begun = True
@@ -75,7 +75,7 @@ class RunFolder:
         self.write("running", files=files)
 
     def write(self, state: str, **facts: Any) -> None:
-        """Records the state of the run, and facts besides those recorded before."""
+        """Record the state of the run, and facts besides those recorded before."""
         assert state in _STATES
         self.facts |= {"files": [], "replaced": [], **facts}
         content = {"state": state, "id": self.id, "recipe": self.recipe.shown, **self.facts}
@@ -83,7 +83,7 @@ class RunFolder:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A folder to save a model in, which `publish` empties. Removed in the end."""
+        """Return a folder to save a model in, which `publish` empties. Removed in the end."""
         path = self.path / _STAGING
         shutil.rmtree(path, ignore_errors=True)
         try:
@@ -92,7 +92,7 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
 
     def publish(self, staging: Path) -> None:
-        """Moves a saved model to its place, and removes what an earlier save has left over."""
+        """Move a saved model to its place, and removes what an earlier save has left over."""
         before = self.facts["files"]
         found = [p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file()]
         new = sorted(name for name in found if name != "README.md")  # boilerplate of PEFT
@@ -109,7 +109,8 @@ class RunFolder:
 def held(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, processes: int = 1
 ) -> Iterator[RunFolder]:
-    """The output folder, locked while the block runs: the lock ends with the process at the latest.
+    """Return the output folder, locked while the block runs: the lock ends with the process at
+    the latest.
 
     Raises ValueError when `refusal` has a reason, and where another process holds the folder. What
     was created for a run that has not begun is removed again.
@@ -177,7 +178,7 @@ def refusal(
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The contents of `run.json`, or None where there is none."""
+    """Return the contents of `run.json`, or None where there is none."""
     file = path / RUN_FILE
     if not file.is_file():
         return None
@@ -195,7 +196,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def _claimed(recipe: Recipe, *, resume: bool) -> RunFolder:
-    """The folder, now that nobody else changes it."""
+    """Return the folder, now that nobody else changes it."""
     path, earlier = recipe.output_dir, read(recipe.output_dir)
     if not resume:
         return RunFolder(recipe, earlier=earlier)
@@ -235,7 +236,7 @@ def _resume_refusal(recipe: Recipe, earlier: dict[str, Any], processes: int | No
 
 
 def _foreign(path: Path, earlier: dict[str, Any] | None) -> str | None:
-    """The name of something in the way that no run wrote."""
+    """Return the name of something in the way that no run wrote."""
     ours = set() if earlier is None else {earlier["id"], *earlier["replaced"]}
     for name in _MODEL_FILES:
         if (path / name).exists() and (earlier is None or name not in earlier["files"]):

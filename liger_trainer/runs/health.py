@@ -22,7 +22,7 @@ class Health(TrainerCallback):
         self._bad = torch.tensor(False)
 
     def watch(self, trainer) -> None:
-        """Looks at the loss of every step of `trainer`, without waiting for the device."""
+        """Look at the loss of every step of `trainer`, without waiting for the device."""
         step = trainer.training_step
 
         def training_step(*args, **kwargs):

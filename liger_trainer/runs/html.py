@@ -63,7 +63,7 @@ def write_report(
     notes: list[str],
     samples: list[dict[str, Any]] = (),
 ) -> Path:
-    """Writes the page and returns its path.
+    """Write the page and return its path.
 
     Args:
         summary: `held_out`, `tokens_per_second`, `peak_memory_gib`, ... as `summarize` has them,

@@ -115,7 +115,7 @@ def folder(arguments: ModelArguments) -> str:
 
 
 def load_config(arguments: ModelArguments):
-    """The model's configuration alone; no weights are read."""
+    """Return the model's configuration alone; no weights are read."""
     arguments, _ = located(arguments)
     with _one_line(arguments):
         config = AutoConfig.from_pretrained(folder(arguments), **_given(arguments, _LOADING_KEYS))
@@ -130,14 +130,15 @@ def load_config(arguments: ModelArguments):
 
 
 def load_tokenizer(arguments: ModelArguments):
-    """The tokenizer, with a padding token. Raises FileNotFoundError for a missing template file."""
+    """Return the tokenizer, with a padding token. Raises FileNotFoundError for a missing template
+    file."""
     tokenizer = _read_beside(arguments, AutoTokenizer)
     _complete(tokenizer, tokenizer, arguments)
     return tokenizer
 
 
 def load_processor(arguments: ModelArguments):
-    """The processor of text and images, with a padding token.
+    """Return the processor of text and images, with a padding token.
 
     Raises ValueError for a model that has none, and as `load_tokenizer` does.
     """
@@ -153,7 +154,7 @@ def load_processor(arguments: ModelArguments):
 
 
 def _read_beside(arguments: ModelArguments, cls: type):
-    """What lies beside the weights, the adapter or where `model.tokenizer` says."""
+    """Return what lies beside the weights, the adapter or where `model.tokenizer` says."""
     base, adapter = located(arguments)
     source, keys = folder(base), _LOADING_KEYS
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
@@ -166,7 +167,7 @@ def _read_beside(arguments: ModelArguments, cls: type):
 
 
 def _complete(templated, tokenizer, arguments: ModelArguments) -> None:
-    """Gives a tokenizer or processor the template of the recipe, and a padding token."""
+    """Give a tokenizer or processor the template of the recipe, and a padding token."""
     if arguments.chat_template:
         template = Path(arguments.chat_template)
         if not template.is_file():
@@ -207,7 +208,7 @@ def _with_adapter(model, arguments: ModelArguments, adapter: Path):
 
 
 def quantization_config(arguments: ModelArguments):
-    """What `from_pretrained` needs to know about quantization; None for dense weights.
+    """Return what `from_pretrained` needs to know about quantization; None for dense weights.
 
     GGUF weights are unpacked: left packed, they could be neither trained nor saved.
     """
@@ -247,7 +248,7 @@ def _auto_class(config, scores: bool):
 
 @contextmanager
 def _one_line(arguments: ModelArguments) -> Iterator[None]:
-    """Raises ValueError with the model's name for files that are cut off, do not fit each other or
+    """Raise ValueError with the model's name for files that are cut off, do not fit each other or
     need what is not installed."""
     try:
         yield

@@ -59,7 +59,7 @@ class Run:
     batch: int = 1  # examples in a micro-batch
     accumulation: int = 1
     reduce_each: bool = False  # gradients are reduced after every micro-batch
-    compute: int = 2  # bytes of matrix products
+    compute: int = 2  # bytes of GEMM operands
     mixed: bool = False  # autocast, or an engine's policy, narrows weights to `compute`
     lean: bool = True  # activation_memory
     checkpointing: bool = False
@@ -165,7 +165,7 @@ def head_memory(run: Run) -> tuple[float, float]:
 
 
 def peak(run: Run) -> Memory:
-    """The moment of the step that needs most, and what is there then."""
+    """Return the moment of the step that needs most, and what is there then."""
     s, w, c = run.shape, run.weights, run.compute
     fixed = states(run)
     gradients = fixed.pop("gradients")

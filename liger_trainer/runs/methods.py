@@ -80,7 +80,7 @@ _BEYOND_NAME = (
 
 
 def arguments_class(method: str) -> type:
-    """The dataclass that the section `training` fills.
+    """Return the dataclass that the section `training` fills.
 
     Raises ValueError when the method needs TRL and it is not installed.
     """
@@ -94,7 +94,8 @@ def arguments_class(method: str) -> type:
 
 
 def trainer_class(method: str) -> type:
-    """The trainer of a method. Raises ValueError when it needs TRL and it is not installed."""
+    """Return the trainer of a method. Raises ValueError when it needs TRL and it is not
+    installed."""
 
     def own():
         from liger_trainer.trainer import LigerTrainer
@@ -145,7 +146,7 @@ def derived_fields(method: str, model, data) -> dict[str, tuple[Any, str]]:
 
 
 def refuse_unused(method: str, values: dict[str, Any]) -> None:
-    """Raises ValueError for what the method would have to ignore, and for what it lacks."""
+    """Raise ValueError for what the method would have to ignore, and for what it lacks."""
     chosen = METHODS[method]
     for key in values["data"]:
         if key in chosen.unused_data:

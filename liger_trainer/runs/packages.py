@@ -57,8 +57,8 @@ def installed(*distributions: str) -> bool:
 
 
 def missing(values: dict[str, Any]) -> list[str]:
-    """A sentence, with the command, for everything that a recipe's values need and that is not
-    installed. `peft` and `trl` are not among them: without those a recipe cannot be read."""
+    """Return a sentence, with the command, for everything that a recipe's values need and that is
+    not installed. `peft` and `trl` are not among them: without those a recipe cannot be read."""
     return [
         f"{what} needs the package {names[0]}, which is not installed: `pip install {names[0]}`"
         for what, names in _needed(values)

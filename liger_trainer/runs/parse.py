@@ -50,7 +50,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str) -> Any:
-    """The plain value that `text` is in YAML.
+    """Return the plain value that `text` is in YAML.
 
     Raises ValueError, in one line, for what is not YAML, holds a key twice, is too large once its
     aliases are expanded, contains itself, or is no plain value (a set, binary data, a NaN).
@@ -69,7 +69,8 @@ def parse(text: str) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """The number of nodes below and with `node`, each alias counted as what it stands for."""
+    """Return the number of nodes below and with `node`, each alias counted as what it stands
+    for."""
     if id(node) in known:
         size = known[id(node)]
         if size is None:
@@ -88,7 +89,7 @@ def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy in which nothing is shared. Raises ValueError for what is no plain value."""
+    """Return a copy in which nothing is shared. Raises ValueError for what is no plain value."""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, (str, int)):

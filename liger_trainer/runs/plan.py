@@ -19,12 +19,13 @@ from liger_trainer.runs.secrets import hidden
 def injection_plan(
     model: ModelArguments, kernels: dict[str, bool] | None = None, *, strict: bool = False
 ) -> InjectionReport:
-    """What `inject` would swap, from the configuration alone: no weights, no memory."""
+    """Return what `inject` would swap, from the configuration alone: no weights, no memory."""
     return inject(meta_model(model), kernels, strict=strict)
 
 
 def resolved_yaml(recipe: Recipe) -> str:
-    """The recipe as YAML with every value that is set and, beside it, where that came from."""
+    """Return the recipe as YAML with every value that is set and, beside it, where that came
+    from."""
     sections: dict[str, Any] = {
         "method": recipe.method,
         "model": _set_fields(recipe.model),
@@ -53,7 +54,8 @@ def resolved_yaml(recipe: Recipe) -> str:
 
 
 def conflicts(recipe: Recipe) -> list[str]:
-    """What would fail or surprise, one sentence each, as far as the recipe alone shows it."""
+    """Return what would fail or surprise, one sentence each, as far as the recipe alone shows
+    it."""
     return [*_training_conflicts(recipe), *_data_conflicts(recipe), *_reward_conflicts(recipe)]
 
 

@@ -88,7 +88,7 @@ class Recipe:
         return fields | derived_fields(self.method, self.model, self.data)
 
     def training_arguments(self):
-        """The filled configuration of the method. `bf16: auto` is decided by the machine.
+        """Return the filled configuration of the method. `bf16: auto` is decided by the machine.
 
         Raises ValueError with the section's name when the installed release refuses a value.
         """
@@ -102,7 +102,7 @@ class Recipe:
             raise ValueError(f"training: {' '.join(str(error).split())}") from error
 
     def peft_config(self):
-        """The filled `LoraConfig`, or None without a `peft` section. Raises ValueError."""
+        """Return the filled `LoraConfig`, or None without a `peft` section. Raises ValueError."""
         if self.values.get("peft") is None:
             return None
         try:
@@ -119,8 +119,8 @@ def native_bf16() -> bool:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of a file, or of a name such as `sft/qwen3-8b-lora` that comes with the package,
-    checked; nothing is downloaded or created.
+    """Return the recipe of a file, or of a name such as `sft/qwen3-8b-lora` that comes with the
+    package, checked; nothing is downloaded or created.
 
     Raises FileNotFoundError for a missing recipe, and ValueError for bad YAML, an unknown section
     or key (with the nearest name), and a value of the wrong type.
@@ -130,7 +130,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of nested values, checked. Raises ValueError as `load_recipe` does."""
+    """Return the recipe of nested values, checked. Raises ValueError as `load_recipe` does."""
     given = {section: keys for section, keys in values.items() if isinstance(keys, dict)}
     sources = {f"{section}.{key}": "recipe" for section, keys in given.items() for key in keys}
     for override in overrides:
@@ -148,7 +148,7 @@ def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ())
 
 
 def defaults(section: str, method: str) -> dict[str, Any]:
-    """The values of a section that a recipe leaves out, as far as they are no objects."""
+    """Return the values of a section that a recipe leaves out, as far as they are no objects."""
     classes = {"model": ModelArguments, "data": DataArguments, "reward": RewardArguments}
     if section == "training":
         cls, usual = arguments_class(method), training_defaults(method)
@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> None:
-    """Puts one `section.key=value` into `values`; the value is a YAML scalar or flow."""
+    """Put one `section.key=value` into `values`; the value is a YAML scalar or flow."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ValueError(f"{override!r} is not of the form section.key=value")

@@ -118,7 +118,7 @@ def guarded(reward: Reward) -> Reward:
 
 
 def _one_by_one(reward: Reward, completions, columns: dict) -> list:
-    """The rewards of completions one at a time, the exception where one raises."""
+    """Return the rewards of completions one at a time, the exception where one raises."""
     values = []
     for i, completion in enumerate(completions):
         row = {
@@ -158,7 +158,7 @@ def _warn(what: str, reason: str) -> None:
 
 
 def parses(completions, *, source, **_) -> list[float]:
-    """The share of a completion's lines, from the first on, that is Python, between 0 and 1.
+    """Return the share of a completion's lines, from the first on, that is Python, between 0 and 1.
 
     It is read as what continues `source`, and as a program of its own; the better of the two
     counts. Prose and code fences are not Python.
@@ -216,14 +216,14 @@ REWARDS: dict[str, Reward] = {
 
 
 def text_of(completion: str | list[dict]) -> str:
-    """What was written: the string, or the contents of the messages."""
+    """Return what was written: the string, or the contents of the messages."""
     if isinstance(completion, str):
         return completion
     return "".join(message.get("content") or "" for message in completion)
 
 
 def _leading_code(source: str, text: str) -> tuple[str, float]:
-    """The longest program from the first lines of `text`, and their share of its lines."""
+    """Return the longest program from the first lines of `text`, and their share of its lines."""
     lines = text.rstrip().splitlines()
     written = sum(bool(line.strip()) for line in lines)
     for count in range(len(lines), 0, -1):
@@ -236,7 +236,7 @@ def _leading_code(source: str, text: str) -> tuple[str, float]:
 
 
 def _imports(source: str) -> str:
-    """The lines with which `source` imports names that a whole function may use."""
+    """Return the lines with which `source` imports names that a whole function may use."""
     lines = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     return "".join(line + "\n" for line in lines)
 

@@ -77,7 +77,7 @@ class _Facts:
 
 @contextlib.contextmanager
 def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None, Any]]:
-    """The first process holds the folder; a refusal reaches all."""
+    """Let the first process hold the folder; a refusal reaches all."""
     with contextlib.ExitStack() as stack:
         folder, outcome = None, [None]
         if args.process_index == 0:
@@ -203,7 +203,8 @@ class _Run:
             }
 
     def _begin_samples(self) -> list[dict[str, str]]:
-        """What the model writes before training, for the report, where one process can tell."""
+        """Return what the model writes before training, for the report, where one process can
+        tell."""
         trainer, count = self.trainer, self.recipe.data.samples
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         sharded |= getattr(trainer.model, "_tp_size", None) is not None
@@ -253,7 +254,7 @@ class _Run:
             self.stop.saving(False)
 
     def _evaluate(self) -> None:
-        """Evaluates the model as it is, unless that was just done; a signal ends it."""
+        """Evaluate the model as it is, unless that was just done; a signal ends it."""
         try:
             self.stop.interrupt_at_once()
             if self.prepared.eval is not None and not _evaluated_now(self.trainer.state):

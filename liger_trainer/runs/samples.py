@@ -22,8 +22,8 @@ class Sample:
 
 
 def samples_of(dataset: Any, tokenizer, count: int) -> list[Sample]:
-    """The first `count` examples of a prepared dataset that have a prompt: what comes before the
-    first label of a tokenized one, else the column `prompt`."""
+    """Return the first `count` examples of a prepared dataset that have a prompt: what comes
+    before the first label of a tokenized one, else the column `prompt`."""
     found = []
     rows = getattr(dataset, "dataset", dataset)  # of packed examples, those that were packed
     for row in (rows[i] for i in range(min(len(rows), 4 * count))):
@@ -36,7 +36,7 @@ def samples_of(dataset: Any, tokenizer, count: int) -> list[Sample]:
 
 
 def complete(model, tokenizer, ids: list[int], new_tokens: int = NEW_TOKENS, **options) -> str:
-    """What a model writes after `ids`, without sampling."""
+    """Return what a model writes after `ids`, without sampling."""
     training = model.training
     model.eval()
     try:
@@ -67,7 +67,7 @@ def prompt_ids(prompt: str | list[dict], tokenizer) -> list[int]:
 
 
 def shown(prompt: str | list[dict]) -> str:
-    """A prompt for people."""
+    """Return a prompt for people."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in prompt)

@@ -154,7 +154,7 @@ def _ask(report: socket.socket, job: Job, deadline: float) -> Verdict:
 def _running(
     sandbox: str, module: str, arguments: tuple[str, ...], channel: socket.socket, stderr=None
 ) -> Iterator[subprocess.Popen]:
-    """A process of `judge` with `channel` as its standard input; afterwards it is gone."""
+    """Return a process of `judge` with `channel` as its standard input; afterwards it is gone."""
     command, filter_ = _command(sandbox, module, arguments)
     with contextlib.ExitStack() as stack:
         given = []
@@ -186,7 +186,7 @@ def _running(
 def _command(
     sandbox: str, module: str, arguments: tuple[str, ...]
 ) -> tuple[list[str], bytes | None]:
-    """The command line, and the filter that it reads from the descriptor `{filter}`, if any.
+    """Return the command line, and the filter that it reads from the descriptor `{filter}`, if any.
 
     The checking process has to fork, so it installs the filter later.
     """
@@ -215,8 +215,8 @@ def _command(
 
 @functools.cache
 def _view() -> list[tuple[str, ...]]:
-    """What the file system of a sandbox holds: Python, the libraries that it is linked with, the
-    folder `judge`. No installed package: HumanEval's holds the solutions.
+    """Return what the file system of a sandbox holds: Python, the libraries that it is linked
+    with, the folder `judge`. No installed package: HumanEval's holds the solutions.
     """
     python = Path(os.path.realpath(sys.executable))
     prefix = python.parents[1]

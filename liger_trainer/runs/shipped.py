@@ -13,7 +13,7 @@ _MEMORY = re.compile(r"take ([\d.]+ GB)")
 
 
 def folder() -> Path:
-    """The folder `recipes`. Raises FileNotFoundError for an installation without it."""
+    """Return the folder `recipes`. Raises FileNotFoundError for an installation without it."""
     package = Path(__file__).resolve().parents[1]
     places = [package / "recipes", package.parent / "recipes"]
     found = next((path for path in places if path.is_dir()), None)
@@ -23,7 +23,7 @@ def folder() -> Path:
 
 
 def shipped(name: str) -> Path:
-    """A file below `recipes/`. Raises FileNotFoundError for an installation without it."""
+    """Return a file below `recipes/`. Raises FileNotFoundError for an installation without it."""
     path = folder() / name
     if not path.is_file():
         raise FileNotFoundError(f"this installation has no {path}")
@@ -31,13 +31,13 @@ def shipped(name: str) -> Path:
 
 
 def recipe_names() -> list[str]:
-    """The names of all recipes, such as `sft/qwen3-8b-lora`."""
+    """Return the names of all recipes, such as `sft/qwen3-8b-lora`."""
     paths = folder().glob("*/*.yaml")
     return sorted(_name(path) for path in paths if path.parent.name != "accelerate")
 
 
 def accelerate_names() -> list[str]:
-    """The names of all configurations of accelerate, such as `fsdp2`."""
+    """Return the names of all configurations of accelerate, such as `fsdp2`."""
     return sorted(path.stem for path in folder().glob("accelerate/*.yaml"))
 
 
@@ -50,7 +50,7 @@ class Header:
 
 
 def header(path: Path) -> Header:
-    """The comment at the top of a recipe."""
+    """Return the comment at the top of a recipe."""
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = []
     for line in lines:

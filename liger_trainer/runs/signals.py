@@ -30,7 +30,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def watching(self) -> Iterator[StopOnSignal]:
-        """Handles both signals within the block. Python allows that in the main thread only."""
+        """Handle both signals within the block. Python allows that in the main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

@@ -58,7 +58,7 @@ def machine() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """The installed version."""
+    """Return the installed version."""
     try:
         return version(package)
     except PackageNotFoundError:

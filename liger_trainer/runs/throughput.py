@@ -13,7 +13,8 @@ GIB = 1024**3
 
 
 def peak_memory_gib() -> float:
-    """The most that this process has held: GPU memory allocated, or, without a GPU, resident."""
+    """Return the most that this process has held: GPU memory allocated, or, without a GPU,
+    resident."""
     if torch.cuda.is_initialized():
         return (
             sum(torch.cuda.max_memory_allocated(d) for d in range(torch.cuda.device_count())) / GIB
@@ -73,7 +74,7 @@ class Throughput(TrainerCallback):
 
 
 def count_tokens(trainer) -> None:
-    """Makes a trainer count the tokens of pairs, in `state.num_input_tokens_seen`.
+    """Make a trainer count the tokens of pairs, in `state.num_input_tokens_seen`.
 
     For the trainers of ORPO and CPO, which do not count themselves: their batches hold chosen and
     rejected sequences with a mask each, and transformers counts only `input_ids`.

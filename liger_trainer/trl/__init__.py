@@ -65,7 +65,7 @@ def _import(module: str):
 
 @functools.cache
 def fused(trainer: type[Trainer]) -> type[Trainer]:
-    """The subclass of a TRL trainer whose `use_liger_kernel=True` means this package."""
+    """Return the subclass of a TRL trainer whose `use_liger_kernel=True` means this package."""
     if issubclass(trainer, FusedTrainer):
         return trainer
     names = {
@@ -168,7 +168,8 @@ class FusedTrainer:
             yield
 
     def _weighting(self, args: TrainingArguments) -> str | None:
-        """What `SFTTrainer.compute_loss` makes of log_probs, if that is what computes the loss."""
+        """Return what `SFTTrainer.compute_loss` makes of log_probs, if that is what computes the
+        loss."""
         from trl.trainer.sft_trainer import SFTTrainer
 
         own = super().compute_loss.__func__ is SFTTrainer.compute_loss
@@ -195,7 +196,7 @@ class FusedTrainer:
 
 
 def _head_row(attached: bool, deferred: bool, cast_to_fp32: bool) -> Row:
-    """What answers `model(..., fused_lm_head=True)`, by which TRL scores tokens."""
+    """Return what answers `model(..., fused_lm_head=True)`, by which TRL scores tokens."""
     if attached and deferred:
         reason = "tokens are scored from the deferred logits of the model's own forward"
     else:

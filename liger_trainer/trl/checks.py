@@ -27,7 +27,7 @@ _RENAMED = {"epsilon_low": "epsilon"}
 
 
 def check_options(trainer: type, args: TrainingArguments) -> None:
-    """Raises ValueError for an option of `args` that the trainer's loss does not use.
+    """Raise ValueError for an option of `args` that the trainer's loss does not use.
 
     The losses' own formulas decide (`kernels/losses/dpo.py` and its neighbors): they
     reject options without effect.
@@ -50,7 +50,7 @@ def check_options(trainer: type, args: TrainingArguments) -> None:
 
 
 def check_examples(trainer: Trainer) -> None:
-    """Raises ValueError for prepared examples without a completion.
+    """Raise ValueError for prepared examples without a completion.
 
     The log-probability of nothing is 0, the best there is: as chosen it wins, as rejected it cannot
     lose, and averaged over its length it is NaN.
@@ -87,7 +87,7 @@ def _lengths(dataset: Dataset, column: str) -> Iterator[int]:
 
 
 def check_reference(model: nn.Module, reference: nn.Module) -> None:
-    """Raises ValueError for a reference whose head scores another vocabulary."""
+    """Raise ValueError for a reference whose head scores another vocabulary."""
     sizes = [_vocabulary(m) for m in (model, reference)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(

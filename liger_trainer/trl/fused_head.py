@@ -28,7 +28,7 @@ def attach_fused_head(
     outputs: tuple[str, ...] = (),
     weighting: str | None = None,
 ) -> None:
-    """Makes `model(..., fused_lm_head=True)` return TRL's `FusedCausalLMOutput` from our kernels.
+    """Make `model(..., fused_lm_head=True)` return TRL's `FusedCausalLMOutput` from our kernels.
 
     `original` is the forward that TRL gave the model: it answers such calls while the head's logits
     are not deferred (after `restore`). All other calls go to `plain`, by default the forward that

@@ -115,7 +115,7 @@ def _rebound(attribute: object) -> tuple[object, list[str]] | None:
 
 
 def _in_loss_scope(method: Callable) -> Callable:
-    """`method`, which scores tokens, with the logits of its forwards deferred."""
+    """Return `method`, which scores tokens, with the logits of its forwards deferred."""
 
     @functools.wraps(method)
     def scoped(*args, **kwargs):
@@ -157,7 +157,7 @@ def _selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
 
 
 def _chunked_divergence_loss(theirs: Callable) -> Callable:
-    """Takes the logits that the hidden states came from (`_hidden_with_logits`), not what TRL reads
+    """Take the logits that the hidden states came from (`_hidden_with_logits`), not what TRL reads
     about them in the configurations."""
 
     @functools.wraps(theirs)
@@ -197,7 +197,7 @@ _FUNCTIONS = {
 
 
 def _orpo_forward(theirs: Callable) -> Callable:
-    """The negative log-likelihood of the chosen covers prompt and completion (ORPO)."""
+    """Score pairs; the negative log-likelihood of the chosen is of prompt and completion (ORPO)."""
 
     @functools.wraps(theirs)
     def concatenated_forward(self, model, batch):
@@ -223,7 +223,7 @@ def _orpo_forward(theirs: Callable) -> Callable:
 
 
 def _cpo_forward(theirs: Callable) -> Callable:
-    """The negative log-likelihood of the chosen covers the completion (CPO, SimPO)."""
+    """Score pairs; the negative log-likelihood of the chosen covers the completion (CPO, SimPO)."""
 
     @functools.wraps(theirs)
     def concatenated_forward(self, model, batch):

@@ -90,7 +90,10 @@ def test_nested_keys_can_be_set(minimal):
         ("training.use_liger_kernel=1", "1 is a int, expected bool"),
         ("training.seed", "not of the form"),
         ("training.seed.x=1", "expected int"),
-        ("method=spo", "method: 'spo' is not one of sft, dpo, orpo, cpo, simpo, kto, reward, grpo, rloo"),
+        (
+            "method=spo",
+            "method: 'spo' is not one of sft, dpo, orpo, cpo, simpo, kto, reward, grpo,",
+        ),
         ("model.name_or_path=null", "model.name_or_path is missing"),
         ("data.packing=[", "not valid YAML"),
     ],

@@ -104,8 +104,8 @@ def _first_input(args: tuple, kwargs: dict[str, object]) -> torch.Tensor | None:
 
 
 def examine_model(search: Search, rules: set[str]) -> Iterator[Finding]:
-    """The model, if norms or gated activations (in `rules`, what was swapped) are swapped in it,
-    or there is a budget."""
+    """Return the model, if norms or gated activations (in `rules`, what was swapped) are swapped
+    in it, or there is a budget."""
     mode = search.config.activation_memory
     if mode == "keep":
         yield Finding(Row("", RULE, False, SWITCHED_OFF, eligible=False))

@@ -82,7 +82,7 @@ class Interface:
 
 @functools.cache
 def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
-    """An attention function of transformers that does as `sdpa`, but reads the bounds of a
+    """Return an attention function of transformers that does as `sdpa`, but reads the bounds of a
     PackedMask where it was proven to: for these heads, and nothing beyond a softmax."""
 
     @functools.wraps(sdpa)
@@ -146,7 +146,7 @@ def _unfit(module: nn.Module, device: torch.device) -> str | None:
 
 
 def _interface(forward: object) -> object | None:
-    """The AttentionInterface that a forward refers to."""
+    """Return the AttentionInterface that a forward refers to."""
     if not isinstance(forward, FunctionType):
         return None
     names = ((g, {cls.__name__ for cls in type(g).__mro__}) for g in referenced_globals(forward))

@@ -139,7 +139,7 @@ def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
 
 
 def examine(search: Search, site: str, module: nn.Module) -> Iterator[Finding]:
-    """Looks at each child of `module` that is an activation."""
+    """Look at each child of `module` that is an activation."""
     for name, child in module.named_children():
         tensors = (*child.parameters(), *child.buffers())
         if not tensors and next(child.children(), None) is None:

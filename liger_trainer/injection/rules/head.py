@@ -162,7 +162,7 @@ def defers_logits(model: nn.Module) -> bool:
 
 
 def examine_model(search: Search) -> Iterator[Finding]:
-    """The head and its linear layers, then the model."""
+    """Yield the head and its linear layers, then the model."""
     model, config = search.model, search.config
     fused = config.fused_linear_cross_entropy
     rule = FUSED if fused or not config.cross_entropy else "cross_entropy"
@@ -197,7 +197,7 @@ def examine_model(search: Search) -> Iterator[Finding]:
 
 
 def linear_layers(head: nn.Module) -> list[nn.Module]:
-    """The head, and inside an adapter the linear layers onto the vocabulary."""
+    """Return the head, and inside an adapter the linear layers onto the vocabulary."""
     size = vocabulary(head)
     inner = [
         m
@@ -242,7 +242,7 @@ def _unfit(layer: nn.Module, is_head: bool) -> str | None:
 
 
 def vocabulary(head: nn.Module) -> int | None:
-    """The number of logits; of a shard, that of the whole."""
+    """Return the number of logits; of a shard, that of the whole."""
     inner = getattr(head, "base_layer", None) or getattr(head, "original_module", None)
     if isinstance(inner, nn.Module):
         return vocabulary(inner)
@@ -259,7 +259,7 @@ def _has_bias(layers: list[nn.Module]) -> bool:
 
 
 def _probe(device: torch.device, fused: bool, has_bias: bool) -> float | None:
-    """The fp32 error of loss and gradients through a small head of the layer's kind.
+    """Return the fp32 error of loss and gradients through a small head of the layer's kind.
 
     None if it is larger than the plain head's: with TF32 switched on, that is large too.
     """

@@ -53,7 +53,8 @@ class FusedLoRA(Swapped):
 
 
 def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
-    """What is added to the base product of `x` now; None if only the layer's forward can tell."""
+    """Return what is added to the base product of `x` now; None if only the layer's forward can
+    tell."""
     if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
         return None
     if type(x) not in _PLAIN or not x.is_floating_point() or _is_sharded(layer.base_layer):
@@ -205,7 +206,7 @@ def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Ve
 
 
 def _small_copy(module: nn.Module, names: list[str]) -> nn.Module:
-    """A copy with small weights, whose adapters `names` are all active, none merged."""
+    """Return a copy with small weights, whose adapters `names` are all active, none merged."""
     inputs, outputs = _WIDTHS
     bias = getattr(module.base_layer, "bias", None) is not None
     memo = {id(module.base_layer): nn.Linear(inputs, outputs, bias)}

@@ -132,7 +132,7 @@ def describe(form: RotaryForm) -> str:
 
 @functools.cache
 def _rotary_function(cls: type) -> Callable | None:
-    """The global that `cls.forward` calls on two states and two tables, cosine and sine."""
+    """Return the global that `cls.forward` calls on two states and two tables, cosine and sine."""
     forward = getattr(cls, "forward", None)
     if not isinstance(forward, FunctionType):
         return None
@@ -211,7 +211,7 @@ def _accepts_partial(function: Callable, device: torch.device) -> bool:
 
 
 def _cases(device: torch.device, heads: int, partial: bool) -> list[probe.Case]:
-    """Grouped heads, a table per sample or for all, columns that differ in both halves."""
+    """Yield grouped heads, a table per sample or for all, columns that differ in both halves."""
     width = 16
     widths = [width, width // 2] if partial else [width]
     dtypes = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]

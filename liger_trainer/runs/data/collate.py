@@ -34,7 +34,8 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Indices of `lengths` in bins that hold at most `capacity`; the longest are placed first."""
+    """Return indices of `lengths` in bins that hold at most `capacity`; the longest are placed
+    first."""
     bins: list[list[int]] = []
     space: list[tuple[int, int]] = []  # (what is left, bin), ascending
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

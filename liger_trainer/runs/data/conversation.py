@@ -26,7 +26,7 @@ class Conversation:
 
     @classmethod
     def of(cls, tokenizer, messages: list[dict], example: dict) -> Conversation:
-        """The conversation of an example's messages, with its columns `TEMPLATE_COLUMNS`.
+        """Return the conversation of an example's messages, with its columns `TEMPLATE_COLUMNS`.
 
         Keys that hold None are left out: they are absent in one row and present in another, and
         Arrow gives all of them to both. Raises RowError for tools that are no list.
@@ -39,7 +39,7 @@ class Conversation:
         return cls(tokenizer, pruned(messages), pruned(tools) or None, pruned(options) or {})
 
     def render(self, messages: list[dict] | None = None, *, prompting: bool = False) -> str:
-        """The text of the conversation, or of other messages in its place.
+        """Return the text of the conversation, or of other messages in its place.
 
         Raises RowError where the template refuses them.
         """
@@ -55,7 +55,7 @@ class Conversation:
             raise RowError(f"the chat template refuses it: {error}") from error
 
     def unshown(self, *, prompting: bool = False) -> list[str]:
-        """The fields of reasoning that the template leaves out.
+        """Return the fields of reasoning that the template leaves out.
 
         What it shows is found by rendering: a field that can be taken away without a change to the
         text is not shown. Raises RowError for tools and tool calls that it leaves out, without
@@ -83,7 +83,7 @@ class Conversation:
 
 
 def require_template(tokenizer) -> None:
-    """Raises ValueError for a tokenizer without chat template."""
+    """Raise ValueError for a tokenizer without chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(
             "data: the examples are chat messages, but the tokenizer has no chat template. Use the "
@@ -100,7 +100,7 @@ def pruned(value: Any) -> Any:
 
 
 def _decoded(name: str, value: Any) -> Any:
-    """The value of a column that may hold JSON, as tools often do: their schemas differ."""
+    """Return the value of a column that may hold JSON, as tools often do: their schemas differ."""
     if not isinstance(value, str):
         return value
     try:

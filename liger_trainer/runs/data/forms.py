@@ -90,7 +90,7 @@ def _calls(value: str, column: str, number: int) -> list[dict[str, Any]]:
 
 
 def _instructed(row: dict) -> Messages:
-    """The messages of the columns `system`, `history`, `instruction` and `input`."""
+    """Return the messages of the columns `system`, `history`, `instruction` and `input`."""
     instruction, details = row["instruction"], row.get("input")
     for name, value in (("instruction", instruction), ("input", details or "")):
         if not isinstance(value, str):

@@ -23,8 +23,8 @@ def mixed(
     seed: int,
     notes: list[str],
 ) -> Dataset | IterableDataset:
-    """The rows of all parts: each row from part `i` with probability `weights[i] / sum(weights)`,
-    drawn by `seed`, within a part in its order. Without weights, every row once.
+    """Return the rows of all parts: each row from part `i` with probability `weights[i] /
+    sum(weights)`, drawn by `seed`, within a part in its order. Without weights, every row once.
 
     Args:
         until: when to stop, the `stopping_strategy` of `datasets.interleave_datasets`.
@@ -57,7 +57,7 @@ def mixed(
 
 
 def _aligned(parts: list[Dataset], labels: list[str]) -> list[Dataset]:
-    """The parts with one type for each column.
+    """Return the parts with one type for each column.
 
     A column that a part lacks is filled with None when they are joined.
     """
@@ -67,7 +67,8 @@ def _aligned(parts: list[Dataset], labels: list[str]) -> list[Dataset]:
 
 
 def _unified(parts: list[Dataset], labels: list[str], name: str) -> list[Dataset]:
-    """The parts with one type for a column: the first of theirs that all others can be cast to.
+    """Return the parts with one type for a column: the first of theirs that all others can be
+    cast to.
 
     Messages have more keys in one data set than in another, and JSON in a third.
     """

@@ -55,7 +55,7 @@ def prepare(
     check: Callable[[dict], str] | None = None,
     load_processor: Callable[[], Any] | None = None,
 ) -> Prepared:
-    """Loads and splits; text is tokenized and, if asked to, packed, other examples are checked.
+    """Load and split; text is tokenized and, if asked to, packed, other examples are checked.
 
     Args:
         examples: what the method trains on, `Method.examples`. All but "text" are tokenized by the
@@ -100,7 +100,7 @@ def prepare(
 def processor_for(
     parts: list[Part], data: DataArguments, load_processor: Callable[[], Any] | None
 ) -> Any | None:
-    """The processor, if any of the data sets has images.
+    """Return the processor, if any of the data sets has images.
 
     Raises ValueError where the method, another key or the model has no use for them.
     """
@@ -130,8 +130,8 @@ def fit(
     check: Callable[[dict], str] | None = None,
     processor: Any | None = None,
 ) -> Dataset | IterableDataset:
-    """The rows that can be trained on: text as ids and labels, other kinds as their trainers take
-    them. Raises ValueError as `prepare` does."""
+    """Return the rows that can be trained on: text as ids and labels, other kinds as their
+    trainers take them. Raises ValueError as `prepare` does."""
     rows = part.rows
     if processor is not None:
         rows = with_images(rows, part.source, sieve, data.num_proc)

@@ -53,13 +53,14 @@ def numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 
 
 def columns(dataset: Dataset | IterableDataset) -> list[str]:
-    """The names of the source's columns; those of a stream's first row where it declares none."""
+    """Return the names of the source's columns; those of a stream's first row where it declares
+    none."""
     names = dataset.column_names or list(next(iter(dataset), {}))
     return [name for name in names if name != ROW]
 
 
 def judged(dataset: Dataset, judge: Judge, sieve: Sieve, num_proc: int | None) -> Dataset:
-    """The rows in which `judge` finds no flaw, neither in its answer nor as RowError."""
+    """Return the rows in which `judge` finds no flaw, neither in its answer nor as RowError."""
 
     def judged(example: dict) -> dict:
         try:
@@ -78,7 +79,7 @@ def judged(dataset: Dataset, judge: Judge, sieve: Sieve, num_proc: int | None) -
 
 
 def note_unshown(unshown: Iterable[str], sieve: Sieve) -> None:
-    """Adds a note about the fields (joined by commas) that chat templates left out of rows."""
+    """Add a note about the fields (joined by commas) that chat templates left out of rows."""
     for name, count in Counter(n for names in unshown if names for n in names.split(", ")).items():
         sieve.notes.append(
             f"the chat template does not show the `{name}` of {count} {sieve.examples}; it is not "
@@ -115,7 +116,7 @@ def _message_flaw(message: Any) -> str:
 
 
 def without_flawed(dataset: Dataset, flaws: list[str], sieve: Sieve) -> Dataset:
-    """The rows of `dataset` whose entry in `flaws` is empty.
+    """Return the rows of `dataset` whose entry in `flaws` is empty.
 
     Raises ValueError for the first flawed row unless `sieve` leaves such rows out, and when no row
     is left.

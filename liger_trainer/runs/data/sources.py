@@ -46,7 +46,7 @@ def load_source(source: Source, *, streaming: bool = False) -> Dataset | Iterabl
 
 
 def first_rows(source: Source, count: int, *, streaming: bool) -> Dataset:
-    """The first rows of `load_source`, of a stream without reading more."""
+    """Return the first rows of `load_source`, of a stream without reading more."""
     rows = load_source(source, streaming=streaming)
     if streaming:
         return Dataset.from_list(list(rows.take(count)))
@@ -64,8 +64,8 @@ def is_saved(path: str) -> bool:
 
 
 def files_of(source: Source) -> list[Path]:
-    """The files of a source, its globs as the files that they match, sorted; none for a folder, a
-    hub's data set and a loader.
+    """Return the files of a source, its globs as the files that they match, sorted; none for a
+    folder, a hub's data set and a loader.
 
     Raises FileNotFoundError for a file that is missing and a glob that matches none.
     """
@@ -91,7 +91,7 @@ def files_of(source: Source) -> list[Path]:
 
 
 def near(path: Path) -> str:
-    """A sentence that says where a missing file was looked for and what is there instead."""
+    """Return a sentence that says where a missing file was looked for and what is there instead."""
     path = path.absolute()
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent})"
@@ -114,7 +114,7 @@ def _opened(source: Source, streaming: bool) -> Dataset | IterableDataset:
 
 
 def _load_named(source: Source, streaming: bool) -> Dataset | IterableDataset:
-    """A dataset of a hub or a folder. Raises ValueError for an unknown one, in one line."""
+    """Return a dataset of a hub or a folder. Raises ValueError for an unknown one, in one line."""
     try:
         return load_dataset(source.path, source.name, split=source.split, streaming=streaming)
     except (DatasetGenerationError, ValueError) as error:
@@ -122,7 +122,7 @@ def _load_named(source: Source, streaming: bool) -> Dataset | IterableDataset:
 
 
 def _load_saved(path: str, split: str) -> Dataset:
-    """A split, or a slice of one, of what `save_to_disk` wrote."""
+    """Return a split, or a slice of one, of what `save_to_disk` wrote."""
     try:
         saved = load_from_disk(path)
     except (ValueError, FileNotFoundError) as error:  # ArrowInvalid is one of the former
@@ -164,7 +164,7 @@ def _load_files(files: list[Path], split: str, streaming: bool) -> Dataset | Ite
 
 
 def _kind(path: str | Path) -> str | None:
-    """The kind of a file by its name, which may end on that of a compression."""
+    """Return the kind of a file by its name, which may end on that of a compression."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes[-1:] and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()

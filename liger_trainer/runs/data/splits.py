@@ -54,7 +54,7 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
 def _shuffled(
     rows: Dataset | IterableDataset, data: DataArguments, seed: int
 ) -> Dataset | IterableDataset:
-    """The rows in another order, at most `data.max_examples` of them."""
+    """Return the rows in another order, at most `data.max_examples` of them."""
     if data.streaming:
         rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
         return rows if data.max_examples is None else rows.take(data.max_examples)
@@ -65,7 +65,7 @@ def _shuffled(
 
 
 def _digest(part: Part) -> str:
-    """A hash of all rows, before any of them is moved."""
+    """Return a hash of all rows, before any of them is moved."""
     found = xxhash.xxh3_64()
     if isinstance(part.rows, IterableDataset):
         sizes = [(path.name, path.stat().st_size) for path in files_of(part.source)]
@@ -77,7 +77,7 @@ def _digest(part: Part) -> str:
 
 
 def _split(dataset: Dataset, data: DataArguments, source: Source) -> tuple[Dataset, Dataset]:
-    """The first rows, and the last `eval_fraction`; rows of one group go the same way."""
+    """Return the first rows, and the last `eval_fraction`; rows of one group go the same way."""
     group = data.group or GROUPS.get(source.loader)
     if group is None:
         keys = list(range(len(dataset)))

@@ -73,7 +73,8 @@ def stream(
 
 
 def row_encoder(data: DataArguments, tokenizer, form: Form) -> Callable[[dict], dict]:
-    """A function from a row to the columns of `_ENCODED`; of a flawed one, `flaw` says why."""
+    """Return a function from a row to the columns of `_ENCODED`; of a flawed one, `flaw` says
+    why."""
     encode = encoder(
         tokenizer, kind=form.kind, max_length=data.max_length, assistant_only=data.assistant_only
     )

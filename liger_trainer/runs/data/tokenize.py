@@ -22,9 +22,9 @@ Piece = tuple[str, bool]  # (text, whether it is trained on)
 def encoder(
     tokenizer, *, kind: str, max_length: int | None, assistant_only: bool
 ) -> Callable[[dict], dict]:
-    """A function from one example to `input_ids` and `labels`, both cut at `max_length`; with
-    `length`, how many there were before, and `unshown`, the reasoning fields that the chat template
-    leaves out.
+    """Return a function from one example to `input_ids` and `labels`, both cut at `max_length`;
+    with `length`, how many there were before, and `unshown`, the reasoning fields that the chat
+    template leaves out.
 
     Raises ValueError when chat messages meet a tokenizer without chat template, and RowError for
     an example that the template refuses, or whose tools or tool calls it leaves out.
@@ -157,7 +157,7 @@ def _spoken(
 
 
 def _bos(tokenizer) -> str:
-    """The token that this tokenizer puts before a text by itself, if any."""
+    """Return the token that this tokenizer puts before a text by itself, if any."""
     starts = tokenizer.bos_token_id is not None and (
         tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     )
@@ -165,7 +165,8 @@ def _bos(tokenizer) -> str:
 
 
 def turn_pieces(conversation: Conversation, first_trained: int = 0) -> list[Piece]:
-    """The rendered conversation, cut where assistant turns (from `first_trained` on) begin and end.
+    """Return the rendered conversation, cut where assistant turns (from `first_trained` on) begin
+    and end.
 
     A turn ends after the token that closes it, so that the model learns to stop.
     """

@@ -55,7 +55,7 @@ class Counts:
 def sequences(
     row: dict[str, Any], tokenizer, max_length: int, processor: Any | None = None
 ) -> list[Sequence]:
-    """The sequences of one prepared row: one of text and of a prompt, two of a pair."""
+    """Return the sequences of one prepared row: one of text and of a prompt, two of a pair."""
     if processor is not None:
         return _pictured(row, processor)
     if "input_ids" in row:
@@ -70,7 +70,8 @@ def sequences(
 
 
 def counts(prepared: Prepared, data: DataArguments, tokenizer, what: str) -> Counts:
-    """The numbers of the "training" or the "held-out" rows; of a stream, of its first rows."""
+    """Return the numbers of the "training" or the "held-out" rows; of a stream, of its first
+    rows."""
     rows = prepared.train if what == "training" else prepared.eval
     sieves = [sieve for sieve in prepared.sieves if sieve.what == what]
     found = Counts(dropped=sum(s.dropped for s in sieves), cut=sum(s.cut for s in sieves))
@@ -91,7 +92,7 @@ def counts(prepared: Prepared, data: DataArguments, tokenizer, what: str) -> Cou
 
 
 def unpacked(rows: Any) -> Iterator[dict[str, Any]]:
-    """The examples, of packed rows those that were packed."""
+    """Return the examples, of packed rows those that were packed."""
     return iter(rows.dataset if isinstance(rows, PackedDataset) else rows)
 
 
@@ -101,7 +102,7 @@ def _sequence(name: str, encoded: dict[str, Any], length: int) -> Sequence:
 
 
 def _pictured(row: dict[str, Any], processor) -> list[Sequence]:
-    """The sequences of a row with images, as its trainer's collator makes them."""
+    """Return the sequences of a row with images, as its trainer's collator makes them."""
     pairs = "chosen" in row
     batch = VisionCollator(processor, pairs)([row])
     found = []

@@ -67,7 +67,7 @@ def has_images(names: list[str]) -> bool:
 def with_images(
     rows: Dataset, source: Source, sieve: Sieve, num_proc: int | None = None
 ) -> Dataset:
-    """The rows with a list of images each, in the column `images`; empty for a row without.
+    """Return the rows with a list of images each, in the column `images`; empty for a row without.
 
     Raises ValueError for a column of another type and, unless `sieve` leaves them out, for rows
     with an image that cannot be read.
@@ -130,7 +130,8 @@ def prepare_images(
 
 
 def length_check(collator: VisionCollator, max_length: int) -> Callable[[dict], str]:
-    """A function that tells why a row does not fit the model; its answer is empty if it does."""
+    """Return a function that tells why a row does not fit the model; its answer is empty if it
+    does."""
 
     def check(row: dict) -> str:
         try:
@@ -186,7 +187,7 @@ def _structured(row: dict, form: Form, *, assistant_only: bool) -> dict[str, Any
 
 
 def _split(messages: list[dict], *, strict: bool) -> tuple[list[dict], list[dict]]:
-    """What comes before the last answer, and that."""
+    """Return what comes before the last answer, and that."""
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if strict and answers != [len(messages) - 1]:
         raise RowError(

@@ -213,7 +213,7 @@ class _InPlace(ast.NodeTransformer):
 
 
 def _check_of(tree: ast.Module) -> ast.FunctionDef:
-    """The function `check`, which has to take a function and to assert something."""
+    """Return the function `check`, which has to take a function and to assert something."""
     found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"]
     if not found:
         raise ValueError("the tests define no function `check(candidate)`")

@@ -138,7 +138,7 @@ def _container(tag: bytes, items: list, parts: list) -> None:
 
 
 def _decode(data: bytes, at: int):
-    """The value that starts at `at`, and where it ends."""
+    """Return the value that starts at `at`, and where it ends."""
     tag = data[at : at + 1]
     if tag in _CONSTANTS:
         return _CONSTANTS[tag], at + 1
