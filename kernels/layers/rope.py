@@ -18,6 +18,7 @@ Paper: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -171,7 +172,7 @@ def _rope_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def _tiling(Hq: int, Hk: int, D: int, R: int) -> tuple[int, dict]:
+def _tiling(Hq: int, Hk: int, D: int, R: int) -> tuple[Any, dict]:
     """How many programs share the heads of one position, and the kernel's sizes."""
     P = triton.next_power_of_2(R // 2)
     block_hq = min(triton.next_power_of_2(max(1, Hq)), max(1, _TILE // (2 * P)))

@@ -295,7 +295,7 @@ class GRPOLoss:
         """Whether a completion, or a token by its own advantage, stays in the loss."""
         drift_BT = torch.nan_to_num(sampling - b.log_probs.detach(), nan=0.0)
         drift_B = masked(drift_BT, b.mask).sum(-1) / lengths(b.mask, drift_BT.dtype)
-        return (b.advantages >= 0) | (drift_B <= self.off_policy_mask_threshold)[:, None]
+        return (b.advantages >= 0) | (drift_B <= (self.off_policy_mask_threshold or 0.0))[:, None]
 
     def _kl(self, b: Batch, ref: torch.Tensor) -> torch.Tensor:
         """k [B, T], 0 outside the mask."""

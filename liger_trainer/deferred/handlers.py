@@ -3,6 +3,7 @@ their value. `views.py` has those that select tokens, `gradients.py` those about
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -206,12 +207,11 @@ def per_token(logits, reduce, dtype: torch.dtype):
 
 def plain_logits(operands: list[Operands], rows: slice = slice(None)) -> torch.Tensor:
     """Return some rows of the logits [N, V], by the operations of the plain head."""
-    value = None
+    parts = []
     for hidden, weight, bias, _ in operands:
         x = hidden.reshape(-1, hidden.shape[-1])[rows]
-        part = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        value = part if value is None else value + part
-    return value
+        parts.append(F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
+    return functools.reduce(torch.add, parts)
 
 
 @implements(F.cross_entropy)

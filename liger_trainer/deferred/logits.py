@@ -151,7 +151,8 @@ class DeferredLogits(Deferred):
         return self._direct
 
     def materialize(self) -> torch.Tensor:
-        if self._value is None:
+        value = self._value
+        if value is None:
             value = self.direct()
             if self.is_attached and self._is_observed():
                 (value,) = _joined(self, (value,), lambda grads: grads[0])
@@ -159,8 +160,9 @@ class DeferredLogits(Deferred):
                 value = value.detach()
             elif not value.requires_grad:  # adopted by an autograd function
                 value = super().materialize()
+            assert value is not None
             self._value = value
-        return self._value
+        return value
 
     def detached_value(self) -> torch.Tensor:
         if self._replaced_by is not None or self._direct is not None:

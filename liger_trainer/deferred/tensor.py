@@ -59,7 +59,8 @@ class Deferred(torch.Tensor):
 
     def materialize(self) -> torch.Tensor:
         """Return the value, as an ordinary tensor connected to the operands' autograd graph."""
-        if self._value is None:
+        value = self._value
+        if value is None:
             # The grad mode of creation counts, not that of materialization.
             with torch.set_grad_enabled(self.grad_fn is not None):
                 value = self.compute()
@@ -67,7 +68,7 @@ class Deferred(torch.Tensor):
                 # Made under no_grad inside somebody's autograd function, which is its grad_fn.
                 value = _ValueOf.apply(self, value)
             self._value = value
-        return self._value
+        return value
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):

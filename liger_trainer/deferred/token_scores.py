@@ -89,7 +89,7 @@ def divergence(
     temperature: float = 1.0,
     reduction: str = "mean",
     num_items_in_batch: torch.Tensor | int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple:
     """Return the generalized Jensen-Shannon divergence of the logits, over the tokens of `mask`,
     and the student's entropy of each token."""
     states = fusable(student), fusable(teacher)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -212,5 +212,5 @@ def _ids(model: nn.Module) -> list[int]:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside a PEFT wrapper, whose adapters are part of it."""
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
+    inner: Callable | None = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()

@@ -157,7 +157,7 @@ _NONE = "the model has no output embeddings, so no logits of a vocabulary"
 
 def defers_logits(model: nn.Module) -> bool:
     """Whether the loss of `model`'s logits is fused with its head."""
-    fused = isinstance(model, DeferringModel) and model._liger_fused
+    fused = isinstance(model, DeferringModel) and bool(model._liger_fused)
     return fused and current_head(model) is not None
 
 

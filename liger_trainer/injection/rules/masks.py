@@ -88,7 +88,7 @@ class LeanMasks(Swapped):
 
 def _with_lean_makers(forward: FunctionType, packs: bool) -> FunctionType:
     for maker in _makers(forward):
-        forward = rebind(forward, maker, lean(maker, packs))
+        forward = rebind(forward, maker, lean(maker, packs)) or forward
     return forward
 
 
@@ -101,7 +101,7 @@ def _makers(forward: FunctionType) -> list[FunctionType]:
 
 
 @functools.cache
-def lean(maker: FunctionType, packs: bool) -> FunctionType:
+def lean(maker: FunctionType, packs: bool) -> Callable:
     """`maker`, which also returns None for plain causal rows, and a PackedMask.
 
     Args:

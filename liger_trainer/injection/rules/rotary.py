@@ -176,6 +176,7 @@ def identify(function: Callable, device: torch.device) -> tuple[RotaryForm | Non
 def proven_call(function: Callable, form: RotaryForm, device: torch.device) -> RotaryCall:
     """How `function` may be called where it equals `form`: with which dimension of the heads."""
     call = _call_of(function)
+    assert call is not None
     if call.dim is None:
         return call
     other = 3 - call.dims[0]
