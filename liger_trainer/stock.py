@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from liger_trainer import trainer_hook, trl
 from liger_trainer.injection.walk import inject, restore_for
+from liger_trainer.request import config_of
 
 _original: trainer_hook.Hook | None = None
 _METHODS = {name: getattr(Trainer, name) for name in ("train", "evaluation_loop")}
@@ -50,7 +51,7 @@ def disable() -> None:
 def _plain_without_flag(method):
     @functools.wraps(method)
     def run(self, *args, **kwargs):
-        if not self.args.use_liger_kernel:
+        if config_of(self) is None:
             restore_for(self.model, self)
         return method(self, *args, **kwargs)
 

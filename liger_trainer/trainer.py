@@ -21,6 +21,7 @@ from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.walk import inject, restore_for
 from liger_trainer.report import InjectionReport
+from liger_trainer.request import FLAG, Asked, config_of
 from liger_trainer.trainer_hook import handled_for, without_request
 
 
@@ -31,10 +32,12 @@ class LigerTrainer(Trainer):
         model: as in Trainer, or the name or path of a causal language model. A model that is loaded
             here brings its tokenizer as `processing_class`, and a collator that pads labels.
         model_init_kwargs: for `from_pretrained`, when `model` is a name or path.
+        liger_kernel_config: True, or switches (see `KernelConfig`), injects the kernels at
+            construction; False does not. None: as `args.use_liger_kernel` and
+            `args.liger_kernel_config` say.
 
-    Everything else is Trainer's. `args.use_liger_kernel` injects the kernels at construction;
-    `args.liger_kernel_config` says which (see `KernelConfig`). `injection_report` tells what was
-    swapped; it is None with the flag off, and this class is then exactly Trainer: a model that
+    Everything else is Trainer's. `injection_report` tells what was
+    swapped; it is None without kernels, and this class is then exactly Trainer: a model that
     comes injected, from a trainer before, is restored.
 
     Raises ValueError for an unknown key in `liger_kernel_config`, and for `model_init_kwargs` with
@@ -53,8 +56,10 @@ class LigerTrainer(Trainer):
         processing_class=None,
         *positional,
         model_init_kwargs: dict[str, Any] | None = None,
+        liger_kernel_config: Asked = None,
         **kwargs,
     ):
+        self._asked = liger_kernel_config
         if isinstance(model, (str, os.PathLike)):
             name, init = str(model), model_init_kwargs or {}
             model = AutoModelForCausalLM.from_pretrained(name, **init)
@@ -76,7 +81,7 @@ class LigerTrainer(Trainer):
             *positional,
             **kwargs,
         )
-        if self.args.use_liger_kernel:
+        if config_of(self) is not None:
             self._inject()
             if self.label_smoother is not None:
                 self.label_smoother = FusedLabelSmoother(self.label_smoother.epsilon)
@@ -84,33 +89,40 @@ class LigerTrainer(Trainer):
             restore_for(self.model, self)
 
     def _inject(self) -> None:
-        self.injection_report = inject(self.model, self.args.liger_kernel_config)
+        self.injection_report = inject(self.model, config_of(self))
 
     def training_step(self, model, inputs, *args, **kwargs):
         step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
         return repeated(self, model, step)
 
     def train(self, *args, **kwargs):
-        if not self.args.use_liger_kernel:
+        if config_of(self) is None:
             restore_for(self.model, self)
         # Trainer.train calls its hook for another package, after a possible model_init.
         with handled_for(self, self._inject):
             return super().train(*args, **kwargs)
 
+    def call_model_init(self, *args, **kwargs):
+        model = super().call_model_init(*args, **kwargs)
+        config = config_of(self)
+        if config is not None and not getattr(self.args, FLAG, False):  # the hook is not called
+            self.injection_report = inject(model, config)
+        return model
+
     def evaluation_loop(self, *args, **kwargs):
-        if not self.args.use_liger_kernel:
+        if config_of(self) is None:
             restore_for(self.model, self)
         return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if not self.args.use_liger_kernel:
+        if config_of(self) is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with loss_scope():  # label smoothing and compute_loss_func take the labels away
             return super().compute_loss(model, without_request(inputs), *args, **kwargs)
 
     def _get_num_items_in_batch(self, *args, **kwargs):
         number = super()._get_num_items_in_batch(*args, **kwargs)
-        if self.args.use_liger_kernel and torch.is_tensor(number):
+        if config_of(self) is not None and torch.is_tensor(number):
             return number.clamp(min=1)  # no label in the whole batch: loss 0 / 1, not 0 / 0
         return number
 

@@ -33,8 +33,8 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from liger_trainer.config import KernelConfig
 from liger_trainer.injection import probe
+from liger_trainer.request import config_of
 
 logger = logging.getLogger(__name__)
 
@@ -282,10 +282,10 @@ def repeated(trainer: Trainer, model: nn.Module, step: Callable[[], torch.Tensor
 
     It can in one process, where no gradients had accumulated before.
     """
-    args = trainer.args
-    if not args.use_liger_kernel or not KernelConfig.from_dict(args.liger_kernel_config).has_budget:
+    config = config_of(trainer)
+    if config is None or not config.has_budget:
         return step()
-    if args.world_size > 1 or any(p.grad is not None for p in model.parameters()):
+    if trainer.args.world_size > 1 or any(p.grad is not None for p in model.parameters()):
         return step()
     device = next(model.parameters()).device
     state = probe.random_state(device)

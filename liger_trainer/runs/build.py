@@ -108,6 +108,7 @@ def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
         data_collator=collator,
         processing_class=prepared.processor or tokenizer,
         callbacks=[Throughput()],
+        liger_kernel_config=recipe.kernels,
     )
 
 
@@ -148,6 +149,7 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
             processing_class=prepared.processor or tokenizer,
             peft_config=peft_config,
             callbacks=[Throughput()],
+            liger_kernel_config=recipe.kernels,
             **given,
         )
     except NotImplementedError as error:  # TRL's word for options that exclude each other

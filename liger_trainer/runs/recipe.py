@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from liger_trainer.config import KernelConfig
+from liger_trainer.request import CONFIG, FLAG
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.sources import near
 from liger_trainer.runs.load import ModelArguments
@@ -46,6 +47,10 @@ _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
+
+
+# Keys of `training` that are this package's, whether or not the configuration has such fields.
+_OWN = {FLAG: bool, CONFIG: dict[str, bool | str | float] | None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +97,22 @@ class Recipe:
 
         Raises ValueError with the section's name when the installed release refuses a value.
         """
-        fields = {key: value for key, (value, _) in self.training_fields().items()}
+        cls = arguments_class(self.method)
+        given = self.training_fields().items()
+        fields = {k: v for k, (v, _) in given if k not in _OWN or hasattr(cls, k)}
         fields.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
         if fields.get("bf16") == "auto":
             fields["bf16"] = native_bf16() and not fields.get("fp16")
         try:
-            return arguments_class(self.method)(**fields)
+            return cls(**fields)
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"training: {' '.join(str(error).split())}") from error
+
+    @property
+    def kernels(self) -> bool | dict:
+        """The trainer's `liger_kernel_config`: the switches, True for all, False for no kernels."""
+        given = self.values["training"]
+        return bool(given.get(FLAG)) and (given.get(CONFIG) or True)
 
     def peft_config(self):
         """Return the filled `LoraConfig`, or None without a `peft` section. Raises ValueError."""
@@ -225,10 +238,11 @@ def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict
         if not isinstance(given, dict):
             raise ValueError(f"{section}: expected keys and values, found {hidden(given)!r}")
         fields = [f.name for f in dataclasses.fields(cls) if f.init]
+        hints = typing.get_type_hints(cls)
         if section == "training":
             given = _renamed(given, fields, sources)
+            fields, hints = list(dict.fromkeys([*fields, *_OWN])), _OWN | hints
         known(section, given, fields)
-        hints = typing.get_type_hints(cls)
         checked[section] = {
             k: convert(f"{section}.{k}", v, hints[k])
             for k, v in given.items()

@@ -26,6 +26,7 @@ from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.head import defers_logits
 from liger_trainer.injection.walk import inject, injected_config, restore_for
 from liger_trainer.report import InjectionReport, Row
+from liger_trainer.request import FLAG, Asked, asked, config_of, hidden
 from liger_trainer.trainer_hook import handled_for, without_request
 from liger_trainer.trl.checks import check_examples, check_options, check_reference
 from liger_trainer.trl.fused_head import attach_fused_head, check_adapter
@@ -79,28 +80,29 @@ def fused(trainer: type[Trainer]) -> type[Trainer]:
 class FusedTrainer:
     """First base of every class that `fused` makes.
 
-    `injection_report` tells what was swapped in the policy; it is None with the flag off.
+    `liger_kernel_config=True`, or switches, asks for the kernels without the flag of the training
+    arguments, and False goes without whatever they say. `injection_report` tells what was swapped
+    in the policy; it is None without kernels.
     """
 
     injection_report: InjectionReport | None = None
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, liger_kernel_config: Asked = None, **kwargs):
         given = _training_arguments(args, kwargs)
-        if given is None or not given.use_liger_kernel:
+        self._asked = liger_kernel_config
+        config = self._kernel_config = asked(given, liger_kernel_config)
+        if config is None:
             super().__init__(*args, **kwargs)
             self._set_kernels()
             return
-        config = KernelConfig.from_dict(given.liger_kernel_config)
-        check_options(type(self), given)
+        if given is not None:
+            check_options(type(self), given)
+        flag = getattr(given, FLAG, False)
         # TRL takes the flag for another package: it warns, changes the config and refuses models.
-        given.use_liger_kernel = False
-        try:
-            with self._fused_heads(config, given):
-                super().__init__(*args, **kwargs)
-        finally:
-            given.use_liger_kernel = True
-        self.args.use_liger_kernel = True
-        self._kernel_config = config
+        with hidden(given), self._fused_heads(config, given):
+            super().__init__(*args, **kwargs)
+        if flag:
+            setattr(self.args, FLAG, True)
         self._set_kernels()
         self._report(override_rows(self))
         check_examples(self)
@@ -111,7 +113,7 @@ class FusedTrainer:
             model = getattr(self, name, None)
             if not isinstance(model, nn.Module):
                 continue
-            if not self.args.use_liger_kernel:
+            if config_of(self) is None:
                 restore_for(model, self)
             elif injected_config(model) is not self._kernel_config:  # not by this trainer
                 self._inject(model, self._kernel_config)
@@ -189,7 +191,7 @@ class FusedTrainer:
         return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if not self.args.use_liger_kernel:
+        if config_of(self) is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with loss_scope():
             return super().compute_loss(model, without_request(inputs), *args, **kwargs)
@@ -238,7 +240,8 @@ def redirect() -> None:
 
     def make(cls, *args, **kwargs):
         given = _training_arguments(args, kwargs)
-        return object.__new__(fused(cls) if given and given.use_liger_kernel else cls)
+        own = kwargs.get("liger_kernel_config")
+        return object.__new__(cls if asked(given, own) is None else fused(cls))
 
     base.__new__ = staticmethod(make)
 

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from liger_trainer.config import KernelConfig
 from liger_trainer.deferred.scope import loss_scope
 from liger_trainer.deferred.token_scores import divergence, fusable, token_scores
 from liger_trainer.injection.rules.head import defers_logits
 from liger_trainer.report import Row
+from liger_trainer.request import config_of
 from liger_trainer.swap import rebind
 
 
@@ -57,7 +57,7 @@ def override_rows(trainer: Trainer) -> Iterator[Row]:
     names = ("model", "teacher_model")
     models = {name: getattr(trainer, name, None) for name in names}
     plain = [name for name, m in models.items() if m is not None and not _defers(trainer, m)]
-    eligible = KernelConfig.from_dict(trainer.args.liger_kernel_config).fused_linear_cross_entropy
+    eligible = config_of(trainer).fused_linear_cross_entropy
     for cls in type(trainer).__mro__:
         for name, attribute in vars(cls).items():
             mark = getattr(getattr(attribute, "__func__", attribute), "_liger_override", None)

@@ -1,0 +1,58 @@
+"""Who asks for the kernels: a trainer's own argument, its training arguments, or neither."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from liger_trainer.config import KernelConfig
+
+FLAG, CONFIG = "use_liger_kernel", "liger_kernel_config"
+Asked = bool | Mapping[str, bool | str | float] | None
+
+
+def asked(args: Any, own: Asked = None) -> KernelConfig | None:
+    """Return the switches to run with; None for no kernels.
+
+    Args:
+        args: the training arguments. `use_liger_kernel=True` asks, with `liger_kernel_config`; so
+            does `model_init_kwargs={"use_kernels": True}`, by which TRL means to replace that flag.
+            Arguments without such fields ask for nothing.
+        own: the trainer's own `liger_kernel_config`: True or switches ask, False does not, and None
+            leaves it to `args`.
+
+    Raises ValueError for an unknown switch.
+    """
+    if own is not None:
+        return None if own is False else KernelConfig.from_dict(None if own is True else own)
+    if getattr(args, FLAG, False) or names_kernels(getattr(args, "model_init_kwargs", None)):
+        return KernelConfig.from_dict(getattr(args, CONFIG, None))
+    return None
+
+
+def config_of(trainer: Any) -> KernelConfig | None:
+    """Return the switches that a trainer of any class is asked to run with; None for no kernels."""
+    return asked(trainer.args, vars(trainer).get("_asked"))
+
+
+def names_kernels(model_init_kwargs: Any) -> bool:
+    return isinstance(model_init_kwargs, Mapping) and bool(model_init_kwargs.get("use_kernels"))
+
+
+@contextlib.contextmanager
+def hidden(args: Any) -> Iterator[None]:
+    """Within it, `args` ask for nothing: others would take that for another kernel package."""
+    had_flag = getattr(args, FLAG, False)
+    kwargs = getattr(args, "model_init_kwargs", None)
+    try:
+        if had_flag:
+            setattr(args, FLAG, False)
+        if names_kernels(kwargs):
+            args.model_init_kwargs = {k: v for k, v in kwargs.items() if k != "use_kernels"}
+        yield
+    finally:
+        if had_flag:
+            setattr(args, FLAG, True)
+        if names_kernels(kwargs):
+            args.model_init_kwargs = kwargs
