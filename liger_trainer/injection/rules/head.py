@@ -14,7 +14,7 @@ from torch import nn
 from liger_trainer.deferred import scope, token_scores  # noqa: F401  (registers handlers)
 from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.deferred.logits import defer_call
-from liger_trainer.deferred.vocab_parallel import is_transparent
+from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
 from liger_trainer.report import Row
@@ -202,7 +202,9 @@ def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
         own = getattr(type(layer), "_liger_base", type(layer)).forward
         if isinstance(layer, nn.Linear) and own is not nn.Linear.forward:
             return f"{type(layer).__name__} is not a plain linear layer"
-        if "forward" in vars(layer) and not (layer is head and is_transparent(layer)):
+        if layer is not head and is_wrapped_shard(layer):
+            return "an adapter on a head that is split over ranks"
+        if "forward" in vars(layer) and not is_transparent(layer):
             return "its forward is replaced on the instance (a hook?): inject before that"
         if layer._forward_hooks or layer._forward_pre_hooks:
             return "it has forward hooks: inject before they are registered"
