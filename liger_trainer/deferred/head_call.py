@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.modules import module as _global_hooks
 
 from liger_trainer.deferred.scope import recording
-from liger_trainer.deferred.vocab_parallel import LocalRows, in_place_of_linear, shard_of
+from liger_trainer.deferred.vocab_parallel import LocalRows, in_place_of_linear, is_wrapped_shard
 from liger_trainer.kernels.linear.vocab_parallel import VocabShard
 from liger_trainer.swap import Swapped
 
@@ -163,13 +163,13 @@ def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body, sh
         return (_anchor_of(found, hidden),)
 
     def take(x, weight, bias, split):
-        local = LocalRows.of(x, weight, bias, split) if shards and not results else None
-        if local is None:
+        local = None if results else LocalRows.of(x, weight, bias, split)
+        if local is None or not shards:
             return NotImplemented
         results.append(body(Operands(local.x, local.weight, local.bias, local.shard)))
         return local.leaving(_anchor_of(results[0], hidden))
 
-    if shard_of(module._parameters.get("weight")) is not None and "forward" in vars(module):
+    if is_wrapped_shard(module):
         with in_place_of_linear(module, take):
             returned = nn.Module.__call__(module, hidden)
     else:

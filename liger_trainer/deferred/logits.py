@@ -27,6 +27,11 @@ from liger_trainer.deferred.head_call import Operands, Results, Term, consume
 from liger_trainer.deferred.origin import WAY_OUT, Origin, device_of, seen_in
 from liger_trainer.deferred.scope import RECORDED, Scope
 from liger_trainer.deferred.tensor import Deferred
+from liger_trainer.deferred.vocab_parallel import (
+    in_place_of_linear,
+    is_wrapped_shard,
+    refuse_scattered,
+)
 from liger_trainer.kernels.autograd import forbid_derivative
 
 
@@ -179,7 +184,15 @@ class DeferredLogits(Deferred):
 
 def plain_call(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Return the head's logits, computed at once."""
-    return nn.Module.__call__(head, hidden)
+    if not is_wrapped_shard(head):
+        return nn.Module.__call__(head, hidden)
+
+    def check(x, weight, bias, split):
+        refuse_scattered(split)
+        return NotImplemented
+
+    with in_place_of_linear(head, check):
+        return nn.Module.__call__(head, hidden)
 
 
 def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bool, scope: Scope):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 
@@ -29,10 +30,26 @@ def shard_of(weight: torch.Tensor | None) -> VocabShard | None:
     if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
         return None
     try:
-        shard = VocabShard.even(weight.device_mesh.get_group(), weight.shape[0])
+        return VocabShard.even(weight.device_mesh.get_group(), weight.shape[0])
     except ValueError:  # some rank has no rows
         return None
-    return shard
+
+
+def is_wrapped_shard(layer: nn.Module) -> bool:
+    """Whether the layer's forward is replaced on the instance, around a weight that is split."""
+    return "forward" in vars(layer) and isinstance(layer._parameters.get("weight"), DTensor)
+
+
+def refuse_scattered(weight: torch.Tensor | None) -> None:
+    """Raise RuntimeError if `weight` is split over data ranks as well, and was not gathered."""
+    dimensions = getattr(weight, "placements", ())
+    if sum(not placement.is_replicate() for placement in dimensions) > 1:
+        raise RuntimeError(
+            "The output head's weight lies in shards of several kinds here: its logits are "
+            "consumed after the forward of the module that holds it. Keep the weights of that "
+            "module after its forward (reshard_after_forward=False for the root), or compute the "
+            "loss in the model's forward, by giving it labels."
+        )
 
 
 class LocalRows:
@@ -47,7 +64,11 @@ class LocalRows:
 
     @classmethod
     def of(cls, x, weight, bias, split: torch.Tensor | None) -> LocalRows | None:
-        """None if this is no such call, or one whose input's gradient nobody would sum."""
+        """None if this is no such call, or one whose input's gradient nobody would sum.
+
+        RuntimeError if the weight is split over data ranks as well.
+        """
+        refuse_scattered(split)
         shard = shard_of(split)
         if shard is None:
             return None
@@ -111,43 +132,52 @@ def in_place_of_linear(layer: nn.Linear, take: Taking) -> Iterator[None]:
 def is_transparent(layer: nn.Module) -> bool:
     """Return whether the wrapper around a split layer's forward hands on its input and its result.
 
-    Tried once for each wrapper, with a few numbers that do not reach the weight; no rank waits for
-    another.
+    Tried once for each wrapper and way in which the weight is split, with a few numbers that do not
+    reach the weight, and without the module's hooks; no rank waits for another.
     """
     weight = layer._parameters.get("weight")
-    if not isinstance(layer, nn.Linear) or shard_of(weight) is None:
+    if not isinstance(layer, nn.Linear) or not is_wrapped_shard(layer):
         return False
-    wrapper = vars(layer)["forward"]
+    key = vars(layer)["forward"], weight.placements, weight.device_mesh
     tried, found = vars(layer).get("_liger_transparent", (None, False))
-    if tried is not wrapper:
+    if tried != key:
         found = _hands_on(layer, weight)
-        layer._liger_transparent = wrapper, found
+        layer._liger_transparent = key, found
     return found
 
 
 def _hands_on(layer: nn.Linear, weight: torch.Tensor) -> bool:
     hidden = torch.rand(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
     marks = torch.rand(3, dtype=weight.dtype, device=weight.device)
-    seen = []
+    seen, mesh = [], None
 
-    def take(x, weight, bias, split):
-        found = LocalRows.of(x, weight, bias, split)
-        if found is None:
-            return NotImplemented
-        seen.append(found.x)
-        return found.leaving(marks)
+    def take(x, *_):
+        nonlocal mesh
+        if isinstance(x, DTensor) and x.placements == (Replicate(),):
+            mesh = x.device_mesh
+            x = x.to_local()
+        seen.append(x)
+        split = mesh is not None and _is_split_by_rows(weight, mesh)
+        return DTensor.from_local(marks, mesh, [Replicate()], run_check=False) if split else marks
 
-    for with_grad in (True, False):
+    for with_grad in (True, False):  # without, a wrapper may go on with local tensors
         with in_place_of_linear(layer, take), torch.set_grad_enabled(with_grad):
             try:
-                returned = nn.Module.__call__(layer, hidden.requires_grad_(with_grad))
+                returned = layer.forward(hidden.requires_grad_(with_grad))
             except (AttributeError, RuntimeError, TypeError, ValueError):
                 return False
-        pairs = [(returned, marks), *((x, hidden) for x in seen)]
-        if len(seen) != 1 or not all(map(_are_same, *zip(*pairs, strict=True))):
+        if len(seen) != 1 or not (_are_same(seen.pop(), hidden) and _are_same(returned, marks)):
             return False
-        seen.clear()
-    return True
+    return mesh is not None and _is_split_by_rows(weight, mesh)
+
+
+def _is_split_by_rows(weight: DTensor, mesh: DeviceMesh) -> bool:
+    """Along `mesh`, of which the weight's mesh may have more dimensions (of data ranks)."""
+    own = weight.device_mesh
+    if own == mesh:
+        return weight.placements == (Shard(0),)
+    names, (name, *more) = own.mesh_dim_names or (), mesh.mesh_dim_names or (None,)
+    return not more and name in names and weight.placements[names.index(name)].is_shard(0)
 
 
 def _are_same(a: torch.Tensor, b: torch.Tensor) -> bool:

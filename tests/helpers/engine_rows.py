@@ -131,6 +131,8 @@ def split(tied: bool, kind: str) -> nn.Module:
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     model = tiny(tied, "full")
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())  # tied again when both are split
     plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_size=2))
     model = apply_tensor_parallelism(model, mesh("data", "tensor")["tensor"], plan)
     model.tie_weights()

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa: F401  (handlers)
 from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.deferred.logits import defer_call
-from liger_trainer.deferred.vocab_parallel import is_transparent
+from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.activation_memory import LeanModel
 from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, look_again
@@ -227,7 +227,9 @@ def _unfit(layer: nn.Module, is_head: bool) -> str | None:
     own = getattr(type(layer), "_liger_base", type(layer)).forward
     if isinstance(layer, nn.Linear) and own is not nn.Linear.forward:
         return f"{type(layer).__name__} is not a plain linear layer"
-    if has_foreign_forward(layer) and not (is_head and is_transparent(layer)):
+    if not is_head and is_wrapped_shard(layer):
+        return "an adapter on a head that is split over ranks"
+    if has_foreign_forward(layer) and not is_transparent(layer):
         return "its forward is replaced on the instance"
     if foreign_hooks(layer):
         return "it has forward hooks, which would not see the logits"
