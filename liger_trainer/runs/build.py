@@ -57,6 +57,7 @@ def load_data(recipe: Recipe, tokenizer, rewards: list) -> Prepared:
         needed=columns_of(rewards),
         check=row_check(rewards),
         load_processor=processor_of(recipe),
+        tools=recipe.kind.tools,
     )
 
 

@@ -8,9 +8,9 @@ from liger_trainer.runs.adapters import located
 from liger_trainer.runs.build import generations_conflict, load_rewards, processor_of
 from liger_trainer.runs.data.forms import form_of
 from liger_trainer.runs.data.prepare import fit, processor_for
-from liger_trainer.runs.data.rows import Sieve, columns
+from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.sources import first_rows, is_file_name
-from liger_trainer.runs.data.splits import Part
+from liger_trainer.runs.data.splits import part_of
 from liger_trainer.runs.load import load_tokenizer, meta_model
 from liger_trainer.runs.packages import missing
 from liger_trainer.runs.recipe import Recipe
@@ -107,22 +107,22 @@ def data_problems(recipe: Recipe) -> list[str]:
     rewards = load_rewards(recipe)
     tokenizer = load_tokenizer(recipe.model)
     loaded = [
-        (Part(source, first_rows(source, _ROWS, streaming=data.streaming)), what)
+        (part_of(source, first_rows(source, _ROWS, streaming=data.streaming)), what)
         for source, what in sources
     ]
     processor = processor_for([part for part, _ in loaded], data, processor_of(recipe))
     for part, what in loaded:
-        rows, source = part.rows, part.source
         fit(
             part,
             data,
             tokenizer,
-            form_of(columns(rows), recipe.kind.examples, source.form),
-            Sieve(f"of the first {len(rows)} {what}", invalid=data.invalid),
+            form_of(part.columns, recipe.kind.examples, part.source.form),
+            Sieve(f"of the first {len(part.rows)} {what}", invalid=data.invalid),
             seed=0,
             needed=columns_of(rewards),
             check=row_check(rewards),
             processor=processor,
+            tools=recipe.kind.tools,
         )
     return []
 

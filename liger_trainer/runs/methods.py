@@ -17,6 +17,7 @@ class Method:
     counts_tokens: bool = True  # whether the trainer does so itself
     scores: bool = False  # whether the model gives a sequence one number, in place of logits
     images: bool = False  # whether examples may have a column `images`
+    tools: bool = True  # whether the trainer gives a column `tools` to the chat template
     # Fields of the configuration that make it this method.
     fixed: dict[str, Any] = field(default_factory=dict)
     # Keys of the section `data` that the method has no use for, and what to do instead.
@@ -36,20 +37,21 @@ _ONLINE = {
 METHODS = {
     "sft": Method(images=True),
     "dpo": Method("DPO", "pairs", reference=True, images=True, unused_data=_PREFERENCE),
-    "orpo": Method("ORPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
-    "cpo": Method("CPO", "pairs", counts_tokens=False, unused_data=_PREFERENCE),
+    "orpo": Method("ORPO", "pairs", counts_tokens=False, tools=False, unused_data=_PREFERENCE),
+    "cpo": Method("CPO", "pairs", counts_tokens=False, tools=False, unused_data=_PREFERENCE),
     # SimPO (Meng et al. 2024, arXiv:2405.14734) is CPO with another margin and no likelihood term.
     "simpo": Method(
         "CPO",
         "pairs",
         counts_tokens=False,
+        tools=False,
         fixed={"loss_type": "simpo", "cpo_alpha": 0.0},
         unused_data=_PREFERENCE,
     ),
     "kto": Method("KTO", "labelled", reference=True, unused_data=_PREFERENCE),
     "reward": Method("Reward", "pairs", scores=True, unused_data=_PREFERENCE),
-    "grpo": Method("GRPO", "prompts", unused_data={**_PREFERENCE, **_ONLINE}),
-    "rloo": Method("RLOO", "prompts", unused_data={**_PREFERENCE, **_ONLINE}),
+    "grpo": Method("GRPO", "prompts", tools=False, unused_data={**_PREFERENCE, **_ONLINE}),
+    "rloo": Method("RLOO", "prompts", tools=False, unused_data={**_PREFERENCE, **_ONLINE}),
 }
 
 # Fields of TRL's configurations that a recipe must not set: another section owns them.

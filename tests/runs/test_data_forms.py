@@ -9,6 +9,7 @@ from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.forms import form_of
 from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
+from liger_trainer.runs.methods import METHODS
 
 # As Qwen3 and its like: tools in a system turn, reasoning of the answers to the last user turn.
 TOOLS = (
@@ -212,13 +213,27 @@ def test_tools_that_the_template_cannot_show_are_refused(tmp_path, row, field):
     assert len(prepared(tmp_path, [good, row], invalid="drop").train) == 1
 
 
-@pytest.mark.parametrize("examples", ["text", "pairs", "prompts"])
+@pytest.mark.parametrize("examples", ["text", "pairs"])
 def test_tools_are_refused_for_every_method(tmp_path, examples):
     other = [{"role": "assistant", "content": "the cat"}]
     pair = {"prompt": CALLING[:1], "chosen": CALLING[3:], "rejected": other, "tools": [ADD]}
     row = {"messages": CALLING[3:], "tools": [ADD]} if examples == "text" else pair
     with pytest.raises(ValueError, match=r"row 1 because .* does not show its `tools`"):
         prepared(tmp_path, [row], examples=examples)
+
+
+def test_tools_that_a_trainer_does_not_pass_on_are_refused_or_told(tmp_path):
+    pair = {"prompt": CALLING[:1], "chosen": CALLING[3:], "tools": [ADD]}
+    pair["rejected"] = [{"role": "assistant", "content": "the cat"}]
+    path = tiny.json_lines(tmp_path / "rows.jsonl", [pair])
+    data = DataArguments(path=str(path), max_length=256)
+    assert METHODS["dpo"].tools
+    assert not METHODS["orpo"].tools
+    with pytest.raises(ValueError, match=r"has a column `tools`.*remove the column, or use dpo"):
+        prepare(data, TOOL_USER, seed=0, examples="pairs", tools=False)
+    found = prepare(data, TOOL_USER, seed=0, examples="prompts", tools=False)
+    assert "`tools` go to reward functions, not to the chat template" in found.notes[0]
+    assert found.train[0]["tools"] == [ADD]
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking"])

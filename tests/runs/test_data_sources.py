@@ -189,6 +189,20 @@ def test_messages_with_other_keys_are_mixed(tmp_path):
     assert all(prompt in told for prompt in prompts.values())
 
 
+def test_the_labels_of_a_mix_are_checked_as_a_whole(tmp_path):
+    mix = []
+    for label in (True, False):
+        row = {"prompt": "the cat ?", "completion": " sat", "label": label}
+        mix.append({"path": str(tiny.json_lines(tmp_path / f"{label}.jsonl", [row]))})
+    both, one = (DataArguments(mix=some, max_length=64) for some in (mix, mix[:1]))
+    assert set(prepare(both, TOKENIZER, seed=0, examples="labelled").train["label"]) == {
+        True,
+        False,
+    }
+    with pytest.raises(ValueError, match="label of all 1 training examples is true"):
+        prepare(one, TOKENIZER, seed=0, examples="labelled")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -81,8 +81,6 @@ def prepare_examples(
             "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
         )
     dataset = judged(dataset, _judge(kind, tokenizer, max_length, check), sieve, num_proc)
-    if kind == "labelled" and sieve.what == "training":
-        _check_both_labels(dataset)
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
     keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
@@ -213,7 +211,8 @@ def _check_labels(dataset: Dataset, what: str) -> None:
         )
 
 
-def _check_both_labels(dataset: Dataset) -> None:
+def check_both_labels(dataset: Dataset) -> None:
+    """Raise ValueError for training examples of KTO of which all, or none, are to be learned."""
     labels = set(dataset["label"])
     if len(labels) == 1:
         only = str(labels.pop()).lower()
@@ -277,7 +276,7 @@ def _judge_labelled(example: dict, tokenizer, max_length: int) -> tuple[str, lis
 def _judge_prompt(example: dict, tokenizer) -> tuple[str, list[str]]:
     if isinstance(example["prompt"], str):
         return "", []
-    conversation = Conversation.of(tokenizer, example["prompt"], example)
+    conversation = Conversation.of(tokenizer, example["prompt"], {})  # as GRPO renders it
     return "", conversation.unshown(prompting=True)
 
 

@@ -126,7 +126,7 @@ class DataArguments:
         if self.eval_split:
             return [dataclasses.replace(s, split=self.eval_split) for s in self.sources]
         if self.eval_path:
-            return [Source(self.eval_path, columns=self.columns, form=self.form)]
+            return [Source(self.eval_path, None, self.name, columns=self.columns, form=self.form)]
         return []
 
     def _check_sources(self) -> None:

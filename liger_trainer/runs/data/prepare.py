@@ -8,12 +8,12 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from liger_trainer.runs.data.alignment import prepare_examples
+from liger_trainer.runs.data.alignment import check_both_labels, prepare_examples
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.collate import PackedDataset
 from liger_trainer.runs.data.forms import TEXT_FORMS, Form, form_of
 from liger_trainer.runs.data.mixing import concatenated, mixed
-from liger_trainer.runs.data.rows import Sieve, columns
+from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.splits import Part, load_splits
 from liger_trainer.runs.data.text import stream, tokenized
 from liger_trainer.runs.data.vision import (
@@ -54,6 +54,7 @@ def prepare(
     needed: Iterable[str] = (),
     check: Callable[[dict], str] | None = None,
     load_processor: Callable[[], Any] | None = None,
+    tools: bool = True,
 ) -> Prepared:
     """Load and split; text is tokenized and, if asked to, packed, other examples are checked.
 
@@ -63,6 +64,7 @@ def prepare(
         needed: columns that have to be there besides the examples', for reward functions.
         check: why no reward function could ever reward a row; empty if one could.
         load_processor: the processor of text and images; None for a method that takes no images.
+        tools: whether the method's trainer gives a column `tools` to the chat template.
 
     Raises ValueError when no format is recognized, when no example has a label left, and, unless
     `data.invalid` is "drop", for examples that cannot be trained on.
@@ -70,11 +72,17 @@ def prepare(
     splits, notes, sieves, kinds = load_splits(data, seed), [], [], []
     parts = {"training": splits.train, "held-out": splits.held_out}
     processor = processor_for(splits.train + splits.held_out, data, load_processor)
-    options = {"seed": seed, "needed": needed, "check": check, "processor": processor}
+    options = {
+        "seed": seed,
+        "needed": needed,
+        "check": check,
+        "processor": processor,
+        "tools": tools,
+    }
     fitted = {what: [] for what in parts}
     for what, part in ((what, part) for what, some in parts.items() for part in some):
         sieve = Sieve(what, part.source.label if len(splits.train) > 1 else "", data.invalid, notes)
-        form = form_of(columns(part.rows), examples, part.source.form)
+        form = form_of(part.columns, examples, part.source.form)
         if form.convert and what == "training":
             notes.append(f"{part.source.label}: {form.name} rows, taken as {form.kind}")
         fitted[what].append(fit(part, data, tokenizer, form, sieve, **options))
@@ -89,12 +97,24 @@ def prepare(
         seed=seed,
         notes=notes,
     )
+    if examples == "labelled":
+        check_both_labels(train)
     held_out = concatenated(fitted["held-out"], labels["held-out"]) if splits.held_out else None
     if data.packing:
         train = PackedDataset(train, data.max_length)
         held_out = held_out and PackedDataset(held_out, data.max_length)
     kind = ", ".join(dict.fromkeys(kinds))
     return Prepared(train, held_out, kind, tuple(notes), splits.digest, tuple(sieves), processor)
+
+
+def _unused_tools(part: Part, form: Form) -> str:
+    """Return a note on tools that only reward functions see; ValueError where nobody does."""
+    if form.kind != "prompts":
+        raise ValueError(
+            f"data: {part.source.label} has a column `tools`, which the trainer of this method "
+            "does not give to the chat template; remove the column, or use dpo or kto"
+        )
+    return f"{part.source.label}: `tools` go to reward functions, not to the chat template"
 
 
 def processor_for(
@@ -104,7 +124,7 @@ def processor_for(
 
     Raises ValueError where the method, another key or the model has no use for them.
     """
-    pictured = next((part for part in parts if has_images(columns(part.rows))), None)
+    pictured = next((part for part in parts if has_images(part.columns)), None)
     if pictured is None:
         return None
     if load_processor is None:
@@ -129,10 +149,13 @@ def fit(
     needed: Iterable[str] = (),
     check: Callable[[dict], str] | None = None,
     processor: Any | None = None,
+    tools: bool = True,
 ) -> Dataset | IterableDataset:
     """Return the rows that can be trained on: text as ids and labels, other kinds as their
     trainers take them. Raises ValueError as `prepare` does."""
     rows = part.rows
+    if "tools" in part.columns and not tools:
+        sieve.notes.append(_unused_tools(part, form))
     if processor is not None:
         rows = with_images(rows, part.source, sieve, data.num_proc)
         if form.kind in _TEXT_KINDS:
@@ -140,8 +163,9 @@ def fit(
         tokenizer = processor.tokenizer
         check = length_check(VisionCollator(processor, pairs=True), data.max_length)
     if form.kind in _TEXT_KINDS:
-        encode = stream if isinstance(rows, IterableDataset) else tokenized
-        return encode(rows, data, tokenizer, form, sieve)
+        if isinstance(rows, IterableDataset):
+            return stream(rows, part.columns, data, tokenizer, form, sieve)
+        return tokenized(rows, data, tokenizer, form, sieve)
     return prepare_examples(
         rows,
         tokenizer,

@@ -27,7 +27,6 @@ class Sieve:
     of: str = ""  # the data set's name, where there are several
     invalid: str = "raise"  # or "drop"
     notes: list[str] = field(default_factory=list)  # sentences about what was left out
-    rows: int = 0  # that were looked at
     dropped: int = 0
     cut: int = 0  # longer than `data.max_length`
 
@@ -121,7 +120,6 @@ def without_flawed(dataset: Dataset, flaws: list[str], sieve: Sieve) -> Dataset:
     Raises ValueError for the first flawed row unless `sieve` leaves such rows out, and when no row
     is left.
     """
-    sieve.rows = max(sieve.rows, len(flaws))
     found = [i for i, flaw in enumerate(flaws) if flaw]
     if not found:
         return dataset

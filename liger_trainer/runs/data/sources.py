@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from liger_trainer.runs.data.arguments import Source
 from liger_trainer.runs.data.builtin import LOADERS
-from liger_trainer.runs.data.rows import numbered
+from liger_trainer.runs.data.rows import columns, numbered
 
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # which datasets reads
@@ -33,7 +33,7 @@ def load_source(source: Source, *, streaming: bool = False) -> Dataset | Iterabl
     dataset = _opened(source, streaming)
     if next(iter(dataset), None) is None if streaming else len(dataset) == 0:
         raise ValueError(f"data: {source.label} holds no example in split {source.split!r}")
-    names = dataset.column_names or list(next(iter(dataset)))
+    names = columns(dataset)
     for ours, theirs in (source.columns or {}).items():
         if theirs not in names:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import xxhash
 from datasets import Dataset, IterableDataset
@@ -20,6 +20,7 @@ class Part:
 
     source: Source
     rows: Dataset | IterableDataset
+    columns: list[str]  # known before a stream is shuffled, which fills a buffer to give a row
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,22 @@ def load_splits(data: DataArguments, seed: int) -> Splits:
 
     Raises FileNotFoundError for a missing file and ValueError for an unreadable or empty one.
     """
-    loaded = [Part(s, load_source(s, streaming=data.streaming)) for s in data.sources]
-    held_out = [Part(source, load_source(source)) for source in data.eval_sources]
+    loaded = [part_of(s, load_source(s, streaming=data.streaming)) for s in data.sources]
+    held_out = [part_of(source, load_source(source)) for source in data.eval_sources]
     digest = "".join(_digest(part) for part in loaded + held_out)
     train = []
-    for source, rows in ((part.source, part.rows) for part in loaded):
-        rows = _shuffled(rows, data, seed)
+    for part in loaded:
+        rows = _shuffled(part.rows, data, seed)
         if data.eval_fraction:
-            rows, last = _split(rows, data, source)
-            held_out.append(Part(source, last))
-        train.append(Part(source, rows))
+            rows, last = _split(rows, data, part.source)
+            held_out.append(replace(part, rows=last))
+        train.append(replace(part, rows=rows))
     return Splits(train, held_out, digest)
+
+
+def part_of(source: Source, rows: Dataset | IterableDataset) -> Part:
+    """Return the rows of a source, with its columns."""
+    return Part(source, rows, columns(rows))
 
 
 def _shuffled(

@@ -43,7 +43,6 @@ def tokenized(rows: Dataset, data: DataArguments, tokenizer, form: Form, sieve: 
         desc=f"Tokenizing {sieve.what} examples",
     )
     flaws = encoded["flaw"][:]
-    sieve.rows = len(flaws)
     without_flawed(rows, flaws, sieve)
     kept = [i for i, flaw in enumerate(flaws) if not flaw]
     encoded = encoded.select(kept) if len(kept) < len(flaws) else encoded
@@ -52,7 +51,12 @@ def tokenized(rows: Dataset, data: DataArguments, tokenizer, form: Form, sieve: 
 
 
 def stream(
-    rows: IterableDataset, data: DataArguments, tokenizer, form: Form, sieve: Sieve
+    rows: IterableDataset,
+    columns: list[str],
+    data: DataArguments,
+    tokenizer,
+    form: Form,
+    sieve: Sieve,
 ) -> IterableDataset:
     """`input_ids` and `labels` of rows that are read while training.
 
@@ -66,8 +70,7 @@ def stream(
             sieve.refuse(f"row {row[ROW]} of the {sieve.examples} because {found['flaw']}")
         return found
 
-    names = rows.column_names or list(next(iter(rows)))
-    found = rows.map(encoded, remove_columns=names, features=_ENCODED)
+    found = rows.map(encoded, remove_columns=[*columns, ROW], features=_ENCODED)
     found = found.filter(lambda row: not row["flaw"])
     return found.select_columns(list(_TOKENS))
 

@@ -117,5 +117,5 @@ def _pictured(row: dict[str, Any], processor) -> list[Sequence]:
 def _prompt_ids(row: dict[str, Any], tokenizer) -> list[int]:
     if isinstance(row["prompt"], str):
         return tokenizer(row["prompt"])["input_ids"]
-    text = Conversation.of(tokenizer, row["prompt"], row).render(prompting=True)
+    text = Conversation.of(tokenizer, row["prompt"], {}).render(prompting=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

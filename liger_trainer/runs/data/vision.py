@@ -119,7 +119,6 @@ def prepare_images(
         return check({**convert(row), "images": row["images"]}), []
 
     rows = judged(rows, judge, sieve, data.num_proc)
-    sieve.rows = max(sieve.rows, len(rows))
     names = ("prompt", "completion") if data.assistant_only else ("messages",)
     return rows.map(
         convert,
