@@ -23,7 +23,7 @@ from liger_trainer.injection.rules import (
     norm,
     rotary,
 )
-from liger_trainer.injection.rules.finding import Finding, Search
+from liger_trainer.injection.rules.finding import OVERRIDDEN, Finding, Search
 from liger_trainer.report import InjectionReport
 from liger_trainer.swap import is_swapped, swap, unswap
 
@@ -120,8 +120,7 @@ def _find(search: Search) -> Iterator[Finding]:
         overridden = finding.row.swapped and "forward" in vars(finding.module)
         overridden = overridden and not issubclass(finding.mixin, CallableHead)  # proven there
         if overridden and finding.module is not search.model:
-            reason = "its forward is replaced on the instance (a hook?): inject before that"
-            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=reason))
+            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=OVERRIDDEN))
         else:
             yield finding
 

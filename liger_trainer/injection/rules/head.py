@@ -16,7 +16,7 @@ from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.deferred.logits import defer_call
 from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.finding import OVERRIDDEN, SWITCHED_OFF, Finding, Search
 from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, swap
 
@@ -205,7 +205,7 @@ def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
         if layer is not head and is_wrapped_shard(layer):
             return "an adapter on a head that is split over ranks"
         if "forward" in vars(layer) and not is_transparent(layer):
-            return "its forward is replaced on the instance (a hook?): inject before that"
+            return OVERRIDDEN
         if layer._forward_hooks or layer._forward_pre_hooks:
             return "it has forward hooks: inject before they are registered"
         if layer._backward_hooks or layer._backward_pre_hooks:
