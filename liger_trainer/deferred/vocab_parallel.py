@@ -29,8 +29,12 @@ def shard_of(weight: torch.Tensor | None) -> VocabShard | None:
     rows."""
     if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
         return None
+    return _shard_along(weight.device_mesh, weight)
+
+
+def _shard_along(mesh: DeviceMesh, weight: DTensor) -> VocabShard | None:
     try:
-        return VocabShard.even(weight.device_mesh.get_group(), weight.shape[0])
+        return VocabShard.even(mesh.get_group(), weight.shape[0])
     except ValueError:  # some rank has no rows
         return None
 
@@ -168,7 +172,8 @@ def _hands_on(layer: nn.Linear, weight: torch.Tensor) -> bool:
                 return False
         if len(seen) != 1 or not (_are_same(seen.pop(), hidden) and _are_same(returned, marks)):
             return False
-    return mesh is not None and _is_split_by_rows(weight, mesh)
+    split = mesh is not None and _is_split_by_rows(weight, mesh)
+    return split and _shard_along(mesh, weight) is not None
 
 
 def _is_split_by_rows(weight: DTensor, mesh: DeviceMesh) -> bool:

@@ -22,7 +22,7 @@ from liger_trainer.injection.rules import (
     norm,
     rotary,
 )
-from liger_trainer.injection.rules.finding import Finding, Search
+from liger_trainer.injection.rules.finding import OVERRIDDEN, Finding, Search
 from liger_trainer.report import InjectionReport, Row, Site
 from liger_trainer.swap import has_foreign_forward, is_swapped, swap, unswap
 
@@ -153,8 +153,7 @@ def _examine(search: Search, name: str, module: nn.Module) -> Iterator[Finding]:
     for finding in (*(f for f in found if f is not None), *gated.examine(search, name, module)):
         replaced = finding.row.swapped and has_foreign_forward(finding.module)
         if replaced and finding.module is not search.model:
-            reason = "its forward is replaced on the instance: inject before that"
-            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=reason))
+            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=OVERRIDDEN))
         else:
             yield finding
 

@@ -1,4 +1,4 @@
-"""Every engine against one process, on two or four: python tests/helpers/engines.py --matrix
+"""Every engine against one process, on two or four: python tests/helpers/engines.py
 
 Each cell trains a tiny model for one step of two micro-batches under an engine, the kernels
 injected, and compares with the plain model on one process that saw all processes' data: losses,
@@ -11,14 +11,16 @@ its plain logits. A row that the plain model cannot run either says so.
                term of one's own on outputs.logits, and with LoRA on every linear layer, the head
                included
 
-`--engines NAME ...` chooses rows, `--json FILE` writes the cells.
+`--engines NAME ...` chooses rows, `--columns NAME ...` columns, `--json FILE` writes the cells.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -166,14 +168,22 @@ def plain_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
     return ""
 
 
-def worker(engines: list[str], out: str | None) -> None:
+def column_of(name: str, tied: bool, kind: str) -> str:
+    return f"{name}, {'tied' if tied else kind}"
+
+
+COLUMNS = [column_of(*cell) for cell in CELLS]
+
+
+def worker(engines: list[str], columns: list[str], out: str) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rows = {}
     for engine in engines:
         for name, tied, kind in CELLS:
-            column = f"{name}, {'tied' if tied else kind}"
+            if (column := column_of(name, tied, kind)) not in columns:
+                continue
             try:
                 answer = run_cell(ENGINES[engine], name, tied, kind)
             except Exception as error:
@@ -187,24 +197,72 @@ def worker(engines: list[str], out: str | None) -> None:
             rows.setdefault(engine, {})[column] = max(answers, key=lambda a: a != "=, fused")
             if dist.get_rank() == 0:
                 print(f"{engine} | {column} | {rows[engine][column]}", flush=True)
-    if dist.get_rank() == 0 and out:
+    if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(rows, indent=1))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def matrix(engines: list[str], out: str) -> dict[str, dict[str, str]]:
-    """Run the rows, each in as many processes as it takes, and return the cells."""
+def start(world: int, *arguments) -> None:
+    """`worker(*arguments)` in `world` processes, forked when what takes long is imported."""
+    import peft  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    import liger_trainer.injection.walk  # noqa: F401
+
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+
+    def run(rank: int) -> None:
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        worker(*arguments)
+
+    forks = multiprocessing.get_context("fork")
+    running = [forks.Process(target=run, args=(rank,)) for rank in range(world)]
+    for process in running:
+        process.start()
+    try:
+        while waiting := [process for process in running if process.exitcode is None]:
+            if any(process.exitcode for process in running):
+                break
+            waiting[0].join(0.2)
+    finally:
+        for process in running:
+            process.terminate()
+            process.join()
+    if any(process.exitcode for process in running):
+        raise SystemExit(f"exit codes {[process.exitcode for process in running]}")
+
+
+def run_matrix(engines: list[str], columns: list[str], out: str) -> dict[str, dict[str, str]]:
+    """Run the rows, each in as many processes as it takes; the cells are returned and written."""
     cells = {}
     for world in sorted({ENGINES[name].world for name in engines}):
-        names = [name for name in engines if ENGINES[name].world == world]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={world}", __file__, "--json", out, "--engines", *names]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
-        if done.returncode:
-            raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
+        start(world, [name for name in engines if ENGINES[name].world == world], columns, out)
         cells |= json.loads(Path(out).read_text())
-    return {name: cells[name] for name in engines}
+    cells = {name: cells[name] for name in engines}
+    Path(out).write_text(json.dumps(cells, indent=1))
+    return cells
+
+
+def matrix(engines: list[str], out: str, columns: list[str] = COLUMNS) -> dict[str, dict[str, str]]:
+    """`run_matrix` in a process of its own."""
+    command = [sys.executable, __file__, "--json", out, "--engines", *engines]
+    done = subprocess.run(
+        [*command, "--columns", *columns], capture_output=True, text=True, timeout=1500
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
+    return json.loads(Path(out).read_text())
+
+
+def as_table(cells: dict[str, dict[str, str]]) -> str:
+    columns = list(next(iter(cells.values())))
+    lines = [["engine", *columns], ["---"] * (1 + len(columns))]
+    lines += [[row, *(values[c] for c in columns)] for row, values in cells.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":
@@ -212,15 +270,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engines", nargs="+", default=list(ENGINES))
-    parser.add_argument("--json")
-    parser.add_argument("--matrix", action="store_true", help="start the processes")
-    arguments = parser.parse_args()
-    if arguments.matrix:
-        cells = matrix(arguments.engines, arguments.json or "engines.json")
-        columns = list(next(iter(cells.values())))
-        print("| engine | " + " | ".join(columns) + " |")
-        print("|---|" + "---|" * len(columns))
-        for row, values in cells.items():
-            print(f"| {row} | " + " | ".join(values[c] for c in columns) + " |")
-    else:
-        worker(arguments.engines, arguments.json)
+    parser.add_argument("--columns", nargs="+", default=COLUMNS)
+    parser.add_argument("--json", default="engines.json")
+    chosen = parser.parse_args()
+    print(as_table(run_matrix(chosen.engines, chosen.columns, chosen.json)))

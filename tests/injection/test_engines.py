@@ -1,19 +1,38 @@
-"""The quick rows of the engine matrix; `python tests/helpers/engines.py --matrix` has all."""
+"""The quick rows of the engine matrix; `python tests/helpers/engines.py` has all."""
 
 import engines
 import pytest
 
-ROWS = ["DDP, find_unused_parameters", "FSDP1", "FSDP2, head in the root", "FSDP2, head a unit"]
+ROWS = {
+    "DDP, find_unused_parameters": "",
+    "FSDP1": "",
+    "FSDP2, head in the root": "",
+    "FSDP2, head a unit": "tied",  # torch refuses a tied head there, without kernels too
+    "TP": "LoRA",  # peft has no adapters for such a head
+    "CP, ends and middle": "",
+    "HSDP": "",
+    "FSDP2 x TP": "LoRA",
+    "FSDP2 x CP": "",
+}
+QUICK = ["labels, tied", "own loss, full", "log-probabilities, LoRA"]
+
+
+def wrong(cells: dict[str, str], not_there: str) -> dict[str, str]:
+    """Cells that are not equal and fused, but for those that the plain model cannot run either."""
+    found = {column: cell for column, cell in cells.items() if cell != "=, fused"}
+    excused = {
+        c for c, cell in found.items() if not_there and not_there in c and "plain too" in cell
+    }
+    return {column: cell for column, cell in found.items() if column not in excused}
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
-    return engines.matrix(ROWS, str(tmp_path_factory.mktemp("engines") / "cells.json"))
+    out = str(tmp_path_factory.mktemp("engines") / "cells.json")
+    return engines.matrix([*ROWS], out, QUICK)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_loss_is_fused_and_that_of_one_process(row, cells):
-    wrong = {column: cell for column, cell in cells[row].items() if cell != "=, fused"}
-    if row == "FSDP2, head a unit":  # torch refuses a tied head there, without kernels too
-        wrong = {column: cell for column, cell in wrong.items() if "plain too" not in cell}
-    assert not wrong
+    assert list(cells[row]) == [column for column in engines.COLUMNS if column in QUICK]
+    assert not wrong(cells[row], ROWS[row])

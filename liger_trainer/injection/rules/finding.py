@@ -14,6 +14,7 @@ from liger_trainer.report import Row
 from liger_trainer.swap import VALUES, Swapped, own_attributes
 
 SWITCHED_OFF = "switched off in liger_kernel_config"
+OVERRIDDEN = "its forward is replaced on the instance: inject before that"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,13 @@ from liger_trainer.deferred.logits import defer_call
 from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.activation_memory import LeanModel
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, look_again
+from liger_trainer.injection.rules.finding import (
+    OVERRIDDEN,
+    SWITCHED_OFF,
+    Finding,
+    Search,
+    look_again,
+)
 from liger_trainer.injection.rules.hooks import foreign_hooks
 from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, has_foreign_forward, note, swap
@@ -230,7 +236,7 @@ def _unfit(layer: nn.Module, is_head: bool) -> str | None:
     if not is_head and is_wrapped_shard(layer):
         return "an adapter on a head that is split over ranks"
     if has_foreign_forward(layer) and not is_transparent(layer):
-        return "its forward is replaced on the instance"
+        return OVERRIDDEN
     if foreign_hooks(layer):
         return "it has forward hooks, which would not see the logits"
     if layer._backward_hooks or layer._backward_pre_hooks:

@@ -10,20 +10,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules import gated_norm, norm_cases
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, fingerprint
+from liger_trainer.injection.rules.finding import (
+    OVERRIDDEN,
+    SWITCHED_OFF,
+    Finding,
+    Search,
+    fingerprint,
+)
 from liger_trainer.injection.rules.gated_norm import FusedGatedNorm
 from liger_trainer.kernels.layers.layer_norm import layer_norm
 from liger_trainer.kernels.layers.rms_norm import rms_norm
 from liger_trainer.kernels.runtime import all_plain
 from liger_trainer.report import Row
-from liger_trainer.swap import Proven, Swapped, holds
+from liger_trainer.swap import Proven, Swapped, has_foreign_forward, holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +93,8 @@ class FusedNorm(Swapped):
 def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
     if not _may_be_norm(module):
         return None
+    if has_foreign_forward(module) and len(_required(type(module).forward)) == 2:  # self and input
+        return Finding(Row(site, _nominal_rule(module), False, OVERRIDDEN))
     device = search.device_of(module)
     key = fingerprint(module, device)
     form, verdict = search.once(
@@ -168,9 +176,13 @@ def identify(
 
 def required_inputs(module: nn.Module) -> list[str]:
     """Return the names of what forward cannot do without."""
+    return _required(module.forward)
+
+
+def _required(function: Callable) -> list[str]:
     return [
         p.name
-        for p in inspect.signature(module.forward).parameters.values()
+        for p in inspect.signature(function).parameters.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
 

@@ -1,0 +1,157 @@
+"""What a head that is split over two ranks does, beside its rows of the engine matrix.
+
+Run by tests/injection/test_tensor_parallel.py: one JSON object with an answer for every check.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import small
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
+
+from liger_trainer import inject, loss_scope
+from liger_trainer.deferred import logits as deferred
+
+IDS = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS, "labels": IDS.clone()}
+BATCH["labels"][:, :4] = -100
+
+
+def tiny(vocab: int) -> nn.Module:
+    small.VOCAB = vocab
+    return small.tiny(False, "full")
+
+
+def split(model: nn.Module, **more: str) -> nn.Module:
+    """`model` by its own plan, and `more` styles."""
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_size=2))
+    plan |= {name.replace("__", "."): style for name, style in more.items()}
+    return apply_tensor_parallelism(model, dist.init_device_mesh("cpu", (2,)), plan)
+
+
+def step(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Loss and gradients, whole."""
+    model.zero_grad()
+    loss = model(**BATCH).loss
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+    return {"loss": loss.detach(), **whole}
+
+
+def largest_error(got: dict, expected: dict) -> float:
+    return max(
+        ((got[name] - value).norm() / value.norm()).item() for name, value in expected.items()
+    )
+
+
+def plain_calls(function) -> int:
+    calls, original = [], deferred.plain_call
+    deferred.plain_call = lambda *args: calls.append(1) or original(*args)
+    try:
+        function()
+    finally:
+        deferred.plain_call = original
+    return len(calls)
+
+
+def head_row(report):
+    return next(row for row in report.rows if row.rule == "fused_linear_cross_entropy")
+
+
+def uneven() -> dict:
+    """127 tokens: 64 rows on one rank, 63 on the other."""
+    model, plain = split(tiny(127)), tiny(127)
+    inject(model)
+    found = {}
+    calls = plain_calls(lambda: found.update(step(model)))
+    return {"error": largest_error(found, step(plain)), "plain calls": calls}
+
+
+def traffic() -> dict:
+    """Gathers of a step, without and with the kernels."""
+    counts = {}
+    for injected in (False, True):
+        model = split(tiny(128))
+        if injected:
+            inject(model)
+        with CommDebugMode() as mode:
+            model(**BATCH).loss.backward()
+        gathers = [n for op, n in mode.get_comm_counts().items() if "all_gather" in str(op)]
+        counts["injected" if injected else "plain"] = sum(gathers)
+    return counts
+
+
+def evaluation() -> dict:
+    model, plain = split(tiny(127)).eval(), tiny(127).eval()
+    inject(model)
+    answers = {}
+
+    @torch.no_grad()
+    def evaluate():
+        answers["loss"] = (model(**BATCH).loss - plain(**BATCH).loss).abs().item()
+
+    answers["plain calls"] = plain_calls(evaluate)
+    with torch.no_grad():
+        expected = plain(input_ids=IDS).logits
+        with loss_scope():
+            answers["argmax"] = torch.equal(
+                model(input_ids=IDS).logits.argmax(-1), expected.argmax(-1)
+            )
+            mean = model(input_ids=IDS).logits.mean()
+        answers["mean"] = (mean - expected.mean()).abs().item()
+        answers["logits"] = (model(**BATCH).logits - expected).abs().max().item()
+    return answers
+
+
+def norms() -> dict:
+    """A norm of which each rank is given its part of the tokens."""
+    styles = {"model__norm": "sequence_parallel"}
+    model, plain = split(tiny(128), **styles), split(tiny(128), **styles)
+    report = inject(model)
+    row = next(row for row in report.rows if row.site == "model.norm")
+    return {"error": largest_error(step(model), step(plain)), "swapped": row.swapped,
+            "reason": row.reason}  # fmt: skip
+
+
+def altered() -> dict:
+    """A wrapper that does more than split: it must not be passed by."""
+    model, plain = split(tiny(128)), split(tiny(128))
+    for each in (model, plain):
+        inner = each.lm_head.forward
+        each.lm_head.forward = lambda x, inner=inner: 2 * inner(x)
+    row = head_row(inject(model))
+    return {"error": largest_error(step(model), step(plain)), "swapped": row.swapped,
+            "reason": row.reason}  # fmt: skip
+
+
+def rankless() -> dict:
+    """One row for two ranks: the second has none."""
+    head = nn.Linear(4, 1, bias=False)
+    mesh = dist.init_device_mesh("cpu", (2,))
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from liger_trainer.deferred.vocab_parallel import shard_of
+
+    return {"shard": shard_of(distribute_tensor(head.weight, mesh, [Shard(0)])) is not None}
+
+
+CHECKS = (uneven, traffic, evaluation, norms, altered, rankless)
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    answers = {check.__name__: check() for check in CHECKS}
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(answers))
+    dist.barrier()
+    dist.destroy_process_group()

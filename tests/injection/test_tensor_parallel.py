@@ -1,0 +1,53 @@
+"""Two ranks that hold half of a head each; tests/helpers/tensor_parallel.py is what they run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tensor_parallel
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    out = tmp_path_factory.mktemp("split") / "answers.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [tensor_parallel.__file__, str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+def test_shards_of_different_size_give_the_gradients_of_the_whole(answers):
+    assert answers["uneven"]["error"] < 3e-6
+    assert answers["uneven"]["plain calls"] == 0
+
+
+def test_neither_logits_nor_weight_are_gathered(answers):
+    assert answers["traffic"]["plain"] >= 1
+    assert answers["traffic"]["injected"] == 0
+
+
+def test_evaluation_without_gradients(answers):
+    found = answers["evaluation"]
+    assert found["loss"] < 3e-6
+    assert found["plain calls"] == 0
+    assert found["argmax"]
+    assert found["mean"] < 1e-6
+    assert found["logits"] < 1e-5
+
+
+def test_norms_of_a_part_of_the_tokens_are_left_alone(answers):
+    assert not answers["norms"]["swapped"]
+    assert "forward is replaced" in answers["norms"]["reason"]
+    assert answers["norms"]["error"] < 3e-6
+
+
+def test_a_wrapper_that_changes_the_logits_is_refused(answers):
+    assert not answers["altered"]["swapped"]
+    assert "forward is replaced" in answers["altered"]["reason"]
+    assert answers["altered"]["error"] < 3e-6
+
+
+def test_a_head_with_fewer_rows_than_ranks_is_no_shard(answers):
+    assert not answers["rankless"]["shard"]
