@@ -182,6 +182,7 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
         ("simpo", "training.loss_type=hinge", "simpo means 'simpo'"),
         ("dpo", "reward.functions=[parses]", "reward: not for dpo"),
         ("grpo", "reward=null", "grpo needs a reward"),
+        ("grpo", "training.use_vllm=true", "training.use_vllm.*pip install vllm"),
         ("reward", "reward.functions=[parses]", "reward: not for reward"),
         ("rloo", "reward=null", "rloo needs a reward"),
         ("rloo", "model.revision=v1", "training.beta is 0.05.*without model.revision"),
