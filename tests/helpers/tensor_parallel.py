@@ -12,6 +12,7 @@ from pathlib import Path
 import small
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -28,14 +29,15 @@ def tiny(vocab: int) -> nn.Module:
     return small.tiny(False, "full")
 
 
-def split(model: nn.Module, **more: str) -> nn.Module:
+def split(model: nn.Module, mesh=None, **more: str) -> nn.Module:
     """`model` by its own plan, and `more` styles."""
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_size=2))
     plan |= {name.replace("__", "."): style for name, style in more.items()}
-    return apply_tensor_parallelism(model, dist.init_device_mesh("cpu", (2,)), plan)
+    mesh = dist.init_device_mesh("cpu", (2,)) if mesh is None else mesh
+    return apply_tensor_parallelism(model, mesh, plan)
 
 
 def step(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -145,7 +147,29 @@ def rankless() -> dict:
     return {"shard": shard_of(distribute_tensor(head.weight, mesh, [Shard(0)])) is not None}
 
 
-CHECKS = (uneven, traffic, evaluation, norms, altered, rankless)
+def scattered() -> dict:
+    """A head that data ranks shard as well, and whose weight is not gathered when it is needed."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    model, plain = split(tiny(128), mesh["tensor"]), tiny(128)
+    inject(model)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"], reshard_after_forward=True)
+    answers = {"error": largest_error(step(model), step(plain))}
+    for with_grad in (True, False):
+        with loss_scope(), torch.set_grad_enabled(with_grad):
+            logits = model(input_ids=IDS).logits[:, :-1].flatten(0, 1)
+            for name, use in (("loss", F.cross_entropy), ("value", lambda z, _: z + 1)):
+                try:
+                    use(logits, BATCH["labels"][:, 1:].flatten())
+                except RuntimeError as error:
+                    answers[f"{name}, {with_grad}"] = str(error)
+    return answers
+
+
+CHECKS = (uneven, traffic, evaluation, norms, altered, rankless, scattered)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -10,7 +10,6 @@ ROWS = {
     "FSDP2, head a unit": "tied",  # torch refuses a tied head there, without kernels too
     "TP": "LoRA",  # peft has no adapters for such a head
     "CP, ends and middle": "",
-    "HSDP": "",
     "FSDP2 x TP": "LoRA",
     "FSDP2 x CP": "",
 }

@@ -51,3 +51,10 @@ def test_a_wrapper_that_changes_the_logits_is_refused(answers):
 
 def test_a_head_with_fewer_rows_than_ranks_is_no_shard(answers):
     assert not answers["rankless"]["shard"]
+
+
+def test_a_head_that_is_not_gathered_from_data_ranks_raises(answers):
+    found = answers["scattered"]
+    assert found.pop("error") < 3e-6  # in the forward it is gathered
+    assert len(found) == 4
+    assert all("lies in shards of several kinds" in message for message in found.values())
