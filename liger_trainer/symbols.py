@@ -168,6 +168,10 @@ SYMBOLS: tuple[Symbol, ...] = (
         "LabelSmoother:epsilon", "LabelSmoother:ignore_index",
         "LabelSmoother.__call__(model_output, labels, shift_labels)",
     ),
+    *_of(
+        "transformers.utils.peft_utils", "LigerTrainer(\"an adapter's folder\")",
+        "find_adapter_config_file",
+    ),
     *_of("transformers", "compiled models", "PreTrainedModel.loss_function"),
     *_of("transformers", _MASKS, "PreTrainedConfig._attn_implementation"),
     *_of(

@@ -16,6 +16,7 @@ from transformers import (
     Trainer,
 )
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
@@ -29,8 +30,9 @@ class LigerTrainer(Trainer):
     """A drop-in for `transformers.Trainer`.
 
     Args:
-        model: as in Trainer, or the name or path of a causal language model. A model that is loaded
-            here brings its tokenizer as `processing_class`, and a collator that pads labels.
+        model: as in Trainer, or the name or path of a causal language model, or of a PEFT adapter,
+            which is then trained further on its base. A model that is loaded here brings its
+            tokenizer as `processing_class`, and a collator that pads labels.
         model_init_kwargs: for `from_pretrained`, when `model` is a name or path.
         liger_kernel_config: True, or switches (see `KernelConfig`), injects the kernels at
             construction; False does not. None: as `args.use_liger_kernel` and
@@ -62,7 +64,7 @@ class LigerTrainer(Trainer):
         self._asked = liger_kernel_config
         if isinstance(model, (str, os.PathLike)):
             name, init = str(model), model_init_kwargs or {}
-            model = AutoModelForCausalLM.from_pretrained(name, **init)
+            model = _load_model(name, init)
             if processing_class is None:
                 processing_class = _load_tokenizer(name, init)
             if data_collator is None:
@@ -146,6 +148,18 @@ class FusedLabelSmoother(LabelSmoother):
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
+
+
+def _load_model(name: str, model_init_kwargs: dict[str, Any]):
+    hub = {k: v for k, v in model_init_kwargs.items() if k in ("token", "revision", "cache_dir")}
+    if find_adapter_config_file(name, **hub) is None:
+        return AutoModelForCausalLM.from_pretrained(name, **model_init_kwargs)
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(name, **hub).base_model_name_or_path
+    others = {k: v for k, v in model_init_kwargs.items() if k != "revision"}  # the adapter's
+    model = AutoModelForCausalLM.from_pretrained(base, **others)
+    return PeftModel.from_pretrained(model, name, is_trainable=True, **hub)
 
 
 def _load_tokenizer(name: str, model_init_kwargs: dict[str, Any]):

@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers.trainer
-from families import tiny_model
+from families import batch, tiny_model
 from shapes import Shapes
 from trainers import Sequences, arguments, assert_same_run, build, losses, train
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from liger_trainer import LigerTrainer, disable, enable
 from liger_trainer.deferred.logits import DeferredLogits
@@ -260,3 +260,24 @@ def test_every_argument_of_trainer_is_still_one():
     ours = set(inspect.signature(LigerTrainer.__init__).parameters)
     first_six = list(inspect.signature(Trainer.__init__).parameters)[:7]
     assert set(first_six) <= ours
+
+
+def test_an_adapter_folder_is_trained_further(tmp_path):
+    peft = pytest.importorskip("peft")
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    args = TrainingArguments(
+        str(tmp_path / "out"), max_steps=3, use_cpu=True, report_to=[], use_liger_kernel=True,
+        save_strategy="no", learning_rate=1e-2, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{name: tensor[0] for name, tensor in batch(length=9).items()}] * 4
+    trainer = LigerTrainer(str(tmp_path / "adapter"), args, train_dataset=rows)
+    trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    assert trainer.injection_report.coverage["lora"].swapped == 14
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
