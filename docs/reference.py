@@ -129,9 +129,13 @@ set it. Without the section, all weights are trained.
 
 ## reward
 
-For `grpo`. The functions are {_codes(rewards)}. The sandboxes are {_codes(sandboxes)}.
+For `grpo` and `rloo`. The functions are {_codes(rewards)}. The sandboxes are {_codes(sandboxes)}.
 
 {_table(*SECTIONS["reward"])}
+
+## teacher
+
+For `distillation`: the model to learn from. The keys are those of [model](#model).
 
 ## Shipped recipes
 

@@ -134,6 +134,8 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     for conflict in generations_conflict(args) if prepared.eval is not None else ():
         raise ValueError(conflict)
     given = {"reward_funcs": [guarded(reward) for reward in rewards]} if rewards else {}
+    if recipe.teacher is not None:
+        given["teacher_model"] = load_model(recipe.teacher)
     peft_config = recipe.peft_config()
     precomputed = getattr(args, "precompute_ref_log_probs", False)
     # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so there TRL

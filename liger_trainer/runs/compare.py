@@ -51,7 +51,7 @@ def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = Fals
     now, found = json.loads(json.dumps(recipe.shown)), []  # as the earlier one was written
     if before.get("method") != now["method"]:
         return [f"method: {before.get('method')} -> {now['method']}"]
-    for section in ("model", "data", "training", "peft", "reward"):
+    for section in ("model", "data", "training", "peft", "reward", "teacher"):
         old, new = before.get(section), now.get(section)
         if (old is None) != (new is None):
             found.append(f"{section}: {_shown(old)} -> {_shown(new)}")

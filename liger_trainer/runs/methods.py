@@ -15,6 +15,7 @@ class Method:
     examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see data/alignment.py
     reference: bool = False  # whether the trainer is given a reference model
     counts_tokens: bool = True  # whether the trainer does so itself
+    teacher: bool = False  # whether the trainer is given a model to learn from
     scores: bool = False  # whether the model gives a sequence one number, in place of logits
     images: bool = False  # whether examples may have a column `images`
     tools: bool = True  # whether the trainer gives a column `tools` to the chat template
@@ -51,6 +52,9 @@ METHODS = {
     "kto": Method("KTO", "labelled", reference=True, unused_data=_PREFERENCE),
     "reward": Method("Reward", "pairs", scores=True, unused_data=_PREFERENCE),
     "grpo": Method("GRPO", "prompts", tools=False, unused_data={**_PREFERENCE, **_ONLINE}),
+    "distillation": Method(
+        "Distillation", "prompts", teacher=True, tools=False, unused_data={**_PREFERENCE, **_ONLINE}
+    ),
     "rloo": Method("RLOO", "prompts", tools=False, unused_data={**_PREFERENCE, **_ONLINE}),
 }
 
@@ -60,6 +64,9 @@ _ELSEWHERE = {
     "dataset_num_proc": "set data.num_proc instead",
     "model_init_kwargs": "set the keys of the section model instead",
     "trust_remote_code": "set model.trust_remote_code instead",
+    "teacher_model_name_or_path": "set the keys of the section teacher instead",
+    "teacher_model_revision": "set teacher.revision instead",
+    "teacher_model_init_kwargs": "set the keys of the section teacher instead",
     "include_num_input_tokens_seen": "remove the key: tokens are counted anyway",
 }
 _PUSH = "nothing is pushed while training; after it, use `liger-trainer push`"
@@ -164,7 +171,13 @@ def refuse_unused(method: str, values: dict[str, Any]) -> None:
             raise ValueError(
                 f"training.{key}: {method} means {value!r}; remove the key, or use method: cpo"
             )
-    if chosen.examples == "prompts":
+    if chosen.teacher != (values.get("teacher") is not None):
+        raise ValueError(
+            f"teacher: {method} needs one; name a model as in the section model"
+            if chosen.teacher
+            else f"teacher: not for {method}; remove the section, or use method: distillation"
+        )
+    if chosen.examples == "prompts" and not chosen.teacher:
         _check_reward(method, values)
     elif values.get("reward") is not None:
         raise ValueError(f"reward: not for {method}; remove the section, or use method: grpo")

@@ -36,7 +36,7 @@ def resolved_yaml(recipe: Recipe) -> str:
         },
         "training": {key: value for key, (value, _) in recipe.training_fields().items()},
     }
-    for section in ("peft", "reward"):
+    for section in ("peft", "reward", "teacher"):
         if recipe.values.get(section) is not None:
             sections[section] = recipe.values[section]
     origins = {f"training.{key}": where for key, (_, where) in recipe.training_fields().items()}

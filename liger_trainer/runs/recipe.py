@@ -37,8 +37,10 @@ from liger_trainer.runs.shipped import recipe_names, shipped
 from liger_trainer.runs.typed import admits, convert, known
 
 # Fields that are paths here, never names of a hub: `~` is the home folder in them, and only there.
+_MODEL_PATHS = ("name_or_path", "tokenizer", "chat_template", "cache_dir", "offload_folder")
 _PATHS = {
-    "model": ("name_or_path", "tokenizer", "chat_template", "cache_dir", "offload_folder"),
+    "model": _MODEL_PATHS,
+    "teacher": _MODEL_PATHS,
     "data": ("path", "eval_path", "mix"),
     "training": ("output_dir",),
 }
@@ -64,6 +66,7 @@ class Recipe:
     values: dict[str, Any]  # nested, as given: YAML and command line
     sources: dict[str, str]  # "training.learning_rate" -> "recipe", or "command line"
     reward: RewardArguments | None = None
+    teacher: ModelArguments | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -157,12 +160,14 @@ def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ())
     KernelConfig.from_dict(values["training"].get("liger_kernel_config") or {})
     model, data = ModelArguments(**values["model"]), DataArguments(**values["data"])
     reward = RewardArguments(**values["reward"]) if "reward" in values else None
-    return Recipe(path, method, model, data, values, sources, reward)
+    teacher = ModelArguments(**values["teacher"]) if "teacher" in values else None
+    return Recipe(path, method, model, data, values, sources, reward, teacher)
 
 
 def defaults(section: str, method: str) -> dict[str, Any]:
     """Return the values of a section that a recipe leaves out, as far as they are no objects."""
     classes = {"model": ModelArguments, "data": DataArguments, "reward": RewardArguments}
+    classes["teacher"] = ModelArguments
     if section == "training":
         cls, usual = arguments_class(method), training_defaults(method)
     else:
@@ -231,7 +236,9 @@ def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict
         sections["peft"] = _lora_class()
     if values.get("reward") is not None:
         sections["reward"] = RewardArguments
-    known("recipe", values, ["method", *sections, "peft", "reward"])
+    if values.get("teacher") is not None:
+        sections["teacher"] = ModelArguments
+    known("recipe", values, ["method", *sections, "peft", "reward", "teacher"])
     checked = {"method": method}
     for section, cls in sections.items():
         given = {} if values.get(section) is None else values[section]

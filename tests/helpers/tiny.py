@@ -130,6 +130,10 @@ def alignment_values(folder: Path, method: str, **training) -> dict:
         values["reward"] = {"functions": ["parses", "passes_tests"]}
         generated = {"num_generations": 2, "max_completion_length": 8}
         values["training"] = {**generated, "per_device_eval_batch_size": 2, **values["training"]}
+    elif method == "distillation":
+        values["data"] = {"path": str(problems_file(folder / "problems.jsonl"))}
+        values["teacher"] = {"name_or_path": str(saved_model(folder / "teacher"))}
+        values["training"] = {"max_completion_length": 8, **values["training"]}
     else:
         values["data"] = {"path": str(pairs_file(folder / "pairs.jsonl")), "max_length": 64}
     values["data"] |= {"eval_fraction": 0.25, "samples": 0}

@@ -31,6 +31,7 @@ HELD_OUT = {
     "simpo": PAIRED,
     "kto": PAIRED - {"rewards/accuracies"} | {"kl", "entropy"},
     "reward": {"loss", "accuracy", "margin", "mean_reward"},
+    "distillation": {"loss"},
     "grpo": REWARDED,
     "rloo": REWARDED,
 }
@@ -63,7 +64,8 @@ def test_every_method_trains_and_leaves_a_model_and_a_report(tmp_path, capsys, m
     assert finished["summary"]["steps"] == 3
     assert ("coverage:" in printed) == (flag == "true")
     rewarded = HELD_OUT[method] is REWARDED
-    told = {"reward": "held-out margin of scores "}.get(method, "held-out reward margin ")
+    told = {"reward": "held-out margin of scores ", "distillation": "held-out loss "}
+    told = told.get(method, "held-out reward margin ")
     assert ("held-out reward " if rewarded else told) in printed
     assert "tokens/s" in printed
     report = (out / "report.html").read_text()
@@ -184,6 +186,9 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
         ("grpo", "reward=null", "grpo needs a reward"),
         ("grpo", "training.use_vllm=true", "training.use_vllm.*pip install vllm"),
         ("reward", "reward.functions=[parses]", "reward: not for reward"),
+        ("distillation", "teacher=null", "teacher: distillation needs one"),
+        ("dpo", "teacher.name_or_path=model", "teacher: not for dpo"),
+        ("distillation", "training.teacher_model_revision=v1", "set teacher.revision instead"),
         ("rloo", "reward=null", "rloo needs a reward"),
         ("rloo", "model.revision=v1", "training.beta is 0.05.*without model.revision"),
         ("grpo", "reward.functions=[]", "grpo needs a reward"),
