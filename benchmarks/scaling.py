@@ -1,10 +1,15 @@
-"""Weak scaling, the same work on every GPU: python benchmarks/scaling.py --json scaling.json
+"""Scaling over GPUs: python benchmarks/scaling.py --json scaling.json
 
-Forward, backward and fused AdamW of a random model in bf16, every layer checkpointed, one sequence
-of the named length on each of 1, 2, 4, 8 GPUs, as many as there are. LoRA: rank 16 on every linear
-layer, fp32 adapters. Each cell: efficiency (tokens/s of a GPU against the fewest GPUs that ran),
-tokens per second and GPU, the largest peak GiB of a rank, and how long communication kernels run as
-a share of the step. They overlap with computation, and wait for the slowest rank.
+Forward, backward and fused AdamW of a random model in bf16, every layer checkpointed. LoRA: rank 16
+on every linear layer, fp32 adapters. On each of 1, 2, 4, 8 GPUs, as many as there are:
+
+    fsdp2       weights shared out, one sequence of the named length on each GPU
+    zero3       the same by DeepSpeed
+    fsdp2+cp    weights shared out, one sequence in all, its tokens shared out (context parallel)
+
+Each cell: efficiency (tokens/s of a GPU against the fewest GPUs that ran), tokens per second and
+GPU, the largest peak GiB of a rank, and how long communication kernels run as a share of the step.
+They overlap with computation, and wait for the slowest rank.
 
     python benchmarks/scaling.py --case "llama-8b full" --engine fsdp2 --variant off liger-trainer
     python benchmarks/scaling.py --smoke --worlds 1 2          # a tiny model on the CPU, by gloo
@@ -34,7 +39,7 @@ CASES = {
     )
 }
 SMOKE = {"tiny full, 64": ("tiny", "full", 64), "tiny LoRA, 64": ("tiny", "LoRA", 64)}
-ENGINES = {"fsdp2": None, "zero3": "deepspeed"}  # and the package that each needs
+ENGINES = {"fsdp2": None, "zero3": "deepspeed", "fsdp2+cp": None}  # and what each needs
 VARIANTS = {"off": None, "liger-kernel": "liger_kernel", "liger-trainer": None}
 TOLERANCE = 0.02  # relative, of the loss after the warm-up
 
@@ -58,7 +63,14 @@ def launch(name: str, engine: str, variant: str, world: int, limit: float) -> di
     return {"failure": (errors or done.stderr.strip().splitlines() or ["no output"])[0][:90]}
 
 
-def cell(groups: dict[str, dict], world: int, length: int, off: dict[str, dict]) -> str:
+def tokens_per_second(key: str, world: int, found: dict) -> float:
+    """Of one GPU."""
+    name, engine, _ = key.split(" | ")
+    length = (CASES | SMOKE)[name][2]
+    return 1000 * length / found["ms"] / (world if engine == "fsdp2+cp" else 1)
+
+
+def cell(key: str, groups: dict[str, dict], world: int, off: dict[str, dict]) -> str:
     """A group's figures beside those of the fewest GPUs that ran."""
     found = groups.get(str(world))
     if found is None or "failure" in found:
@@ -66,9 +78,11 @@ def cell(groups: dict[str, dict], world: int, length: int, off: dict[str, dict])
     other = off.get(str(world), {}).get("loss", found["loss"])
     if abs(found["loss"] - other) > TOLERANCE * abs(other):
         return f"another result: loss {found['loss']:.4f}, not {other:.4f}"
-    first = next(g for _, g in sorted(groups.items(), key=lambda i: int(i[0])) if "ms" in g)
+    fewest = min(int(w) for w, g in groups.items() if "ms" in g)
+    first = tokens_per_second(key, fewest, groups[str(fewest)])
+    speed = tokens_per_second(key, world, found)
     return (
-        f"{first['ms'] / found['ms']:.2f}, {1000 * length / found['ms']:,.0f} tok/s, "
+        f"{speed / first:.2f}, {speed:,.0f} tok/s, "
         f"{max(found['gib']):.1f} GiB, {found['communication']:.0%}"
     )
 
@@ -85,9 +99,9 @@ def plot(results: dict[str, dict], path: Path) -> None:
     for axis, panel in zip(axes[0], panels, strict=True):
         for variant in VARIANTS:
             groups = results.get(f"{panel} | {variant}", {})
-            length = int(panel.partition(" | ")[0].rpartition(" ")[2])
+            key = f"{panel} | {variant}"
             points = sorted(
-                (int(w), 1000 * length / g["ms"]) for w, g in groups.items() if "ms" in g
+                (int(w), tokens_per_second(key, int(w), g)) for w, g in groups.items() if "ms" in g
             )
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=variant)
@@ -128,6 +142,9 @@ def main():
         if missing:
             print(f"{name}, {engine}, {variant}: skipped, {missing[0]} is not installed")
             continue
+        if options.smoke and engine == "fsdp2+cp":
+            print(f"{name}, {engine}, {variant}: skipped, attention over ranks needs CUDA")
+            continue
         groups = results.setdefault(f"{name} | {engine} | {variant}", {})
         for world in sorted(w for w in options.worlds if w <= most):
             groups[str(world)] = launch(name, engine, variant, world, options.limit)
@@ -144,10 +161,10 @@ def main():
         rows.append(
             [
                 key.replace(" | ", ", "),
-                *(cell(groups, w, (CASES | SMOKE)[name][2], off) for w in worlds),
+                *(cell(key, groups, w, off) for w in worlds),
             ]
         )
-    print_table("Weak scaling", ["case", *(f"{w} GPUs" for w in worlds)], rows)
+    print_table("Scaling", ["case", *(f"{w} GPUs" for w in worlds)], rows)
     if options.json and results:
         plot(results, options.json.with_suffix(".png"))
     if options.smoke and any("tok/s" not in c for row in rows for c in row[1:] if c):

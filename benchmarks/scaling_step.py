@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -94,6 +95,58 @@ def zero3(model):
     return engine, finish
 
 
+class WholeBatch:
+    """Each rank trains on whole sequences of its own."""
+
+    def __init__(self, vocab: int, length: int, device: torch.device):
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        self.ids = torch.randint(0, vocab, (1, length), generator=generator).to(device)
+
+    def __call__(self, model, finish):
+        loss = model(input_ids=self.ids, labels=self.ids).loss
+        finish(loss)
+        return loss.detach()
+
+
+class SharedSequence:
+    """All ranks train on one sequence, each on a part of its tokens; attention goes round.
+
+    torch's context parallel for sdpa, with the labels shifted before the sequence is cut. As
+    accelerate does it, attention layers get no mask and are told that they are causal.
+    """
+
+    def __init__(self, model, vocab: int, length: int, device: torch.device):
+        self.mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocab, (1, length), generator=generator).to(device)
+        positions = torch.arange(length, device=device)[None]
+        labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        self.whole = ids, positions, labels
+        for name, module in model.named_modules():
+            if name.endswith("self_attn"):
+                module.register_forward_pre_hook(_causal, with_kwargs=True)
+
+    def __call__(self, model, finish):
+        from torch.distributed.tensor.experimental import context_parallel
+
+        ids, positions, labels = parts = [t.clone() for t in self.whole]
+        cut = contextlib.nullcontext()
+        if self.mesh.size() > 1:
+            cut = context_parallel(
+                self.mesh, buffers=parts, buffer_seq_dims=[1, 1, 1], no_restore_buffers=set(parts)
+            )
+        with cut:
+            loss = model(
+                input_ids=ids, position_ids=positions, labels=labels, shift_labels=labels
+            ).loss
+            finish(loss)
+        return loss.detach()
+
+
+def _causal(module, args, kwargs):
+    return args, kwargs | {"attention_mask": None, "is_causal": True}
+
+
 def work(case: tuple, engine: str, variant: str) -> dict:
     """What rank 0 reports of its group: milliseconds, GiB, share of communication, loss."""
     cuda = case[0] != "tiny"
@@ -104,14 +157,14 @@ def work(case: tuple, engine: str, variant: str) -> dict:
     try:
         model = build(case, variant, device)
         vocab = model.config.vocab_size
-        model, finish = {"fsdp2": fsdp2, "zero3": zero3}[engine](model)
-        generator = torch.Generator().manual_seed(dist.get_rank())
-        ids = torch.randint(0, vocab, (1, case[2]), generator=generator).to(device)
+        if engine == "fsdp2+cp":
+            batch = SharedSequence(model, vocab, case[2], device)
+        else:
+            batch = WholeBatch(vocab, case[2], device)
+        model, finish = (zero3 if engine == "zero3" else fsdp2)(model)
 
         def step():
-            loss = model(input_ids=ids, labels=ids).loss
-            finish(loss)
-            return loss.detach()
+            return batch(model, finish)
 
         for _ in range(WARMUP):
             loss = step().float()

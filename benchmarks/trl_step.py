@@ -1,9 +1,13 @@
 """Training with TRL against its peers: python benchmarks/trl_step.py
 
+    python benchmarks/trl_step.py --processes 2 --accelerate fsdp2    # or ddp, zero2, zero3
+
 Whole steps of TRL's trainers as they train: data loader, forward, backward, fused AdamW, TRL's own
 metrics. A random model of Llama-3.2-1B's shape, bf16 weights under TRL's bf16 autocast, sdpa
 attention, no checkpointing. Tokens per second, the prompts' included, and peak GiB allocated; each
-contender runs in its own process. The reference of DPO is a copy of the policy at the start.
+contender runs in its own process. The reference of DPO is a copy of the policy at the start. With
+several processes each has the named batch, tokens are counted over all of them, and the peak is
+that of the largest; `accelerate launch` starts them with the configuration of that name.
 
 Mean loss and last gradient norm must be those of the first contender, or there is no figure.
 `--smoke` trains tiny models on the CPU.
@@ -21,11 +25,13 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,6 +46,7 @@ SMOKE_SHAPE = {
 WARMUP, MEASURED = 3, 6
 TOLERANCES = {"bf16": (0.02, 0.1), "smoke": (1e-3, 1e-3)}  # relative, of loss and gradient norm
 ANOTHER = "another result"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class Case(NamedTuple):
@@ -67,13 +74,17 @@ def sized(name: str, smoke: bool) -> Case:
 # --- one process: a trainer and its steps ----------------------------------------------------
 
 
+def processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def build_model(shape: dict, smoke: bool):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = dict(shape)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(0)
-    with torch.device("cpu" if smoke else "cuda"):
+    with torch.device("cpu" if smoke else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"):
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.float32 if smoke else torch.bfloat16, attn_implementation="sdpa"
         )
@@ -90,7 +101,7 @@ def build_tokenizer(vocab: int):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
 
 
-def build_data(case: Case, vocab: int, steps: int):
+def build_data(case: Case, vocab: int, batches: int):
     """Random sequences of exactly `case.length` tokens."""
     from datasets import Dataset
 
@@ -104,7 +115,7 @@ def build_data(case: Case, vocab: int, steps: int):
         return " ".join(str(token) for token in draw(length))
 
     rows = []
-    for _ in range(case.batch * steps):
+    for _ in range(case.batch * batches):
         if case.method == "SFT":
             ids = draw(case.length)
             rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
@@ -140,7 +151,7 @@ def build_trainer(case: Case, contender: str, smoke: bool, folder: str, callback
     return getattr(home, f"{case.method}Trainer")(
         model=build_model(shape, smoke),
         args=config,
-        train_dataset=build_data(case, shape["vocab_size"], steps),
+        train_dataset=build_data(case, shape["vocab_size"], steps * processes()),
         processing_class=build_tokenizer(shape["vocab_size"]),
         callbacks=[callback],
         **arguments,
@@ -175,17 +186,18 @@ def run(case: Case, contender: str, smoke: bool) -> dict[str, float]:
         trainer = build_trainer(case, contender, smoke, folder, clock)
         trainer.train()
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    tokens = case.tokens * (WARMUP + MEASURED)
+    tokens = case.tokens * processes() * (WARMUP + MEASURED)
     if log["num_tokens"] != tokens:
         raise RuntimeError(f"{log['num_tokens']:.0f} tokens were trained on, not {tokens}")
     if contender == "liger_trainer":
         report = trainer.injection_report
         if report is None or report.refused or not report.coverage:
             raise RuntimeError(f"the model is not wholly on liger_trainer's kernels:\n{report}")
-    gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    peaks = trainer.accelerator.gather(torch.tensor([peak], device=trainer.accelerator.device))
     return {
-        "tokens per second": case.tokens / clock.seconds(),
-        "gib": gib,
+        "tokens per second": case.tokens * processes() / clock.seconds(),
+        "gib": peaks.max().item(),
         "loss": log["loss"],
         "grad_norm": log["grad_norm"],
     }
@@ -206,19 +218,34 @@ def missing(contender: str, smoke: bool) -> str | None:
     return None
 
 
-def start(name: str, contender: str, smoke: bool) -> dict | str:
-    """`run` in a process of its own, or the last line of what it failed with."""
-    command = [sys.executable, __file__, "--one", name, contender, *["--smoke"] * smoke]
+def start(name: str, contender: str, options: argparse.Namespace) -> dict | str:
+    """`run` in processes of its own, or the last line of what it failed with."""
+    command = [__file__, "--one", name, contender, *["--smoke"] * options.smoke]
     offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
-    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # TRL refuses DataParallel
-    changes = {**dict.fromkeys(offline, "1"), "CUDA_VISIBLE_DEVICES": device}
+    changes = dict.fromkeys(offline, "1")
+    if options.processes > 1:
+        configuration = RECIPES / "accelerate" / f"{options.accelerate}.yaml"
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(configuration)]
+        launcher += [
+            "--main_process_port",
+            "0",
+            "--num_processes",
+            str(options.processes),
+            *["--cpu"] * options.smoke,
+        ]
+        command = [sys.executable, *launcher, *command]
+    else:  # TRL refuses DataParallel
+        device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        changes["CUDA_VISIBLE_DEVICES"] = device
+        command = [sys.executable, *command]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, **changes}
     )
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
     print(done.stderr, file=sys.stderr)
-    return "failed: " + (done.stderr.strip().splitlines() or ["no output"])[-1][:80]
+    errors = re.findall(r"^(?:\[rank\d+\]: ?)?(\S*Error\b.*)", done.stderr, re.M)
+    return f"failed: {(errors or done.stderr.strip().splitlines() or ['no output'])[-1][:80]}"
 
 
 def is_other(found: dict, truth: dict, smoke: bool) -> bool:
@@ -229,11 +256,11 @@ def is_other(found: dict, truth: dict, smoke: bool) -> bool:
     )
 
 
-def compete(name: str, contenders: list[str], smoke: bool) -> tuple[list[str], list[str]]:
+def compete(name: str, options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Rows of the two tables."""
     figures, checks, truth = [name], [name], None
-    for contender in contenders:
-        found = missing(contender, smoke) or start(name, contender, smoke)
+    for contender in options.contenders:
+        found = missing(contender, options.smoke) or start(name, contender, options)
         if isinstance(found, str):
             figures.append(found)
             checks.append("")
@@ -241,7 +268,7 @@ def compete(name: str, contenders: list[str], smoke: bool) -> tuple[list[str], l
         truth = truth or found
         checks.append(f"{found['loss']:.4f}, {found['grad_norm']:.4g}")
         figure = f"{found['tokens per second']:,.0f}, {found['gib']:.1f}"
-        figures.append(ANOTHER if is_other(found, truth, smoke) else figure)
+        figures.append(ANOTHER if is_other(found, truth, options.smoke) else figure)
     return figures, checks
 
 
@@ -249,6 +276,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--processes", type=int, default=1, help="one per GPU")
+    parser.add_argument("--accelerate", default="ddp", choices=("ddp", "fsdp2", "zero2", "zero3"))
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -256,18 +285,21 @@ def main():
         parser.error("needs a CUDA device; --smoke runs without one")
     if options.one:
         name, contender = options.one
-        print(json.dumps(run(sized(name, options.smoke), contender, options.smoke)))
+        found = run(sized(name, options.smoke), contender, options.smoke)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(json.dumps(found), flush=True)
         return
     rows, checks = [], []
     for name in options.cases:
-        row, check = compete(name, options.contenders, options.smoke)
+        row, check = compete(name, options)
         rows.append(row)
         checks.append(check)
         print(row, flush=True)
     print(environment())
     columns = ["case", *options.contenders]
     size = " (tiny models)" if options.smoke else ""
-    print_table(f"Training with TRL, tokens/s, peak GiB{size}", columns, rows)
+    engine = f", {options.accelerate} on {options.processes} GPUs" * (options.processes > 1)
+    print_table(f"Training with TRL{engine}, tokens/s, peak GiB{size}", columns, rows)
     print_table("Mean loss, last gradient norm", columns, checks)
     if options.smoke and any(ANOTHER in row or "failed" in " ".join(row) for row in rows):
         raise SystemExit("a contender failed or trains something else")
