@@ -129,6 +129,8 @@ def test_over_two_devices(family, every_size):
         pytest.skip("one device")
     plain = tiny_model(family, "cuda:0")
     places = {**dict.fromkeys(PARTS[:2], 0), **dict.fromkeys(PARTS[2:], 1), "model.rotary_emb": 0}
+    if plain.config.tie_word_embeddings:
+        places["lm_head"] = 0  # as accelerate places it, beside the embedding
     model = accelerate.dispatch_model(copy.deepcopy(plain), places)
     placed_plain = accelerate.dispatch_model(copy.deepcopy(plain), places)
     inject(model, strict=True)
