@@ -23,6 +23,7 @@ from torch import nn
 from liger_trainer.deferred import Attach, Deferred
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, fingerprint
+from liger_trainer.injection.rules.hooks import foreign_hooks
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
 from liger_trainer.kernels.runtime import PLAIN, pays
 from liger_trainer.report import Row
@@ -103,7 +104,10 @@ DeferredActivation.handlers |= {
 
 
 class FusedActivation(Swapped):
-    """forward(x) returns a deferred activation where a fused product would pay.
+    """Calling it returns a deferred activation where a fused product would pay.
+
+    The call is taken over, not the forward inside it: an engine's hooks, which gather and free
+    parameters, have nothing to do for a module that has none, and would touch what it returns.
 
     Key: the gate, and the state of the module that it is proven for. Without gradients nothing is
     deferred: the caller may then change x in place, which autograd would not allow.
@@ -111,15 +115,15 @@ class FusedActivation(Swapped):
 
     _liger_unfused = False
 
-    def forward(self, *args, **kwargs):
+    def __call__(self, *args, **kwargs):
         if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
             (x,) = args
             if type(x) in PLAIN and pays(x, MIN_ELEMENTS) and self._liger_may_defer(x):
                 return defer_activation(self, x)
-        return super().forward(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
 
     def _liger_may_defer(self, x: torch.Tensor) -> bool:
-        hooked = self._forward_hooks or self._backward_hooks or self._backward_pre_hooks
+        hooked = self._backward_hooks or self._backward_pre_hooks or foreign_hooks(self)
         recorded = torch.is_grad_enabled() and x.requires_grad and not torch.is_inference(x)
         if hooked:
             note(self, "a hook was put on it after the injection")
