@@ -24,7 +24,7 @@ import functools
 import torch
 
 from ..recompute import by_torch, recomputable
-from ..runtime import as_rows, pays, register_op, tl, triton, use_triton
+from ..runtime import as_rows, cdiv, pays, register_op, tl, triton, use_triton
 from ..second_derivative import twice_differentiable
 
 # One 16-byte load of bf16 per thread and tensor: enough programs are resident to fill the bus.
@@ -118,7 +118,7 @@ def _launch(kernel, inputs, outputs, activation) -> None:
     else:
         inputs = [as_rows(t) for t in inputs]
         (rows, cols), strides = inputs[0].shape, [t.stride(0) for t in inputs]
-    kernel[(rows * triton.cdiv(cols, _BLOCK),)](
+    kernel[(rows * cdiv(cols, _BLOCK),)](
         *inputs, *outputs, *strides, cols,
         ACTIVATION=activation, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
     )  # fmt: skip

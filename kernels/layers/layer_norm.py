@@ -24,14 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ..recompute import by_torch, recomputable
-from ..runtime import (
-    as_rows,
-    num_sms,
-    pays,
-    register_op,
-    tl,
-    triton,
-)
+from ..runtime import as_rows, cdiv, num_sms, pays, register_op, tl, triton
 from ..second_derivative import twice_differentiable
 from .norm import (
     FWD_TILES,
@@ -185,7 +178,7 @@ def _launch_fwd(x, weight, bias, eps):
     x_RH = as_rows(x)
     R, H = x_RH.shape
     BLOCK_R, BLOCK_H, warps = tile(H, FWD_TILES)
-    _layer_norm_fwd_kernel[(triton.cdiv(R, BLOCK_R),)](
+    _layer_norm_fwd_kernel[(cdiv(R, BLOCK_R),)](
         x_RH, None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(), y, mean, rstd, x_RH.stride(0), R, H, eps,
         H == BLOCK_H, BLOCK_R, BLOCK_H, num_warps=warps,
@@ -203,7 +196,7 @@ def _launch_bwd(dy, x, weight, bias_dtype, mean, rstd, need_dx, need_dweight, ne
     BLOCK_R, BLOCK_H, warps, programs_per_sm, stages, hoist_weight = tile(H, _BWD_TILES)
     dy_RH, x_RH = as_rows(dy), as_rows(x)
     R = x_RH.shape[0]
-    programs = min(triton.cdiv(R, BLOCK_R), programs_per_sm * num_sms(x.device))
+    programs = min(cdiv(R, BLOCK_R), programs_per_sm * num_sms(x.device))
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     # One tensor for both partials, so that one sum finishes them.
     needed = [need_dweight, need_dbias]

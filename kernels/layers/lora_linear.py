@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..runtime import as_rows, on_device, tl, triton, use_triton
+from ..runtime import as_rows, cdiv, next_power_of_2, on_device, tl, triton, use_triton
 
 MIN_ELEMENTS = 1 << 22  # of x: below, the launches take longer than the products
 _BLOCK = 1024
@@ -73,38 +73,37 @@ def _split(x):
 
 
 @triton.jit
-def _split_matrix_kernel(
-    m_ptr, out_ptr, stride_r, stride_k, R, K, EXACT: tl.constexpr, BLOCK: tl.constexpr
-):
-    """m [R, K] to [3R, K] (hi, mid, lo) if EXACT, else [4R, K] (hi, hi, hi, mid)."""
+def _split_pair_kernel(
+    first_ptr, second_ptr, first_out, second_out, stride_r1, stride_k1, stride_r2, stride_k2,
+    R, K1, K2, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """first [R, K1] to [3R, K1] (hi, mid, lo), second [R, K2] to [4R, K2] (hi, hi, hi, mid)."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = col < K
-    m = tl.load(m_ptr + row * stride_r + col.to(tl.int64) * stride_k, mask=mask, other=0.0)
-    hi, mid, lo = _split(m)
-    out_ptrs, part = out_ptr + row * K + col, R.to(tl.int64) * K
-    tl.store(out_ptrs, hi, mask=mask)
-    tl.store(out_ptrs + part, mid if EXACT else hi, mask=mask)
-    tl.store(out_ptrs + 2 * part, lo if EXACT else hi, mask=mask)
-    if not EXACT:
+    wide = col.to(tl.int64)
+    if row < R:
+        mask = col < K1
+        m = tl.load(first_ptr + row * stride_r1 + wide * stride_k1, mask=mask, other=0.0)
+        hi, mid, lo = _split(m)
+        out_ptrs, part = first_out + row * K1 + col, R.to(tl.int64) * K1
+        tl.store(out_ptrs, hi, mask=mask)
+        tl.store(out_ptrs + part, mid, mask=mask)
+        tl.store(out_ptrs + 2 * part, lo, mask=mask)
+    else:
+        row -= R
+        mask = col < K2
+        m = tl.load(second_ptr + row * stride_r2 + wide * stride_k2, mask=mask, other=0.0)
+        hi, mid, lo = _split(m)
+        out_ptrs, part = second_out + row * K2 + col, R.to(tl.int64) * K2
+        tl.store(out_ptrs, hi, mask=mask)
+        tl.store(out_ptrs + part, hi, mask=mask)
+        tl.store(out_ptrs + 2 * part, hi, mask=mask)
         tl.store(out_ptrs + 3 * part, mid, mask=mask)
 
 
 @triton.jit
-def _gather_parts_kernel(
-    in_ptr, h_ptr, parts_ptr, scale, N, R, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """h [N, R], the scaled sum of [N, PARTS * R], and its own parts [N, 4R] (hi, mid, lo, hi)."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < N * R
-    row, col = i // R, i % R
-    in_ptrs = in_ptr + row * (PARTS * R) + col
-    h = tl.load(in_ptrs, mask=mask, other=0.0)
-    if PARTS == 3:
-        h += tl.load(in_ptrs + R, mask=mask, other=0.0)
-        h += tl.load(in_ptrs + 2 * R, mask=mask, other=0.0)
-        h *= scale
-        tl.store(h_ptr + i, h, mask=mask)
+def _store_parts(parts_ptr, h, row, col, R, mask):
+    """One of [N, 4R] (hi, mid, lo, hi)."""
     hi, mid, lo = _split(h)
     parts_ptrs = parts_ptr + row * (4 * R) + col
     tl.store(parts_ptrs, hi, mask=mask)
@@ -113,23 +112,50 @@ def _gather_parts_kernel(
     tl.store(parts_ptrs + 3 * R, hi, mask=mask)
 
 
-def _split_matrix(m_RK: torch.Tensor, exact: bool) -> torch.Tensor:
-    R, K = m_RK.shape
-    out = torch.empty((3 if exact else 4) * R, K, dtype=torch.bfloat16, device=m_RK.device)
-    block = min(_BLOCK, triton.next_power_of_2(K))
-    _split_matrix_kernel[(R, triton.cdiv(K, block))](m_RK, out, *m_RK.stride(), R, K, exact, block)
-    return out
+@triton.jit
+def _gather_parts_kernel(
+    sums_ptr, parts_ptr, h_ptr, h_parts_ptr, scale, N, R,
+    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Scale the sum of sums [N, 3R] and split it; forward keeps it as h [N, R], and backward splits
+    the h that was kept, too."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < N * R
+    row, col = i // R, i % R
+    sums_ptrs = sums_ptr + row * (3 * R) + col
+    total = tl.load(sums_ptrs, mask=mask, other=0.0)
+    total += tl.load(sums_ptrs + R, mask=mask, other=0.0)
+    total += tl.load(sums_ptrs + 2 * R, mask=mask, other=0.0)
+    total *= scale
+    _store_parts(parts_ptr, total, row, col, R, mask)
+    if FORWARD:
+        tl.store(h_ptr + i, total, mask=mask)
+    if BACKWARD:
+        kept = tl.load(h_ptr + i, mask=mask, other=0.0)
+        _store_parts(h_parts_ptr, kept, row, col, R, mask)
 
 
-def _gather_parts(sums: torch.Tensor, rank: int, scale: float = 1.0):
-    """(h [N, R] fp32, its parts [N, 4R] bf16) of [N, 3R] fp32; of h itself if that is given."""
-    N, parts = sums.shape[0], sums.shape[1] // rank
-    h = torch.empty(N, rank, dtype=torch.float32, device=sums.device) if parts == 3 else sums
-    out = torch.empty(N, 4 * rank, dtype=torch.bfloat16, device=sums.device)
-    _gather_parts_kernel[(triton.cdiv(N * rank, _BLOCK),)](
-        sums, h, out, float(scale), N, rank, parts, _BLOCK
+def _split_pair(first_RK: torch.Tensor, second_RK: torch.Tensor):
+    """Split the first into three parts that hold all of its bits, and the second into two that
+    hold 16, of which the larger stands there thrice."""
+    (R, K1), K2 = first_RK.shape, second_RK.shape[1]
+    like = {"dtype": torch.bfloat16, "device": first_RK.device}
+    first, second = torch.empty(3 * R, K1, **like), torch.empty(4 * R, K2, **like)
+    widest = max(K1, K2)
+    block = min(_BLOCK, next_power_of_2(widest))
+    _split_pair_kernel[(2 * R, cdiv(widest, block))](
+        first_RK,
+        second_RK,
+        first,
+        second,
+        *first_RK.stride(),
+        *second_RK.stride(),
+        R,
+        K1,
+        K2,
+        block,
     )
-    return h, out
+    return first, second
 
 
 def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -140,26 +166,32 @@ def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 # --- products of a wide operand, of many rows and columns, and a narrow one -----------------------
+# `prepared` is the pair of matrices that the wide operand is multiplied with and that the result
+# is: (A, Bᵀ) in the forward pass and (Bᵀ, A) in the backward pass, as the products take them.
 
 
 class _OneDtype:
-    """Both in one dtype."""
+    """All in one dtype."""
 
     @staticmethod
-    def narrow(x_NK, m_RK, scale):
-        """scale x mᵀ [N, R], once to be kept and once as the functions below take it."""
-        h = torch.addmm(x_NK.new_empty(1), x_NK, m_RK.t(), beta=0, alpha=scale)
+    def prepared(first_RK, second_RK):
+        return first_RK, second_RK
+
+    @staticmethod
+    def narrow(x_NK, first, scale):
+        """h = scale x firstᵀ [N, R], once to be kept and once as the functions below take it."""
+        h = torch.addmm(x_NK.new_empty(1), x_NK, first.t(), beta=0, alpha=scale)
         return h, h
 
-    @staticmethod
-    def again(h_NR):
-        """Return the second of `narrow`, from the first."""
-        return h_NR
+    @classmethod
+    def narrow_again(cls, dy_NK, first, scale, h):
+        """`narrow` in the backward pass: the second of it, and that of the h that was kept."""
+        return cls.narrow(dy_NK, first, scale)[1], h
 
     @staticmethod
-    def add(y_NK, h_NR, m_RK, beta=1):
-        """y = beta y + h m, in place."""
-        y_NK.addmm_(h_NR, m_RK, beta=beta)
+    def add(y_NK, h_NR, second, beta=1):
+        """y = beta y + h second, in place."""
+        y_NK.addmm_(h_NR, second, beta=beta)
 
     @staticmethod
     def over_rows(h_NR, x_NK):
@@ -169,18 +201,16 @@ class _OneDtype:
         return torch.mm(h_NR.t(), x_NK)
 
 
-class _Widened:
+class _Widened(_OneDtype):
     """The wide one is cast to the narrow one's dtype."""
 
     @staticmethod
-    def narrow(x_NK, m_RK, scale):
-        return _OneDtype.narrow(x_NK.to(m_RK.dtype), m_RK, scale)
-
-    again = _OneDtype.again
+    def narrow(x_NK, first, scale):
+        return _OneDtype.narrow(x_NK.to(first.dtype), first, scale)
 
     @staticmethod
-    def add(y_NK, h_NR, m_RK, beta=1):
-        product = h_NR @ m_RK
+    def add(y_NK, h_NR, second, beta=1):
+        product = h_NR @ second
         y_NK.add_(product) if beta else y_NK.copy_(product)
 
     @staticmethod
@@ -188,21 +218,35 @@ class _Widened:
         return torch.mm(h_NR.t(), x_NK.to(h_NR.dtype))
 
 
-class _Split:
+class _Split(_OneDtype):
     """The wide one bf16, the narrow one fp32, in bf16 parts."""
 
-    @staticmethod
-    def narrow(x_NK, m_RK, scale):
-        sums = _mm32(x_NK, _split_matrix(m_RK, exact=True).t())
-        return _gather_parts(sums, m_RK.shape[0], scale)
+    prepared = staticmethod(_split_pair)
 
     @staticmethod
-    def again(h_NR):
-        return _gather_parts(h_NR, h_NR.shape[1])[1]
+    def narrow(x_NK, first, scale):
+        N, R = len(x_NK), len(first) // 3
+        sums = _mm32(x_NK, first.t())
+        h, parts = sums.new_empty(N, R), x_NK.new_empty(N, 4 * R)
+        _gather_parts_kernel[(cdiv(N * R, _BLOCK),)](
+            sums, parts, h, parts, scale, N, R, True, False, _BLOCK
+        )
+        return h, parts
+
+    @classmethod
+    def narrow_again(cls, dy_NK, first, scale, h):
+        N, R = len(dy_NK), len(first) // 3
+        sums = _mm32(dy_NK, first.t())
+        parts = dy_NK.new_empty(N, 4 * R)
+        h_parts = parts if h is None else torch.empty_like(parts)
+        _gather_parts_kernel[(cdiv(N * R, _BLOCK),)](
+            sums, parts, h, h_parts, scale, N, R, False, h is not None, _BLOCK
+        )
+        return parts, h_parts
 
     @staticmethod
-    def add(y_NK, parts, m_RK, beta=1):
-        y_NK.addmm_(parts, _split_matrix(m_RK, exact=False), beta=beta)
+    def add(y_NK, parts, second, beta=1):
+        y_NK.addmm_(parts, second, beta=beta)
 
     @staticmethod
     def over_rows(parts, x_NK):
@@ -271,8 +315,9 @@ class _LoRALinear(torch.autograd.Function):
                 seed = _draw_seed() if dropout else None
                 D_NI = x_NI * dropout_mask(x_NI, seed, dropout) if dropout else x_NI
                 scale = scale / (1.0 - dropout)
-                h, operand = products.narrow(D_NI, A, scale)
-                products.add(y_NO, operand, B.t())
+                first, second = products.prepared(A, B.t())
+                h, operand = products.narrow(D_NI, first, scale)
+                products.add(y_NO, operand, second)
                 ctx.plans.append((products, scale, dropout, seed))
                 kept.append(h if ctx.needs_input_grad[7 + 2 * i] else None)
         keeps_x = any((ctx.needs_input_grad[1], *ctx.needs_input_grad[6::2]))
@@ -305,10 +350,11 @@ class _LoRALinear(torch.autograd.Function):
             A, B = _cast(matrices[2 * i : 2 * i + 2], ctx.dtype)
             needs_A, needs_B = ctx.needs_input_grad[6 + 2 * i : 8 + 2 * i]
             dA = dB = None
+            first, second = products.prepared(B.t(), A)
+            operand, h = products.narrow_again(dy_NO, first, scale, kept[i])
             if needs_B:
-                dB = products.over_rows(products.again(kept[i]), dy_NO).t().to(matrices[2 * i + 1])
+                dB = products.over_rows(h, dy_NO).t().to(matrices[2 * i + 1])
             if needs_A or needs_x:
-                _, operand = products.narrow(dy_NO, B.t(), scale)
                 keep = None
                 if dropout:
                     wide = x_NI if dx_NI is None else dx_NI
@@ -317,10 +363,10 @@ class _LoRALinear(torch.autograd.Function):
                     D_NI = x_NI if keep is None else x_NI * keep
                     dA = products.over_rows(operand, D_NI).to(matrices[2 * i])
                 if dx_NI is not None and keep is None:
-                    products.add(dx_NI, operand, A, beta=int(started))
+                    products.add(dx_NI, operand, second, beta=int(started))
                 elif dx_NI is not None and keep is not None:
                     part = torch.empty_like(dx_NI)
-                    products.add(part, operand, A, beta=0)
+                    products.add(part, operand, second, beta=0)
                     part *= keep
                     dx_NI = dx_NI.add_(part) if started else part
                 started = True

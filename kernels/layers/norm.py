@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ..runtime import triton, use_triton
+from ..runtime import next_power_of_2, use_triton
 
 MAX_H = 65536  # widest row
 MIN_ELEMENTS = 1 << 22  # below, torch's fused norms take less time (H200, host included)
@@ -19,7 +19,7 @@ FWD_TILES = ((4096, 4096, 4), (8192, 8192, 8), (16384, 16384, 16), (MAX_H, 16384
 @functools.lru_cache
 def tile(H: int, tiles: tuple) -> tuple:
     """BLOCK_R, BLOCK_H, then what the table says after the tile's size."""
-    BLOCK_H = triton.next_power_of_2(H)
+    BLOCK_H = next_power_of_2(H)
     _, elements, *rest = next(tile for tile in tiles if tile[0] >= BLOCK_H)
     return max(1, elements // max(BLOCK_H, 64)), BLOCK_H, *rest
 

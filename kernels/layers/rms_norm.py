@@ -20,14 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..recompute import by_torch, recomputable
-from ..runtime import (
-    as_rows,
-    num_sms,
-    pays,
-    register_op,
-    tl,
-    triton,
-)
+from ..runtime import as_rows, cdiv, num_sms, pays, register_op, tl, triton
 from ..second_derivative import twice_differentiable
 from .norm import (
     FWD_TILES,
@@ -176,7 +169,7 @@ def _launch_fwd(x, weight, eps, offset, cast_first):
     x_RH = as_rows(x)
     R, H = x_RH.shape
     BLOCK_R, BLOCK_H, warps = tile(H, FWD_TILES)
-    _rms_norm_fwd_kernel[(triton.cdiv(R, BLOCK_R),)](
+    _rms_norm_fwd_kernel[(cdiv(R, BLOCK_R),)](
         x_RH, None if weight is None else weight.contiguous(), y, rstd, x_RH.stride(0), R, H, eps,
         offset, cast_first, H == BLOCK_H, BLOCK_R, BLOCK_H, num_warps=warps,
     )  # fmt: skip
@@ -193,7 +186,7 @@ def _launch_bwd(dy, x, weight, rstd, offset, cast_first, need_dx, need_dweight):
     BLOCK_R, BLOCK_H, warps, programs_per_sm, stages, hoist_weight = tile(H, _BWD_TILES)
     dy_RH, x_RH = as_rows(dy), as_rows(x)
     R = x_RH.shape[0]
-    programs = min(triton.cdiv(R, BLOCK_R), programs_per_sm * num_sms(x.device))
+    programs = min(cdiv(R, BLOCK_R), programs_per_sm * num_sms(x.device))
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     partials = None
     if need_dweight:

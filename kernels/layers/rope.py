@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..runtime import register_op, tl, triton, use_triton
+from ..runtime import cdiv, next_power_of_2, register_op, tl, triton, use_triton
 from ..second_derivative import twice_differentiable
 
 MIN_ELEMENTS = 1 << 22  # of q; below, a dozen torch kernels take no more time (H200, with host)
@@ -174,15 +174,15 @@ def _rope_kernel(
 @functools.lru_cache(maxsize=256)
 def _tiling(Hq: int, Hk: int, D: int, R: int) -> tuple[Any, dict]:
     """How many programs share the heads of one position, and the kernel's sizes."""
-    P = triton.next_power_of_2(R // 2)
-    block_hq = min(triton.next_power_of_2(max(1, Hq)), max(1, _TILE // (2 * P)))
+    P = next_power_of_2(R // 2)
+    block_hq = min(next_power_of_2(max(1, Hq)), max(1, _TILE // (2 * P)))
     shares = max(1, -(-Hq // block_hq))
-    block_hk = triton.next_power_of_2(max(1, triton.cdiv(Hk, shares)))
+    block_hk = next_power_of_2(max(1, cdiv(Hk, shares)))
     return shares, {
         "HQ": Hq, "BLOCK_HQ": block_hq,
         "HK": Hk, "BLOCK_HK": block_hk,
         "HALF": R // 2, "P": P,
-        "REST": D - R, "REST_P": triton.next_power_of_2(max(1, D - R)),
+        "REST": D - R, "REST_P": next_power_of_2(max(1, D - R)),
         "num_warps": min(8, max(1, block_hq * 2 * P // _ELEMENTS_PER_WARP)),
     }  # fmt: skip
 

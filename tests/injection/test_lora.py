@@ -70,12 +70,14 @@ def test_no_rows(kernel_device):
 
 def test_three_parts_hold_every_bit(kernel_device):
     matrix = torch.randn(5, 70, device=kernel_device) * torch.logspace(-6, 6, 70).to(kernel_device)
-    parts = kernel._split_matrix(matrix, exact=True).double().view(3, 5, 70).sum(0)
+    other = torch.randn(33, 5, device=kernel_device)
+    first, second = kernel._split_pair(matrix, other.t())
+    parts = first.double().view(3, 5, 70).sum(0)
     torch.testing.assert_close(parts, matrix.double(), rtol=2**-24, atol=0)
-    columns = kernel._split_matrix(matrix.t(), exact=False).double().view(4, 70, 5)
+    columns = second.double().view(4, 5, 33)
     assert torch.equal(columns[0], columns[1])
     assert torch.equal(columns[0], columns[2])
-    torch.testing.assert_close(columns[0] + columns[3], matrix.double().t(), rtol=2**-15, atol=0)
+    torch.testing.assert_close(columns[0] + columns[3], other.double().t(), rtol=2**-15, atol=0)
 
 
 @pytest.mark.parametrize("adapter_dtype", [bf16, fp32])

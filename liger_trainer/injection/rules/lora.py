@@ -64,13 +64,12 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
         return None
     found = []
     for name in layer.active_adapters:
-        if name not in layer.lora_A:
+        parts = _parts_of(layer, name)
+        if parts is None:
             continue
-        if _variant(layer, name) is not None:
+        if _variant(layer, name, parts) is not None or any(map(_is_hooked, parts)):
             return None
-        down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if _is_hooked(down) or _is_hooked(up) or _is_hooked(dropout):
-            return None
+        down, up, dropout = parts
         A, B, scale = down.weight, up.weight, layer.scaling[name]
         if type(A) not in _PLAIN or type(B) not in _PLAIN or not isinstance(scale, (int, float)):
             return None
@@ -84,15 +83,24 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
     return found
 
 
+def _parts_of(layer: nn.Module, name: str) -> tuple[nn.Module, nn.Module, nn.Module] | None:
+    """Return A, B and the dropout of an adapter, if the layer has it."""
+    modules = layer._modules  # three look-ups of attributes would take 2 us
+    down = modules["lora_A"]._modules.get(name)
+    if down is None:
+        return None
+    return down, modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+
+
 def _unfit(layer: nn.Module) -> str | None:
     """Why the layer's own forward adds the adapters, where that is not a matter of the input."""
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    found = {name: _parts_of(layer, name) for name in layer.active_adapters}
+    active = {name: parts for name, parts in found.items() if parts is not None}
     if layer.disable_adapters or layer.merged or not active:
         return None  # nothing is added
-    for name in active:
-        if (variant := _variant(layer, name)) is not None:
+    for name, parts in active.items():
+        if (variant := _variant(layer, name, parts)) is not None:
             return f"not plain LoRA: {variant}"
-        parts = (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
         if any(map(_is_hooked, parts)):
             return "hooks on the adapter"
     return "its base layer lies in shards" if _is_sharded(layer.base_layer) else None
@@ -102,16 +110,16 @@ def _drops(dropout: nn.Module) -> bool:
     return dropout.training and type(dropout) is nn.Dropout and dropout.p > 0.0
 
 
-def _variant(layer: nn.Module, name: str) -> str | None:
+def _variant(layer: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> str | None:
     """Why the adapter is not plain LoRA on a linear layer."""
-    variants = getattr(layer, "lora_variant", ())
+    variants = vars(layer).get("lora_variant", ())
     if name in variants:
         return f"the variant {type(variants[name]).__name__}"
-    down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    down, up, dropout = parts
     for part in (down, up):
         if type(part) is not nn.Linear:
             return f"adapters of type {type(part).__name__}"
-    if down.bias is not None or up.bias is not None:
+    if down._parameters.get("bias") is not None or up._parameters.get("bias") is not None:
         return "a bias of the adapter"
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"dropout by {type(dropout).__name__}"
@@ -120,12 +128,13 @@ def _variant(layer: nn.Module, name: str) -> str | None:
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether calling it does more than its forward (engines that gather, offload, observe)."""
+    own = module.__dict__  # looking five names up by attribute would take three times as long
     return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 
@@ -153,7 +162,7 @@ def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
     if hasattr(module, "parameter_name"):
         reason = f"adapts the parameter {module.parameter_name}, not a linear layer"
         return Finding(Row(site, RULE, False, reason))
-    variants = {name: _variant(module, name) for name in module.lora_A}
+    variants = {name: _variant(module, name, _parts_of(module, name)) for name in module.lora_A}
     plain = [name for name, variant in variants.items() if variant is None]
     if not plain:
         return Finding(Row(site, RULE, False, f"not plain LoRA: {next(iter(variants.values()))}"))
