@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
 from liger_trainer.injection.rules.masks import PackedMask
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.packed_attention import (
     LARGEST_HEAD,
     documents_of,
@@ -27,7 +27,6 @@ from liger_trainer.kernels.layers.packed_attention import (
     packed_attention_reference,
     runs_here,
 )
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
 # Arguments of an attention function that ask for more than softmax over what the mask lets through.
@@ -108,20 +107,21 @@ def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
     return attend
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     if _interface(getattr(type(module), "forward", None)) is None:
         return None
     if not search.config.attention:
-        return Finding(Row(site, "attention", False, SWITCHED_OFF, eligible=False))
+        return Proposal.off(site, "attention")
     device = _device(search, module)
     reason = _unfit(module, device)
     if reason:
-        return Finding(Row(site, "attention", False, reason, eligible=False))
+        return Proposal.not_applicable(site, "attention", reason)
     heads = Heads(module.head_dim, getattr(module, "num_key_value_groups", 1))
-    verdict = search.once(("attention", heads, device), lambda: _probe(heads, device))
-    reason = "packed rows and windows by their bounds" if verdict.equal else verdict.reason
-    row = Row(site, "attention", verdict.equal, reason)
-    return Finding(row, module, PackedAttention, (heads,))
+    verdict = search.cached(("attention", heads, device), lambda: _probe(heads, device))
+    if not verdict.equal:
+        return Proposal.refused(site, "attention", verdict.reason)
+    swap = Swap(module, PackedAttention, (heads,))
+    return Proposal.swapped(site, "attention", "packed rows and windows by their bounds", swap)
 
 
 def _device(search: Search, module: nn.Module) -> torch.device:

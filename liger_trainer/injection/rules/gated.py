@@ -22,10 +22,9 @@ from torch import nn
 
 from liger_trainer.deferred import Attach, Deferred
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, fingerprint
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, fingerprint
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
 from liger_trainer.kernels.runtime import PLAIN, pays
-from liger_trainer.report import Row
 from liger_trainer.swap import Proven, Swapped, holds, note, swap
 
 
@@ -138,7 +137,7 @@ def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
     return Attach.apply(make, form.activation, x)
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Iterator[Finding]:
+def propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]:
     """Look at each child of `module` that is an activation."""
     for name, child in module.named_children():
         tensors = (*child.parameters(), *child.buffers())
@@ -146,26 +145,28 @@ def examine(search: Search, site: str, module: nn.Module) -> Iterator[Finding]:
             yield from _examine_activation(search, site, module, name, child)
 
 
-def _examine_activation(search, site, module, name, child) -> Iterator[Finding]:
+def _examine_activation(search, site, module, name, child) -> Iterator[Proposal]:
     device = search.device_of(module)
-    gate, verdict = search.once(
+    gate, verdict = search.cached(
         ("gate", fingerprint(child, device)), lambda: identify(child, device)
     )
     if gate is None and not _is_activation(child):
         return
     rule = gate.rule if gate else "swiglu"
-    gated = search.once(("gated", fingerprint(module, device)), lambda: is_gated(module, name))
+    gated = search.cached(("gated", fingerprint(module, device)), lambda: is_gated(module, name))
     if gated is False:
         reason = f"not gated: the result of {name} is not multiplied with another projection"
-        yield Finding(Row(site, rule, False, reason, eligible=False))
+        yield Proposal.not_applicable(site, rule, reason)
     elif gate is None:
         reason = f"{type(child).__name__} {verdict.reason}"
-        yield Finding(Row(site, rule, False, reason, eligible=gated is True))
+        why_not = Proposal.refused if gated else Proposal.not_applicable
+        yield why_not(site, rule, reason)
     elif not getattr(search.config, rule):
-        yield Finding(Row(site, rule, False, SWITCHED_OFF, verdict.max_error, eligible=False))
+        yield Proposal.off(site, rule, verdict.max_error)
     else:
-        row = Row(site, rule, True, f"{name} times its gate", verdict.max_error)
-        yield Finding(row, child, FusedActivation, (gate, Proven.of(child)))
+        swap = Swap(child, FusedActivation, (gate, Proven.of(child)))
+        reason = f"{name} times its gate"
+        yield Proposal.swapped(site, rule, reason, swap, max_error=verdict.max_error)
 
 
 def _is_activation(child: nn.Module) -> bool:

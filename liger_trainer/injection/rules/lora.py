@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.lora_linear import (
     MIN_ELEMENTS,
     Adapter,
@@ -26,7 +26,6 @@ from liger_trainer.kernels.layers.lora_linear import (
     lora_linear,
 )
 from liger_trainer.kernels.runtime import every_size, pays
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
@@ -143,26 +142,28 @@ def _is_sharded(base: nn.Module) -> bool:
     return type(weight) not in _PLAIN and hasattr(weight, "device_mesh")  # a DTensor
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     if not _looks_like_lora(module):
         return None
-    if module is search.once("output embeddings", lambda: _output_embeddings(search.model)):
+    if module is search.cached("output embeddings", lambda: _output_embeddings(search.model)):
         return None
     if not search.config.lora:
-        return Finding(Row(site, RULE, False, SWITCHED_OFF, eligible=False))
+        return Proposal.off(site, RULE)
     if hasattr(module, "parameter_name"):
         reason = f"adapts the parameter {module.parameter_name}, not a linear layer"
-        return Finding(Row(site, RULE, False, reason))
+        return Proposal.refused(site, RULE, reason)
     variants = {name: _variant(module, name) for name in module.lora_A}
     plain = [name for name, variant in variants.items() if variant is None]
     if not plain:
-        return Finding(Row(site, RULE, False, f"not plain LoRA: {next(iter(variants.values()))}"))
+        return Proposal.refused(site, RULE, f"not plain LoRA: {next(iter(variants.values()))}")
     device = search.device_of(module)
     key = type(module), tuple(module.scaling.items()), tuple(plain), str(device)
-    verdict = search.once(("lora", key), lambda: prove(module, plain, device))
-    reason = "adapters added in place, their input kept once" if verdict.equal else verdict.reason
-    row = Row(site, RULE, verdict.equal, reason, verdict.max_error)
-    return Finding(row, module, FusedLoRA)
+    verdict = search.cached(("lora", key), lambda: prove(module, plain, device))
+    if not verdict.equal:
+        return Proposal.refused(site, RULE, verdict.reason, verdict.max_error)
+    reason = "adapters added in place, their input kept once"
+    swap = Swap(module, FusedLoRA)
+    return Proposal.swapped(site, RULE, reason, swap, max_error=verdict.max_error)
 
 
 def _looks_like_lora(module: nn.Module) -> bool:

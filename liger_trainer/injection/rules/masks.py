@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from liger_trainer.deferred import Deferred
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.packed_attention import (
     Documents,
     dense_mask,
@@ -31,7 +31,6 @@ from liger_trainer.kernels.layers.packed_attention import (
     runs_here,
 )
 from liger_trainer.kernels.runtime import every_size
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
 _HOME = "transformers.masking_utils"
@@ -199,22 +198,23 @@ def _documents(position_ids: torch.Tensor, rows: int) -> Documents:
     return known[1]
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     forward = getattr(type(module), "forward", None)
     makers = _makers(forward) if isinstance(forward, FunctionType) else []
     if not makers:
         return None
     if not search.config.attention:
-        return Finding(Row(site, "attention", False, SWITCHED_OFF, eligible=False))
+        return Proposal.off(site, "attention")
     config = getattr(module, "config", None)
     name = getattr(config, "_attn_implementation", None)
     if name != "sdpa":
         reason = f"attention implementation {name}: only sdpa is given masks that can be spared"
-        return Finding(Row(site, "attention", False, reason, eligible=False))
-    reason = search.once(("masks", *makers), lambda: difference(makers, config))
+        return Proposal.not_applicable(site, "attention", reason)
+    reason = search.cached(("masks", *makers), lambda: difference(makers, config))
     if reason:
-        return Finding(Row(site, "attention", False, reason))
-    return Finding(Row(site, "attention", True, "no masks for causal rows"), module, LeanMasks)
+        return Proposal.refused(site, "attention", reason)
+    swap = Swap(module, LeanMasks)
+    return Proposal.swapped(site, "attention", "no masks for causal rows", swap)
 
 
 def difference(makers: list[FunctionType], config) -> str | None:

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.rope import MIN_ELEMENTS, rope, why_not
 from liger_trainer.kernels.runtime import all_plain, pays
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
 
@@ -99,21 +98,23 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
     return apply_rotary
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     function = _rotary_function(type(module))
     if function is None:
         return None
     if not search.config.rope:
-        return Finding(Row(site, "rope", False, SWITCHED_OFF, eligible=False))
+        return Proposal.off(site, "rope")
     device = search.device_of(module)
-    form, verdict = search.once(("rope", function, str(device)), lambda: identify(function, device))
+    form, verdict = search.cached(
+        ("rope", function, str(device)), lambda: identify(function, device)
+    )
     if form is None:
-        return Finding(Row(site, "rope", False, verdict.reason, verdict.max_error))
-    call = search.once(
+        return Proposal.refused(site, "rope", verdict.reason, verdict.max_error)
+    call = search.cached(
         ("rope call", function, str(device)), lambda: proven_call(function, form, device)
     )
-    row = Row(site, "rope", True, describe(form), verdict.max_error)
-    return Finding(row, module, FusedRotary, (function, call, form))
+    swap = Swap(module, FusedRotary, (function, call, form))
+    return Proposal.swapped(site, "rope", describe(form), swap, max_error=verdict.max_error)
 
 
 def describe(form: RotaryForm) -> str:
