@@ -1,7 +1,8 @@
 """LoRA on linear layers, as PEFT makes them: the base layer inside, adapters by name.
 
-A layer is recognized by its tables of adapters, and proven on a small copy: the same class and
-settings, all its adapters active, other sizes. What may change between two calls (which adapters
+A layer is recognized by its tables of adapters, whose names are PEFT's interface for layers of any
+class, and proven on a small copy: the same class and settings, all its adapters active, other
+sizes. What may change between two calls (which adapters
 are active, merged, disabled, their factors, hooks) is read at every call; where the fused operation
 does not apply, the layer's own forward runs.
 
@@ -185,7 +186,8 @@ def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Ve
     fused = copy.deepcopy(twin)
     swap(fused, FusedLoRA)
     (original, parameters), (candidate, _) = map(probe.with_parameters, (twin, fused))
-    is_adapter = ["lora_" in name for name, _ in twin.named_parameters()]
+    base = {id(parameter) for parameter in twin.base_layer.parameters()}
+    is_adapter = [id(parameter) not in base for parameter in parameters]
     worst = 0.0
     for case in _cases(parameters, is_adapter, torch.float64, torch.float64, device):
         try:

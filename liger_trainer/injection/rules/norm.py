@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -127,14 +128,14 @@ def _epsilons(module: nn.Module) -> list[float]:
 
 
 def _nominal_rule(module: nn.Module) -> str:
+    """Return the rule whose row says that no formula fits, or that none could be tried."""
     return "layer_norm" if isinstance(module, nn.LayerNorm) else "rms_norm"
 
 
 def _forms(module: nn.Module) -> Iterator[NormForm]:
-    names = [name for name, _ in module.named_parameters()]
-    bias = next((name for name in names if "bias" in name), None)
-    weight = next((name for name in names if name != bias), None)
-    for eps in _epsilons(module):
+    names: list[str | None] = [name for name, _ in module.named_parameters()]
+    roles = itertools.permutations([*names, None, None][:2])  # of two, either may be the bias
+    for eps, (weight, bias) in itertools.product(_epsilons(module), dict.fromkeys(roles)):
         if bias is None:
             yield NormForm(False, eps, weight, cast_first=True)
             if weight is not None:
