@@ -24,6 +24,7 @@ from liger_trainer.config import KernelConfig
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.head import defers_logits
+from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.injection.walk import inject, injected_config, restore_for
 from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.request import FLAG, Asked, asked, config_of, hidden
@@ -193,6 +194,8 @@ class FusedTrainer:
     def compute_loss(self, model, inputs, *args, **kwargs):
         if config_of(self) is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.args.torch_compile:
+            note_full(inputs.get("attention_mask"))
         with loss_scope():
             return super().compute_loss(model, without_request(inputs), *args, **kwargs)
 

@@ -171,7 +171,9 @@ def _readable(tensor: torch.Tensor) -> bool:
 def note_full(attention_mask: torch.Tensor | None) -> None:
     """Read whether a batch [B, T] is without padding, for a compiled forward, which cannot.
 
-    The host waits for the device. To be called outside of what is compiled, before every forward.
+    The trainers call it before every forward. The host waits for the device, as it does for the
+    same question where nothing is compiled. Graphs depend on the answer: there is one for batches
+    without padding, whose attention takes no mask, and one for those with padding.
     """
     if attention_mask is not None and attention_mask.dim() == 2 and _readable(attention_mask):
         attention_mask._liger_full = bool(attention_mask.all())
