@@ -369,7 +369,6 @@ def test_a_trainer_that_compiles_spares_the_mask_of_batches_without_padding(tmp_
         tmp_path, use_liger_kernel=True, use_cpu=True, report_to="none", torch_compile=compiles
     )
     trainer = LigerTrainer(model, args)
-    inject(model)
     compiled = torch.compile(model, backend=backend)
     for padding, has_mask in [(0, not compiles), (4, True)]:
         mask = torch.ones(2, 17, dtype=torch.long)
