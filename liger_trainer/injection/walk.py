@@ -189,8 +189,8 @@ class Watch:
         with _quiet(model):
             for site, module in model.named_modules():
                 if any(id(m) not in old for m in (module, *module.children())):
-                    added += map(_as_added, _propose(search, site, module))
-        self.report.amend(*(row for row in added if row is not None and row.eligible))
+                    added.extend(filter(None, map(_as_added, _propose(search, site, module))))
+        self.report.amend(*(row for row in added if row.eligible))
 
 
 def _as_added(proposal: Proposal) -> Row | None:

@@ -151,7 +151,8 @@ def _examine_activation(search, site, module, name, child) -> Iterator[Proposal]
     if gate is None and not search.cached(("activation", key), lambda: _is_activation(child)):
         return
     rule = gate.rule if gate else "swiglu"
-    gated = search.cached(("gated", fingerprint(module, device)), lambda: is_gated(module, name))
+    key = "gated", fingerprint(module, device), name
+    gated = search.cached(key, lambda: is_gated(module, name))
     if gated is False:
         reason = f"not gated: the result of {name} is not multiplied with another projection"
         yield Proposal.not_applicable(site, rule, reason)

@@ -171,7 +171,7 @@ def propose_for_model(search: Search) -> Iterator[Proposal]:
     model, config = search.model, search.config
     fused = config.fused_linear_cross_entropy
     rule = FUSED if fused or not config.cross_entropy else "cross_entropy"
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = search.output_embeddings
     if head is None:
         yield Proposal.not_applicable("", rule, _NONE)
         return

@@ -146,7 +146,7 @@ def _is_sharded(base: nn.Module) -> bool:
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     if not _looks_like_lora(module):
         return None
-    if module is search.cached("output embeddings", lambda: _output_embeddings(search.model)):
+    if module is search.output_embeddings:
         return None
     if not search.config.lora:
         return Proposal.off(site, RULE)
@@ -174,10 +174,6 @@ def _looks_like_lora(module: nn.Module) -> bool:
         and all(isinstance(table, nn.ModuleDict) and len(table) > 0 for table in tables)
         and isinstance(getattr(module, "scaling", None), dict)
     )
-
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Verdict:

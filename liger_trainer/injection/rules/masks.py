@@ -189,11 +189,10 @@ def _is_full(attention_mask: torch.Tensor, length: int) -> bool:
 
 
 def _documents(position_ids: torch.Tensor, rows: int) -> Documents:
-    """`documents_of`, read from the device once however many makers and steps see the tensor."""
-    known = getattr(position_ids, "_liger_documents", None)
+    """Return `documents_of`, read once however many makers and steps see the tensor."""
     if position_ids.is_inference():  # such a tensor keeps no count of its changes
         return documents_of(position_ids.expand(rows, -1))
-    key = position_ids._version, rows
+    known, key = getattr(position_ids, "_liger_documents", None), (position_ids._version, rows)
     if known is None or known[0] != key:
         known = key, documents_of(position_ids.expand(rows, -1))
         position_ids._liger_documents = known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -64,12 +65,16 @@ class Search:
     probes: dict[Hashable, object] = dataclasses.field(default_factory=dict)
 
     def device_of(self, module: nn.Module) -> torch.device:
-        """Where to probe: where the module (else the model) lives; meta models on the CPU."""
+        """Return where the module, else the model, lives: to probe there. On meta, the CPU."""
         for owner in (module, self.model):
             for tensor in (*owner.parameters(), *owner.buffers()):
                 if tensor.device.type != "meta":
                     return tensor.device
         return torch.device("cpu")
+
+    @functools.cached_property
+    def output_embeddings(self) -> nn.Module | None:
+        return getattr(self.model, "get_output_embeddings", lambda: None)()
 
     def cached(self, key: Hashable, probe: Callable[[], Any]) -> Any:
         """Return `probe()`, or its earlier result for the same key: equals are probed once."""
@@ -79,7 +84,7 @@ class Search:
 
 
 def fingerprint(module: nn.Module, device: torch.device) -> Hashable:
-    """Equal for two instances of a class that differ in nothing but the values of parameters.
+    """Return what is equal for instances of a class that differ in parameters' values alone.
 
     An attribute that is not a plain value counts by identity, so instances that share it may match.
     """

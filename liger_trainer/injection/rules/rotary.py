@@ -32,6 +32,15 @@ class RotaryForm:
     inverse: bool = False
     keep_dtype: bool = False
 
+    def __str__(self) -> str:
+        options = {
+            "half a table": self.half_table,
+            "opposite angle": self.inverse,
+            "cast back": self.keep_dtype,
+        }
+        pairs = "rotates neighbors" if self.interleaved else "rotates halves"
+        return ", ".join([pairs, *(text for text, on in options.items() if on)])
+
 
 _FORMS = tuple(
     RotaryForm(interleaved, half_table, inverse, keep_dtype)
@@ -117,21 +126,7 @@ def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
         ("rope call", function, str(device)), lambda: proven_call(function, form, device)
     )
     swap = Swap(module, FusedRotary, (function, call, form))
-    return Proposal.swapped(site, "rope", describe(form), swap, max_error=verdict.max_error)
-
-
-def describe(form: RotaryForm) -> str:
-    pairs = "neighbours" if form.interleaved else "halves"
-    extra = [
-        text
-        for text, on in (
-            ("half a table", form.half_table),
-            ("opposite angle", form.inverse),
-            ("cast back", form.keep_dtype),
-        )
-        if on
-    ]
-    return ", ".join([f"rotates {pairs}", *extra])
+    return Proposal.swapped(site, "rope", str(form), swap, max_error=verdict.max_error)
 
 
 @functools.cache
