@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import logging
 import re
@@ -12,21 +13,42 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 
+class Status(enum.Enum):
+    """What became of a place that a rule looked at."""
+
+    SWAPPED = "swapped"
+    REFUSED = "refused"  # the rule applies, but the place runs as in the plain model
+    NOT_APPLICABLE = "not applicable"  # no place for the rule's kernel
+    OFF = "off"  # by liger_kernel_config, or an option of the trainer
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One place in the model that a rule looked at.
 
     `max_error` is the largest error of the swap against the module it replaces, in fp32, over
     outputs and gradients, relative to the largest value; None where nothing had to be compared.
-    `eligible` is False for what the rule does not apply to, or was switched off for.
     """
 
     site: str
     rule: str
-    swapped: bool
+    status: Status
     reason: str
     max_error: float | None = None
-    eligible: bool = True
+
+    @property
+    def swapped(self) -> bool:
+        return self.status is Status.SWAPPED
+
+    @property
+    def eligible(self) -> bool:
+        """Whether a kernel was wanted here: it was swapped in, or refused."""
+        return self.status in (Status.SWAPPED, Status.REFUSED)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields as plain values, with `swapped` and `eligible`."""
+        derived = {"swapped": self.swapped, "eligible": self.eligible}
+        return {**dataclasses.asdict(self), "status": self.status.value, **derived}
 
 
 class Coverage(NamedTuple):
@@ -52,7 +74,7 @@ class InjectionReport:
         self.rows = (*amended, *new.values())
         sites = defaultdict(list)
         for row in rows:
-            if row.eligible and not row.swapped and (row.rule, row.reason) not in self.warned:
+            if row.status is Status.REFUSED and (row.rule, row.reason) not in self.warned:
                 sites[row.rule, row.reason].append(row.site)
         for (rule, reason), found in sites.items():
             self.warned.add((rule, reason))
@@ -71,11 +93,11 @@ class InjectionReport:
     @property
     def refused(self) -> tuple[Row, ...]:
         """Eligible sites that were not swapped."""
-        return tuple(row for row in self.rows if row.eligible and not row.swapped)
+        return tuple(row for row in self.rows if row.status is Status.REFUSED)
 
     def to_json(self) -> str:
         coverage = {rule: c._asdict() for rule, c in self.coverage.items()}
-        rows = [dataclasses.asdict(row) for row in self.rows]
+        rows = [row.to_dict() for row in self.rows]
         return json.dumps({"coverage": coverage, "rows": rows}, indent=2)
 
     def __repr__(self) -> str:
@@ -118,5 +140,7 @@ class Site:
         """Note that the module runs plain, for this reason; None: that it runs fused again."""
         if reason != self.reason:
             self.reason = reason
-            plain = dataclasses.replace(self.row, swapped=False, reason=reason or "")
-            self.report.amend(self.row if reason is None else plain)
+            row = self.row
+            if reason is not None:
+                row = dataclasses.replace(row, status=Status.REFUSED, reason=reason)
+            self.report.amend(row)

@@ -20,6 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
+from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.injection.walk import inject, restore_for
 from liger_trainer.report import InjectionReport
 from liger_trainer.request import FLAG, Asked, config_of
@@ -119,6 +120,8 @@ class LigerTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if config_of(self) is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.args.torch_compile:
+            note_full(inputs.get("attention_mask"))
         with loss_scope():  # label smoothing and compute_loss_func take the labels away
             return super().compute_loss(model, without_request(inputs), *args, **kwargs)
 

@@ -22,15 +22,15 @@ from liger_trainer.injection.rules import (
     norm,
     rotary,
 )
-from liger_trainer.injection.rules.finding import OVERRIDDEN, Finding, Search
-from liger_trainer.report import InjectionReport, Row, Site
+from liger_trainer.injection.rules.proposal import OVERRIDDEN, Proposal, Search
+from liger_trainer.report import InjectionReport, Row, Site, Status
 from liger_trainer.swap import has_foreign_forward, is_swapped, swap, unswap
 
 _ALWAYS, _EVERY = 8, 64  # forwards in which a watch looks
 
 logger = logging.getLogger(__name__)
 
-_RULES = (norm.examine, rotary.examine, lora.examine, attention.examine, masks.examine)
+_RULES = (norm.propose, rotary.propose, lora.propose, attention.propose, masks.propose)
 
 
 def inject(
@@ -59,8 +59,8 @@ def inject(
     restore(model)
     search = Search(_unwrapped(model), config)
     with _quiet(model):
-        findings = list(_find(search))
-    report = InjectionReport(tuple(f.row for f in findings if f.row.rule != "model"))
+        proposals = list(_proposals(search))
+    report = InjectionReport(tuple(proposal.row for proposal in proposals))
     if strict and report.refused:
         refused = "; ".join(f"{row.site} ({row.rule}): {row.reason}" for row in report.refused[:5])
         raise ValueError(
@@ -68,7 +68,7 @@ def inject(
             "Pass strict=False to leave them as they are."
         )
     try:
-        _swap(findings, report)
+        _swap(proposals, report)
         if is_injected(search.model):
             search.model._liger_watch = Watch(config, report, _ids(search.model))
     except BaseException:
@@ -99,14 +99,15 @@ def _quiet(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _swap(findings: list[Finding], report: InjectionReport) -> None:
+def _swap(proposals: list[Proposal], report: InjectionReport) -> None:
     done = set()
-    for finding in findings:
-        # One object may be found at several places: an activation that two MLPs share.
-        if finding.row.swapped and (claim := (id(finding.module), finding.mixin)) not in done:
-            done.add(claim)
-            swap(finding.module, finding.mixin, *finding.key)
-            finding.module._liger_site = Site(report, finding.tells or finding.row)
+    for proposal in proposals:
+        for module, mixin, key in proposal.swaps:
+            # One object may be found at several places: an activation that two MLPs share.
+            if (id(module), mixin) not in done:
+                done.add((id(module), mixin))
+                swap(module, mixin, *key)
+                module._liger_site = Site(report, proposal.row)
 
 
 def restore(model: nn.Module) -> None:
@@ -137,25 +138,26 @@ def restore_for(model: nn.Module | None, trainer: object) -> None:
         )
 
 
-def _find(search: Search) -> Iterator[Finding]:
-    swapped = set()
-    for name, module in search.model.named_modules():
-        for finding in _examine(search, name, module):
-            if finding.row.swapped:
-                swapped.add(finding.row.rule)
-            yield finding
-    yield from activation_memory.examine_model(search, swapped)
-    yield from head.examine_model(search)
+def _proposals(search: Search) -> Iterator[Proposal]:
+    fused = set()
+    for site, module in search.model.named_modules():
+        for proposal in _propose(search, site, module):
+            if proposal.row.swapped:
+                fused.add(proposal.row.rule)
+            yield proposal
+    yield from activation_memory.propose_for_model(search, fused)
+    yield from head.propose_for_model(search)
 
 
-def _examine(search: Search, name: str, module: nn.Module) -> Iterator[Finding]:
-    found = [examine(search, name, module) for examine in _RULES]
-    for finding in (*(f for f in found if f is not None), *gated.examine(search, name, module)):
-        replaced = finding.row.swapped and has_foreign_forward(finding.module)
-        if replaced and finding.module is not search.model:
-            yield Finding(dataclasses.replace(finding.row, swapped=False, reason=OVERRIDDEN))
+def _propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]:
+    """Yield what the rules for single modules propose for `module` and its activations."""
+    found = (propose(search, site, module) for propose in _RULES)
+    for proposal in (*filter(None, found), *gated.propose(search, site, module)):
+        modules = (module for module, *_ in proposal.swaps if module is not search.model)
+        if any(map(has_foreign_forward, modules)):
+            yield Proposal.refused(proposal.row.site, proposal.row.rule, OVERRIDDEN)
         else:
-            yield finding
+            yield proposal
 
 
 @dataclasses.dataclass(eq=False)
@@ -183,22 +185,22 @@ class Watch:
         if known is None:
             return
         search, old = Search(model, self.config), set(known)
-        rows = []
+        added: list[Row] = []
         with _quiet(model):
-            for name, module in model.named_modules():
+            for site, module in model.named_modules():
                 if any(id(m) not in old for m in (module, *module.children())):
-                    rows += [_as_added(f) for f in _examine(search, name, module) if not _is_in(f)]
-        self.report.amend(*(row for row in rows if row.eligible))
+                    added.extend(filter(None, map(_as_added, _propose(search, site, module))))
+        self.report.amend(*(row for row in added if row.eligible))
 
 
-def _is_in(finding: Finding) -> bool:
-    return finding.module is not None and is_swapped(finding.module)
-
-
-def _as_added(finding: Finding) -> Row:
+def _as_added(proposal: Proposal) -> Row | None:
+    """Return the row of a place that was added; None if it was swapped before."""
+    if any(is_swapped(module) for module, *_ in proposal.swaps):
+        return None
+    if not proposal.row.swapped:
+        return proposal.row
     reason = "added after the injection; call inject(model) again"
-    row = finding.row
-    return dataclasses.replace(row, swapped=False, reason=reason) if row.swapped else row
+    return dataclasses.replace(proposal.row, status=Status.REFUSED, reason=reason)
 
 
 def _ids(model: nn.Module) -> list[int]:

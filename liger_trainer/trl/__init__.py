@@ -24,8 +24,9 @@ from liger_trainer.config import KernelConfig
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.head import defers_logits
+from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.injection.walk import inject, injected_config, restore_for
-from liger_trainer.report import InjectionReport, Row
+from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.request import FLAG, Asked, asked, config_of, hidden
 from liger_trainer.trainer_hook import handled_for, without_request
 from liger_trainer.trl.checks import check_examples, check_options, check_reference
@@ -193,6 +194,8 @@ class FusedTrainer:
     def compute_loss(self, model, inputs, *args, **kwargs):
         if config_of(self) is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.args.torch_compile:
+            note_full(inputs.get("attention_mask"))
         with loss_scope():
             return super().compute_loss(model, without_request(inputs), *args, **kwargs)
 
@@ -200,10 +203,12 @@ class FusedTrainer:
 def _head_row(attached: bool, deferred: bool, cast_to_fp32: bool) -> Row:
     """Return what answers `model(..., fused_lm_head=True)`, by which TRL scores tokens."""
     if attached and deferred:
+        status = Status.SWAPPED
         reason = "tokens are scored from the deferred logits of the model's own forward"
     else:
+        status = Status.REFUSED if attached else Status.OFF
         reason = "TRL's own: " + ("cast_lm_head_to_fp32" if cast_to_fp32 else "no deferred logits")
-    return Row("add_fused_lm_head", "trl", attached and deferred, reason, eligible=attached)
+    return Row("add_fused_lm_head", "trl", status, reason)
 
 
 _WEIGHTING = {"nll": "uniform", "dft": "probability"}

@@ -19,7 +19,7 @@ from transformers import Trainer
 from liger_trainer.deferred.scope import loss_scope
 from liger_trainer.deferred.token_scores import divergence, fusable, token_scores
 from liger_trainer.injection.rules.head import defers_logits
-from liger_trainer.report import Row
+from liger_trainer.report import Row, Status
 from liger_trainer.request import config_of
 from liger_trainer.swap import rebind
 
@@ -57,18 +57,19 @@ def override_rows(trainer: Trainer) -> Iterator[Row]:
     names = ("model", "teacher_model")
     models = {name: getattr(trainer, name, None) for name in names}
     plain = [name for name, m in models.items() if m is not None and not _defers(trainer, m)]
-    eligible = config_of(trainer).fused_linear_cross_entropy
+    refused = Status.REFUSED if config_of(trainer).fused_linear_cross_entropy else Status.OFF
     for cls in type(trainer).__mro__:
         for name, attribute in vars(cls).items():
             mark = getattr(getattr(attribute, "__func__", attribute), "_liger_override", None)
             if mark is None or _owner(type(trainer), name) is not cls:
                 continue
             site, reason = mark
-            unused = _why_unused(trainer, name)
+            status = refused if plain else Status.SWAPPED
             if plain:
                 reason = f"TRL's own: the logits of {' and '.join(plain)} are not deferred"
-            swapped = not plain and unused is None
-            yield Row(site, "trl", swapped, unused or reason, eligible=eligible and unused is None)
+            if (unused := _why_unused(trainer, name)) is not None:
+                status, reason = Status.NOT_APPLICABLE, unused
+            yield Row(site, "trl", status, reason)
 
 
 def _why_unused(trainer: Trainer, name: str) -> str | None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from families import FAMILIES, tiny_model
 from packed import positions
-from transformers import masking_utils
+from transformers import TrainingArguments, masking_utils
 
-from liger_trainer import inject, restore
+from liger_trainer import LigerTrainer, inject, restore
 from liger_trainer.injection.rules import attention, masks
 from liger_trainer.kernels.layers import packed_attention as kernel
 
@@ -350,4 +350,40 @@ def test_compiled_models_are_told_that_a_batch_has_no_padding():
         masks.note_full(mask)
         compiled(**batch(attention_mask=mask))
         assert attention_masks(graphs[-1]) == [expected] * 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiles", [True, False], ids=["torch_compile", "compiled by hand"])
+def test_a_trainer_that_compiles_spares_the_mask_of_batches_without_padding(tmp_path, compiles):
+    """A batch with padding still gets its mask; either loss and gradient is the plain model's."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model("llama")
+    plain = copy.deepcopy(model)
+    args = TrainingArguments(
+        tmp_path, use_liger_kernel=True, use_cpu=True, report_to="none", torch_compile=compiles
+    )
+    trainer = LigerTrainer(model, args)
+    compiled = torch.compile(model, backend=backend)
+    for padding, has_mask in [(0, not compiles), (4, True)]:
+        mask = torch.ones(2, 17, dtype=torch.long)
+        mask[1, 17 - padding :] = 0
+        inputs = batch(attention_mask=mask)
+        graphs.clear()
+        model.zero_grad()
+        loss = trainer.compute_loss(compiled, dict(inputs))
+        loss.backward()
+        if compiles or not padding:
+            attended = [call for graph in graphs for call in attention_masks(graph)]
+            assert attended == [(has_mask, not has_mask)] * 2
+        expected_loss, expected = loss_and_gradients(plain, inputs)
+        torch.testing.assert_close(loss, expected_loss, rtol=2e-6, atol=2e-6)
+        for name, parameter in model.named_parameters():
+            error = (parameter.grad - expected[name]).norm()
+            assert error <= 1e-5 * expected[name].norm(), name
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """Swaps are proven or refused, reported either way, and reversible."""
 
 import copy
+import functools
 import inspect
 import json
 import pickle
@@ -9,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import batch, tiny_model
+from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from liger_trainer import inject, restore
 from liger_trainer.injection.walk import is_injected
+from liger_trainer.report import Status
 
 
 class ClampedNorm(LlamaRMSNorm):
@@ -66,6 +69,38 @@ def test_report_prints_and_serialises():
     data = json.loads(report.to_json())
     assert data["coverage"]["rms_norm"] == {"swapped": 5, "eligible": 5}
     assert {"site", "rule", "swapped", "reason", "max_error"} <= set(data["rows"][0])
+
+
+def test_every_row_has_one_status():
+    model = nn.Sequential(nn.RMSNorm(64, eps=1e-6), nn.LayerNorm(64))
+    model[1].forward = functools.partial(nn.LayerNorm.forward, model[1])
+    report = inject(model, {"activation_memory": "keep"})
+    assert {row.site or row.rule: row.status for row in report.rows} == {
+        "0": Status.SWAPPED,
+        "1": Status.REFUSED,
+        "activation_memory": Status.OFF,
+        "fused_linear_cross_entropy": Status.NOT_APPLICABLE,
+    }
+    assert [row.site for row in report.refused] == ["1"]
+    assert report.coverage["fused_linear_cross_entropy"] == (0, 0)
+    rows = json.loads(report.to_json())["rows"]
+    assert [(row["status"], row["swapped"], row["eligible"]) for row in rows] == [
+        ("swapped", True, True),
+        ("refused", False, True),
+        ("off", False, False),
+        ("not applicable", False, False),
+    ]
+
+
+def test_an_adapter_on_the_head_is_one_row_with_the_head():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["lm_head"], r=2, task_type="CAUSAL_LM")
+    report = inject(peft.get_peft_model(tiny_model("llama"), config))
+    rows = [row for row in report.rows if "lm_head" in row.site or not row.site]
+    assert [(row.site, row.rule) for row in rows] == [
+        ("", "activation_memory"),
+        ("lm_head", "fused_linear_cross_entropy"),
+    ]
 
 
 def test_injecting_twice_is_injecting_once():

@@ -12,6 +12,7 @@ from transformers.models.llama import modeling_llama
 
 from liger_trainer import inject
 from liger_trainer.injection.rules import rotary
+from liger_trainer.report import Status
 
 
 class EpsOutside(Norm):
@@ -188,3 +189,94 @@ def test_instances_that_differ_in_a_private_attribute_are_judged_one_by_one():
     model = nn.Sequential(PrivatelyGrouped(1), PrivatelyGrouped(2))
     rows = [row for row in inject(model).rows if row.rule == "rms_norm"]
     assert [row.swapped for row in rows] == [True, False]
+
+
+def single_state(x, cos, sin):
+    return x * cos + x.flip(-1) * sin
+
+
+def with_sections(q, k, cos, sin, sections):
+    return modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+
+
+def no_angles(q, k, cost, using):
+    raise AssertionError("it must not be run")
+
+
+@pytest.mark.parametrize(
+    ("function", "statuses"),
+    [
+        (single_state, [Status.NOT_APPLICABLE]),
+        (with_sections, [Status.NOT_APPLICABLE]),
+        (no_angles, []),
+    ],
+)
+def test_functions_of_angles_that_are_not_taken_have_a_row(function, statuses):
+    scope = {"rotate": function}
+    exec("def forward(self, x):\n    return rotate(x)", scope)
+    attention = type("Attention", (nn.Module,), {"forward": scope["forward"]})
+    rows = [row for row in inject(nn.Sequential(attention())).rows if row.rule == "rope"]
+    assert [row.status for row in rows] == statuses
+    assert all(row.reason.startswith(function.__name__) for row in rows)
+
+
+class Renamed(nn.Module):
+    """LayerNorm whose parameters have names of their own, the shift first."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.eps = 1e-5
+        self.add, self.times = nn.Parameter(torch.randn(width)), nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], self.times, self.add, self.eps)
+
+
+class OnlyShifted(Renamed):
+    def __init__(self, width):
+        super().__init__(width)
+        del self.times
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], None, self.add, self.eps)
+
+
+@pytest.mark.parametrize("norm", [Renamed, OnlyShifted])
+def test_the_bias_of_a_norm_is_found_by_what_it_does(norm):
+    model = nn.Sequential(norm(32))
+    x = torch.randn(2, 3, 32)
+    expected = model(x)
+    assert inject(model).coverage["layer_norm"] == (1, 1)
+    torch.testing.assert_close(model(x), expected)
+
+
+class Mlp(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.between = between
+
+    def forward(self, x):
+        return self.between(self.gate(x)) * self.up(x)
+
+
+class SquaredRelu(nn.Module):
+    def forward(self, x):
+        return F.relu(x).square()
+
+
+class Halved(nn.Module):
+    def forward(self, x):
+        return 0.5 * x
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid, nn.ReLU, nn.Tanh, SquaredRelu])
+def test_an_activation_without_a_kernel_is_refused_by_what_it_computes(activation):
+    (row,) = [row for row in inject(nn.Sequential(Mlp(activation()))).rows if row.rule == "swiglu"]
+    assert row.status is Status.REFUSED
+    assert row.reason == f"{activation.__name__} is neither SiLU nor GELU"
+
+
+@pytest.mark.parametrize("other", [nn.Identity(), nn.Dropout(), nn.Softmax(-1), Halved()])
+def test_what_is_no_activation_has_no_row(other):
+    assert "swiglu" not in inject(nn.Sequential(Mlp(other))).coverage

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from liger_trainer.report import InjectionReport, Row
+from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.runs import plots as plots_module
 from liger_trainer.runs.html import telling, write_report
 from liger_trainer.runs.plots import plots
@@ -33,8 +33,8 @@ LOG = [
 ]
 INJECTION = InjectionReport(
     (
-        Row("model.norm", "rms_norm", True, "same function", 1e-7),
-        Row("model.layers.0.mlp", "swiglu", False, "outputs differ <by> 3e-2", 3e-2),
+        Row("model.norm", "rms_norm", Status.SWAPPED, "same function", 1e-7),
+        Row("model.layers.0.mlp", "swiglu", Status.REFUSED, "outputs differ <by> 3e-2", 3e-2),
     )
 )
 

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from liger_trainer.injection import memory_budget
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, look_again
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, look_again
 from liger_trainer.kernels.recompute import recomputing
 from liger_trainer.kernels.runtime import pays
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped
 
 logger = logging.getLogger(__name__)
@@ -103,26 +102,26 @@ def _first_input(args: tuple, kwargs: dict[str, object]) -> torch.Tensor | None:
     return first if first is None or first.dim() == 2 else first[..., 0]
 
 
-def examine_model(search: Search, rules: set[str]) -> Iterator[Finding]:
-    """Return the model, if norms or gated activations (in `rules`, what was swapped) are swapped
-    in it, or there is a budget."""
+def propose_for_model(search: Search, fused: set[str]) -> Iterator[Proposal]:
+    """Propose recomputation in a model in which rules (`fused`) swap norms or gated activations,
+    and a budget where there is one."""
     mode = search.config.activation_memory
     if mode == "keep":
-        yield Finding(Row("", RULE, False, SWITCHED_OFF, eligible=False))
+        yield Proposal.off("", RULE)
         return
-    has_row = False
+    reasons, swaps = [], []
     if search.config.has_budget:
         budget = "auto" if mode == "auto" else f"{mode} GiB"
-        has_row = bool(memory_budget.layers_of(search.model))
-        if has_row:
+        if memory_budget.layers_of(search.model):
             reason = memory_budget.why_not(search.model)
             what = f"as few layers are checkpointed as fit ({budget})"
-            row = Row("", RULE, True, f"every layer is checkpointed: {reason}" if reason else what)
-            yield Finding(row, search.model, BudgetedModel, (mode,))
+            reasons.append(f"every layer is checkpointed: {reason}" if reason else what)
+            swaps.append(Swap(search.model, BudgetedModel, (mode,)))
         else:
             reason = f"no budget ({budget}): the model's layers cannot be checkpointed"
-            yield Finding(Row("", RULE, False, reason))
-    if rules & {"rms_norm", "layer_norm", "swiglu", "geglu"}:
-        reason = "norm outputs and gated products are computed again in backward"
-        row = Row("", "model" if has_row else RULE, True, reason)
-        yield Finding(row, search.model, LeanModel)
+            yield Proposal.refused("", RULE, reason)
+    if fused & {"rms_norm", "layer_norm", "swiglu", "geglu"}:
+        reasons.append("norm outputs and gated products are computed again in backward")
+        swaps.append(Swap(search.model, LeanModel))
+    if swaps:
+        yield Proposal.swapped("", RULE, "; ".join(reasons), *swaps)

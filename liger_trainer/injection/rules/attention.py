@@ -15,10 +15,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
 
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
 from liger_trainer.injection.rules.masks import PackedMask
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.packed_attention import (
     LARGEST_HEAD,
     documents_of,
@@ -27,7 +29,6 @@ from liger_trainer.kernels.layers.packed_attention import (
     packed_attention_reference,
     runs_here,
 )
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
 # Arguments of an attention function that ask for more than softmax over what the mask lets through.
@@ -58,14 +59,12 @@ class Interface:
 
     def __init__(self, original, heads: Heads):
         self._original = original
-        self._own = original["sdpa"]
-        self._by_bounds = by_bounds(self._own, heads)
-        self._is_known = self._own.__module__.startswith("transformers.")
+        self._by_bounds = by_bounds(sdpa_attention_forward, heads)
 
     @property
     def _sdpa(self):
         current = self._original["sdpa"]
-        return self._by_bounds if self._is_known and current is self._own else current
+        return self._by_bounds if current is sdpa_attention_forward else current
 
     def get_interface(self, name, default):
         return self._sdpa if name == "sdpa" else self._original.get_interface(name, default)
@@ -93,6 +92,7 @@ def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
                 query, key, value = (t.to(dtype) for t in (query, key, value))
             rows, _, length, _ = attention_mask.shape
             whole = query.shape[0] == rows and query.shape[2] == key.shape[2] == length
+            whole = whole and value.shape == key.shape
             plain = not dropout and all(kwargs.get(name) is None for name in _BEYOND)
             proven = heads == Heads(query.shape[-1], query.shape[1] // key.shape[1])
             fits = has_kernel(query, key, value) or not query.is_cuda
@@ -108,20 +108,21 @@ def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
     return attend
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     if _interface(getattr(type(module), "forward", None)) is None:
         return None
     if not search.config.attention:
-        return Finding(Row(site, "attention", False, SWITCHED_OFF, eligible=False))
+        return Proposal.off(site, "attention")
     device = _device(search, module)
     reason = _unfit(module, device)
     if reason:
-        return Finding(Row(site, "attention", False, reason, eligible=False))
+        return Proposal.not_applicable(site, "attention", reason)
     heads = Heads(module.head_dim, getattr(module, "num_key_value_groups", 1))
-    verdict = search.once(("attention", heads, device), lambda: _probe(heads, device))
-    reason = "packed rows and windows by their bounds" if verdict.equal else verdict.reason
-    row = Row(site, "attention", verdict.equal, reason)
-    return Finding(row, module, PackedAttention, (heads,))
+    verdict = search.cached(("attention", heads, device), lambda: _probe(heads, device))
+    if not verdict.equal:
+        return Proposal.refused(site, "attention", verdict.reason)
+    swap = Swap(module, PackedAttention, (heads,))
+    return Proposal.swapped(site, "attention", "packed rows and windows by their bounds", swap)
 
 
 def _device(search: Search, module: nn.Module) -> torch.device:
@@ -131,7 +132,10 @@ def _device(search: Search, module: nn.Module) -> torch.device:
 
 
 def _unfit(module: nn.Module, device: torch.device) -> str | None:
-    """Why packed attention is not for this module; None if it is."""
+    """Why packed attention is not for this module; None if it is.
+
+    What a module says of its heads chooses what is probed; `by_bounds` goes by those that come.
+    """
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     head_dim = getattr(module, "head_dim", None)
     if name != "sdpa":
@@ -149,8 +153,8 @@ def _interface(forward: object) -> object | None:
     """Return the AttentionInterface that a forward refers to."""
     if not isinstance(forward, FunctionType):
         return None
-    names = ((g, {cls.__name__ for cls in type(g).__mro__}) for g in referenced_globals(forward))
-    return next((g for g, classes in names if "AttentionInterface" in classes), None)
+    found = referenced_globals(forward)
+    return next((g for g in found if isinstance(g, AttentionInterface)), None)
 
 
 def _probe(heads: Heads, device: torch.device) -> probe.Verdict:

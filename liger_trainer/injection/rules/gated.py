@@ -22,11 +22,10 @@ from torch import nn
 
 from liger_trainer.deferred import Attach, Deferred
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search, fingerprint
 from liger_trainer.injection.rules.hooks import foreign_hooks
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, fingerprint
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
 from liger_trainer.kernels.runtime import PLAIN, pays
-from liger_trainer.report import Row
 from liger_trainer.swap import Proven, Swapped, holds, note, swap
 
 
@@ -46,7 +45,6 @@ class Gate:
         return geglu(gate, up, approximate=self.approximate)
 
 
-_OF_MANY_ELEMENTS = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU)
 _GATES = (Gate("swiglu"), Gate("geglu", "tanh"), Gate("geglu", "none"))
 
 
@@ -142,7 +140,7 @@ def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
     return Attach.apply(make, form.activation, x)
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Iterator[Finding]:
+def propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]:
     """Look at each child of `module` that is an activation."""
     for name, child in module.named_children():
         tensors = (*child.parameters(), *child.buffers())
@@ -150,35 +148,47 @@ def examine(search: Search, site: str, module: nn.Module) -> Iterator[Finding]:
             yield from _examine_activation(search, site, module, name, child)
 
 
-def _examine_activation(search, site, module, name, child) -> Iterator[Finding]:
+def _examine_activation(search, site, module, name, child) -> Iterator[Proposal]:
     device = search.device_of(module)
-    gate, verdict = search.once(
-        ("gate", fingerprint(child, device)), lambda: identify(child, device)
-    )
-    if gate is None and not _is_activation(child):
+    key = fingerprint(child, device)
+    gate, verdict = search.cached(("gate", key), lambda: identify(child, device))
+    if gate is None and not search.cached(("activation", key), lambda: _is_activation(child)):
         return
     rule = gate.rule if gate else "swiglu"
-    gated = search.once(("gated", fingerprint(module, device)), lambda: is_gated(module, name))
+    key = "gated", fingerprint(module, device), name
+    gated = search.cached(key, lambda: is_gated(module, name))
     if gated is False:
         reason = f"not gated: the result of {name} is not multiplied with another projection"
-        yield Finding(Row(site, rule, False, reason, eligible=False))
+        yield Proposal.not_applicable(site, rule, reason)
     elif gate is None:
         reason = f"{type(child).__name__} {verdict.reason}"
-        yield Finding(Row(site, rule, False, reason, eligible=gated is True))
+        why_not = Proposal.refused if gated else Proposal.not_applicable
+        yield why_not(site, rule, reason)
     elif not getattr(search.config, rule):
-        yield Finding(Row(site, rule, False, SWITCHED_OFF, verdict.max_error, eligible=False))
+        yield Proposal.off(site, rule, verdict.max_error)
     else:
-        row = Row(site, rule, True, f"{name} times its gate", verdict.max_error)
-        yield Finding(row, child, FusedActivation, (gate, Proven.of(child)))
+        swap = Swap(child, FusedActivation, (gate, Proven.of(child)))
+        reason = f"{name} times its gate"
+        yield Proposal.swapped(site, rule, reason, swap, max_error=verdict.max_error)
 
 
 def _is_activation(child: nn.Module) -> bool:
-    """Whether torch or transformers call it one: then the report says why it is not fused."""
-    of_one_element = not isinstance(child, _OF_MANY_ELEMENTS)
-    return of_one_element and type(child).__module__.rpartition(".")[2] in _MODULES
+    """Whether it applies one function to every element, and that is not a line.
 
-
-_MODULES = ("activations", "activation")
+    Then the report says why it is not fused. A dropout, in evaluation mode, is none.
+    """
+    x = probe.draw((3, 4, 8), 1.0, torch.device("cpu"), 0)
+    other = x.clone()
+    other[0, 0, 0] += 1.0
+    try:
+        with torch.no_grad():
+            twin = probe.random_copy(child, x.device).eval()
+            y, beside, doubled, negated = map(twin, (x, other, 2 * x, -x))
+            is_line = torch.allclose(doubled, 2 * y) and torch.allclose(negated, -y)
+            same = y.shape == x.shape and torch.equal(y.flatten()[1:], beside.flatten()[1:])
+            return same and not is_line
+    except Exception:  # third-party modules may raise anything: it takes no single tensor
+        return False
 
 
 def identify(child: nn.Module, device: torch.device) -> tuple[Gate | None, probe.Verdict]:

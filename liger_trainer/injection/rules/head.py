@@ -18,15 +18,14 @@ from liger_trainer.deferred.logits import defer_call
 from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.activation_memory import LeanModel
-from liger_trainer.injection.rules.finding import (
+from liger_trainer.injection.rules.hooks import foreign_hooks
+from liger_trainer.injection.rules.proposal import (
     OVERRIDDEN,
-    SWITCHED_OFF,
-    Finding,
+    Proposal,
     Search,
+    Swap,
     look_again,
 )
-from liger_trainer.injection.rules.hooks import foreign_hooks
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, has_foreign_forward, note, swap
 
 FUSED = "fused_linear_cross_entropy"
@@ -167,19 +166,19 @@ def defers_logits(model: nn.Module) -> bool:
     return fused and current_head(model) is not None
 
 
-def examine_model(search: Search) -> Iterator[Finding]:
-    """Yield the head and its linear layers, then the model."""
+def propose_for_model(search: Search) -> Iterator[Proposal]:
+    """Propose to defer the head, its linear layers with it, in the model that owns it."""
     model, config = search.model, search.config
     fused = config.fused_linear_cross_entropy
     rule = FUSED if fused or not config.cross_entropy else "cross_entropy"
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = search.output_embeddings
     if head is None:
-        yield Finding(Row("", rule, False, _NONE, eligible=False))
+        yield Proposal.not_applicable("", rule, _NONE)
         return
     names = {id(module): name for name, module in model.named_modules()}
     site = names.get(id(head), "")
     if not (fused or config.cross_entropy):
-        yield Finding(Row(site, rule, False, SWITCHED_OFF, eligible=False))
+        yield Proposal.off(site, rule)
         return
     layers = linear_layers(head)
     reason = why_not_deferred(head, layers)
@@ -189,17 +188,12 @@ def examine_model(search: Search) -> Iterator[Finding]:
         if max_error is None:
             reason = "the loss through the kernel differs from the plain one"
     if reason is not None:
-        yield Finding(Row(site, rule, False, reason))
+        yield Proposal.refused(site, rule, reason)
         return
     reason = "logits deferred" if fused else "loss of given logits"
-    found = Row(site, rule, True, reason, max_error)
-    yield Finding(found, head, DeferredHead, (fused,))
-    for layer in layers:
-        if layer is not head:
-            row = Row(names[id(layer)], "model", True, "term of the head", eligible=False)
-            yield Finding(row, layer, DeferredHead, (fused,))
-    row = Row("", "model", True, "own forward and loss kept", eligible=False)
-    yield Finding(row, model, DeferringModel, (fused,), tells=found)
+    swaps = [Swap(layer, DeferredHead, (fused,)) for layer in layers]
+    swaps.append(Swap(model, DeferringModel, (fused,)))
+    yield Proposal.swapped(site, rule, reason, *swaps, max_error=max_error)
 
 
 def linear_layers(head: nn.Module) -> list[nn.Module]:

@@ -7,12 +7,19 @@ import functools
 from torch import nn
 from torch.nn.modules import module as _global_hooks
 
-# They gather, move and free weights. Others want to see or change what the module returns.
 _ENGINES = ("torch.distributed.", "deepspeed.", "accelerate.", "transformers.integrations.")
 
 
 def foreign_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook is on `module`, or on every module, that is not an engine's."""
+    """Whether a forward hook is on `module`, or on every module, that is not an engine's.
+
+    An engine's hooks gather, move and free weights, so they run where the weights are read: around
+    the deferred call, which returns no logits. A hook that wants to see or change the logits must
+    run where they are returned instead. The two kinds lie in the same tables and have the same
+    signature, and either may read, replace or ignore what it is given, so neither the place nor a
+    trial run tells them apart: who wrote a hook is the only sign. An engine that is not in the list
+    costs no more than speed: its hooks leave the head plain, with a row in the report.
+    """
     tables = (
         module._forward_hooks,
         module._forward_pre_hooks,

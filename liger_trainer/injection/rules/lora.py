@@ -1,7 +1,8 @@
 """LoRA on linear layers, as PEFT makes them: the base layer inside, adapters by name.
 
-A layer is recognized by its tables of adapters, and proven on a small copy: the same class and
-settings, all its adapters active, other sizes. What may change between two calls (which adapters
+A layer is recognized by its tables of adapters, whose names are PEFT's interface for layers of any
+class, and proven on a small copy: the same class and settings, all its adapters active, other
+sizes. What may change between two calls (which adapters
 are active, merged, disabled, their factors, hooks) is read at every call; where the fused operation
 does not apply, the layer's own forward runs.
 
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.lora_linear import (
     MIN_ELEMENTS,
     Adapter,
@@ -26,7 +27,6 @@ from liger_trainer.kernels.layers.lora_linear import (
     lora_linear,
 )
 from liger_trainer.kernels.runtime import every_size, pays
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
@@ -152,26 +152,28 @@ def _is_sharded(base: nn.Module) -> bool:
     return type(weight) not in _PLAIN and hasattr(weight, "device_mesh")  # a DTensor
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     if not _looks_like_lora(module):
         return None
-    if module is search.once("output embeddings", lambda: _output_embeddings(search.model)):
+    if module is search.output_embeddings:
         return None
     if not search.config.lora:
-        return Finding(Row(site, RULE, False, SWITCHED_OFF, eligible=False))
+        return Proposal.off(site, RULE)
     if hasattr(module, "parameter_name"):
         reason = f"adapts the parameter {module.parameter_name}, not a linear layer"
-        return Finding(Row(site, RULE, False, reason))
+        return Proposal.refused(site, RULE, reason)
     variants = {name: _variant(module, name, _parts_of(module, name)) for name in module.lora_A}
     plain = [name for name, variant in variants.items() if variant is None]
     if not plain:
-        return Finding(Row(site, RULE, False, f"not plain LoRA: {next(iter(variants.values()))}"))
+        return Proposal.refused(site, RULE, f"not plain LoRA: {next(iter(variants.values()))}")
     device = search.device_of(module)
     key = type(module), tuple(module.scaling.items()), tuple(plain), str(device)
-    verdict = search.once(("lora", key), lambda: prove(module, plain, device))
-    reason = "adapters added in place, their input kept once" if verdict.equal else verdict.reason
-    row = Row(site, RULE, verdict.equal, reason, verdict.max_error)
-    return Finding(row, module, FusedLoRA)
+    verdict = search.cached(("lora", key), lambda: prove(module, plain, device))
+    if not verdict.equal:
+        return Proposal.refused(site, RULE, verdict.reason, verdict.max_error)
+    reason = "adapters added in place, their input kept once"
+    swap = Swap(module, FusedLoRA)
+    return Proposal.swapped(site, RULE, reason, swap, max_error=verdict.max_error)
 
 
 def _looks_like_lora(module: nn.Module) -> bool:
@@ -183,17 +185,14 @@ def _looks_like_lora(module: nn.Module) -> bool:
     )
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    return getattr(model, "get_output_embeddings", lambda: None)()
-
-
 def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Verdict:
     """Whether the fused operation equals the layer's forward, in fp64 and in lower precision."""
     twin = probe.random_copy(_small_copy(module, names), device).eval()
     fused = copy.deepcopy(twin)
     swap(fused, FusedLoRA)
     (original, parameters), (candidate, _) = map(probe.with_parameters, (twin, fused))
-    is_adapter = ["lora_" in name for name, _ in twin.named_parameters()]
+    base = {id(parameter) for parameter in twin.base_layer.parameters()}
+    is_adapter = [id(parameter) not in base for parameter in parameters]
     worst = 0.0
     for case in _cases(parameters, is_adapter, torch.float64, torch.float64, device):
         try:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from liger_trainer.deferred import Deferred
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.packed_attention import (
     Documents,
     dense_mask,
@@ -31,7 +31,6 @@ from liger_trainer.kernels.layers.packed_attention import (
     runs_here,
 )
 from liger_trainer.kernels.runtime import every_size
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
 _HOME = "transformers.masking_utils"
@@ -172,7 +171,9 @@ def _readable(tensor: torch.Tensor) -> bool:
 def note_full(attention_mask: torch.Tensor | None) -> None:
     """Read whether a batch [B, T] is without padding, for a compiled forward, which cannot.
 
-    The host waits for the device. To be called outside of what is compiled, before every forward.
+    The trainers call it before every forward. The host waits for the device, as it does for the
+    same question where nothing is compiled. Graphs depend on the answer: there is one for batches
+    without padding, whose attention takes no mask, and one for those with padding.
     """
     if attention_mask is not None and attention_mask.dim() == 2 and _readable(attention_mask):
         attention_mask._liger_full = bool(attention_mask.all())
@@ -188,33 +189,33 @@ def _is_full(attention_mask: torch.Tensor, length: int) -> bool:
 
 
 def _documents(position_ids: torch.Tensor, rows: int) -> Documents:
-    """`documents_of`, read from the device once however many makers and steps see the tensor."""
-    known = getattr(position_ids, "_liger_documents", None)
+    """Return `documents_of`, read once however many makers and steps see the tensor."""
     if position_ids.is_inference():  # such a tensor keeps no count of its changes
         return documents_of(position_ids.expand(rows, -1))
-    key = position_ids._version, rows
+    known, key = getattr(position_ids, "_liger_documents", None), (position_ids._version, rows)
     if known is None or known[0] != key:
         known = key, documents_of(position_ids.expand(rows, -1))
         position_ids._liger_documents = known
     return known[1]
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     forward = getattr(type(module), "forward", None)
     makers = _makers(forward) if isinstance(forward, FunctionType) else []
     if not makers:
         return None
     if not search.config.attention:
-        return Finding(Row(site, "attention", False, SWITCHED_OFF, eligible=False))
+        return Proposal.off(site, "attention")
     config = getattr(module, "config", None)
     name = getattr(config, "_attn_implementation", None)
     if name != "sdpa":
         reason = f"attention implementation {name}: only sdpa is given masks that can be spared"
-        return Finding(Row(site, "attention", False, reason, eligible=False))
-    reason = search.once(("masks", *makers), lambda: difference(makers, config))
+        return Proposal.not_applicable(site, "attention", reason)
+    reason = search.cached(("masks", *makers), lambda: difference(makers, config))
     if reason:
-        return Finding(Row(site, "attention", False, reason))
-    return Finding(Row(site, "attention", True, "no masks for causal rows"), module, LeanMasks)
+        return Proposal.refused(site, "attention", reason)
+    swap = Swap(module, LeanMasks)
+    return Proposal.swapped(site, "attention", "no masks for causal rows", swap)
 
 
 def difference(makers: list[FunctionType], config) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,18 +18,17 @@ from torch import nn
 
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules import gated_norm, norm_cases
-from liger_trainer.injection.rules.finding import (
+from liger_trainer.injection.rules.gated_norm import FusedGatedNorm
+from liger_trainer.injection.rules.proposal import (
     OVERRIDDEN,
-    SWITCHED_OFF,
-    Finding,
+    Proposal,
     Search,
+    Swap,
     fingerprint,
 )
-from liger_trainer.injection.rules.gated_norm import FusedGatedNorm
 from liger_trainer.kernels.layers.layer_norm import layer_norm
 from liger_trainer.kernels.layers.rms_norm import rms_norm
 from liger_trainer.kernels.runtime import all_plain
-from liger_trainer.report import Row
 from liger_trainer.swap import Proven, Swapped, has_foreign_forward, holds
 
 
@@ -90,28 +90,28 @@ class FusedNorm(Swapped):
         return form.apply(x, weight, bias)
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     if not _may_be_norm(module):
         return None
     if has_foreign_forward(module) and len(_required(type(module).forward)) == 2:  # self and input
-        return Finding(Row(site, _nominal_rule(module), False, OVERRIDDEN))
+        return Proposal.refused(site, _nominal_rule(module), OVERRIDDEN)
     device = search.device_of(module)
     key = fingerprint(module, device)
-    form, verdict = search.once(
+    form, verdict = search.cached(
         ("gated norm", key), lambda: gated_norm.identify(module, _epsilons(module), device)
     )
     if form is None and len(required_inputs(module)) == 1:
-        form, verdict = search.once(("norm", key), lambda: identify(module, device))
+        form, verdict = search.cached(("norm", key), lambda: identify(module, device))
     if verdict is None:
         return None
     rule = form.rule if form else _nominal_rule(module)
     if form is None:
-        return Finding(Row(site, rule, False, verdict.reason, verdict.max_error))
+        return Proposal.refused(site, rule, verdict.reason, verdict.max_error)
     if not getattr(search.config, rule):
-        return Finding(Row(site, rule, False, SWITCHED_OFF, verdict.max_error, eligible=False))
-    row = Row(site, rule, True, str(form), verdict.max_error)
+        return Proposal.off(site, rule, verdict.max_error)
     mixin = FusedNorm if isinstance(form, NormForm) else FusedGatedNorm
-    return Finding(row, module, mixin, (form, Proven.of(module)))
+    swap = Swap(module, mixin, (form, Proven.of(module)))
+    return Proposal.swapped(site, rule, str(form), swap, max_error=verdict.max_error)
 
 
 def _may_be_norm(module: nn.Module) -> bool:
@@ -128,14 +128,14 @@ def _epsilons(module: nn.Module) -> list[float]:
 
 
 def _nominal_rule(module: nn.Module) -> str:
+    """Return the rule whose row says that no formula fits, or that none could be tried."""
     return "layer_norm" if isinstance(module, nn.LayerNorm) else "rms_norm"
 
 
 def _forms(module: nn.Module) -> Iterator[NormForm]:
-    names = [name for name, _ in module.named_parameters()]
-    bias = next((name for name in names if "bias" in name), None)
-    weight = next((name for name in names if name != bias), None)
-    for eps in _epsilons(module):
+    names: list[str | None] = [name for name, _ in module.named_parameters()]
+    roles = itertools.permutations([*names, None, None][:2])  # of two, either may be the bias
+    for eps, (weight, bias) in itertools.product(_epsilons(module), dict.fromkeys(roles)):
         if bias is None:
             yield NormForm(False, eps, weight, cast_first=True)
             if weight is not None:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FunctionType
 
 import torch
 from torch import nn
 
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.rope import MIN_ELEMENTS, rope, why_not
 from liger_trainer.kernels.runtime import all_plain, pays
-from liger_trainer.report import Row
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
 
@@ -32,6 +31,15 @@ class RotaryForm:
     half_table: bool = False
     inverse: bool = False
     keep_dtype: bool = False
+
+    def __str__(self) -> str:
+        options = {
+            "half a table": self.half_table,
+            "opposite angle": self.inverse,
+            "cast back": self.keep_dtype,
+        }
+        pairs = "rotates neighbors" if self.interleaved else "rotates halves"
+        return ", ".join([pairs, *(text for text, on in options.items() if on)])
 
 
 _FORMS = tuple(
@@ -99,45 +107,56 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
     return apply_rotary
 
 
-def examine(search: Search, site: str, module: nn.Module) -> Finding | None:
+def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     function = _rotary_function(type(module))
     if function is None:
         return None
+    if _call_of(function) is None:
+        reason = f"{function.__name__} takes other arguments than two states, cosine and sine"
+        return Proposal.not_applicable(site, "rope", reason)
     if not search.config.rope:
-        return Finding(Row(site, "rope", False, SWITCHED_OFF, eligible=False))
+        return Proposal.off(site, "rope")
     device = search.device_of(module)
-    form, verdict = search.once(("rope", function, str(device)), lambda: identify(function, device))
+    form, verdict = search.cached(
+        ("rope", function, str(device)), lambda: identify(function, device)
+    )
     if form is None:
-        return Finding(Row(site, "rope", False, verdict.reason, verdict.max_error))
-    call = search.once(
+        return Proposal.refused(site, "rope", verdict.reason, verdict.max_error)
+    call = search.cached(
         ("rope call", function, str(device)), lambda: proven_call(function, form, device)
     )
-    row = Row(site, "rope", True, describe(form), verdict.max_error)
-    return Finding(row, module, FusedRotary, (function, call, form))
-
-
-def describe(form: RotaryForm) -> str:
-    pairs = "neighbours" if form.interleaved else "halves"
-    extra = [
-        text
-        for text, on in (
-            ("half a table", form.half_table),
-            ("opposite angle", form.inverse),
-            ("cast back", form.keep_dtype),
-        )
-        if on
-    ]
-    return ", ".join([f"rotates {pairs}", *extra])
+    swap = Swap(module, FusedRotary, (function, call, form))
+    return Proposal.swapped(site, "rope", str(form), swap, max_error=verdict.max_error)
 
 
 @functools.cache
 def _rotary_function(cls: type) -> Callable | None:
-    """Return the global that `cls.forward` calls on two states and two tables, cosine and sine."""
+    """Return the global that `cls.forward` calls with a cosine and a sine.
+
+    If there are several, the first that takes two states with them.
+    """
     forward = getattr(cls, "forward", None)
     if not isinstance(forward, FunctionType):
         return None
-    functions = (f for f in referenced_globals(forward) if isinstance(f, FunctionType))
-    return next((f for f in functions if _call_of(f) is not None), None)
+    functions = [
+        f
+        for f in referenced_globals(forward)
+        if isinstance(f, FunctionType) and None not in _tables(inspect.signature(f).parameters)
+    ]
+    return next((f for f in functions if _call_of(f) is not None), next(iter(functions), None))
+
+
+def _tables(parameters: Iterable[str]) -> tuple[str | None, str | None]:
+    """Return which of the parameters are called cosine and sine.
+
+    A function can only be found by running it. Their names say which ones may be run: one that
+    takes no angles might do anything with random tensors (communicate, launch kernels, write).
+    What it computes with them, and where else it may be called, is proven.
+    """
+    words = {name: set(name.lower().split("_")) for name in parameters}
+    cos = next((name for name in parameters if words[name] & {"cos", "cosine", "cosines"}), None)
+    sin = next((name for name in parameters if words[name] & {"sin", "sine", "sines"}), None)
+    return cos, sin
 
 
 @functools.cache
@@ -149,8 +168,7 @@ def _call_of(function: FunctionType) -> RotaryCall | None:
     names = tuple(p.name for p in parameters)
     # A tensor may be left out (None); what has a number for default is none.
     candidates = [p.name for p in parameters if p.default is p.empty or p.default is None][:4]
-    cos = next((n for n in candidates if "cos" in n), None)
-    sin = next((n for n in candidates if "sin" in n and "cos" not in n), None)  # cosine has both
+    cos, sin = _tables(candidates)
     if cos is None or sin is None or len(candidates) != 4 or set(names[:4]) != set(candidates):
         return None
     tensors = (*(n for n in candidates if n not in (cos, sin)), cos, sin)
@@ -166,8 +184,9 @@ def _call_of(function: FunctionType) -> RotaryCall | None:
 def identify(function: Callable, device: torch.device) -> tuple[RotaryForm | None, probe.Verdict]:
     """Return the form that equals `function`, for full and, if it takes that, partial rotation."""
     call = _call_of(function)
+    assert call is not None
     heads = call.dims[0]
-    cases = _cases(device, heads, _accepts_partial(function, device))
+    cases = _cases(device, heads, _accepts_partial(function, call, device))
     candidates = {form: _candidate(form, heads) for form in _FORMS}
     otherwise = "no known form of rotary embedding"
     return probe.choose(_original(function, call, heads), candidates, lambda: cases, otherwise)
@@ -199,20 +218,17 @@ def _candidate(form: RotaryForm, heads: int) -> Callable:
     return rotate
 
 
-def _accepts_partial(function: Callable, device: torch.device) -> bool:
-    call = _call_of(function)
-    q, k, cos, sin = _cases(device, call.dims[0], True)[0].inputs
-    rotated = q.shape[-1] // 2
-    tensors = (q, k, cos[..., :rotated], sin[..., :rotated])
+def _accepts_partial(function: Callable, call: RotaryCall, device: torch.device) -> bool:
+    *_, partial = _cases(device, call.dims[0], partial=True)
     try:
-        function(**dict(zip(call.tensors, tensors, strict=True)))
+        _original(function, call, call.dims[0])(*partial.inputs)
     except (RuntimeError, ValueError, IndexError):  # shapes that do not broadcast
         return False
     return True
 
 
 def _cases(device: torch.device, heads: int, partial: bool) -> list[probe.Case]:
-    """Yield grouped heads, a table per sample or for all, columns that differ in both halves."""
+    """Return grouped heads, a table per sample or for all, columns that differ in both halves."""
     width = 16
     widths = [width, width // 2] if partial else [width]
     dtypes = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]

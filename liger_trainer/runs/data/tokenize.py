@@ -12,7 +12,6 @@ from liger_trainer.runs.data.conversation import Conversation, require_template
 from liger_trainer.runs.data.rows import RowError
 
 IGNORE_INDEX = -100
-KINDS = ("messages", "prompt_completion", "text", "tokenized")  # of examples that become token ids
 
 _SENTINEL = "\x01"  # no template strips it and no text holds it
 

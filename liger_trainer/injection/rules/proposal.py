@@ -1,34 +1,59 @@
-"""What a rule answers about a module, and what it may know while it looks."""
+"""What a rule proposes for a module, and what it may know while it looks."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from liger_trainer.config import KernelConfig
 from liger_trainer.injection.probe import whole_shape
-from liger_trainer.report import Row
+from liger_trainer.report import Row, Status
 from liger_trainer.swap import VALUES, Swapped, own_attributes
 
-SWITCHED_OFF = "switched off in liger_kernel_config"
 OVERRIDDEN = "its forward is replaced on the instance: inject before that"
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """A row for the report and, if it says swapped, the swap: the mixin for `module`'s class.
+class Swap(NamedTuple):
+    """The mixin for the class of one module, and its key."""
 
-    `tells` is the row that the module amends while it runs, if that is another.
+    module: nn.Module
+    mixin: type[Swapped]
+    key: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """A row for the report, and the swaps to make if its status is SWAPPED.
+
+    Each of the modules that are swapped amends the row while it runs.
     """
 
     row: Row
-    module: nn.Module | None = None
-    mixin: type[Swapped] | None = None
-    key: tuple = ()
-    tells: Row | None = None
+    swaps: tuple[Swap, ...] = ()
+
+    @classmethod
+    def swapped(
+        cls, site: str, rule: str, reason: str, *swaps: Swap, max_error: float | None = None
+    ) -> Proposal:
+        return cls(Row(site, rule, Status.SWAPPED, reason, max_error), swaps)
+
+    @classmethod
+    def refused(cls, site: str, rule: str, reason: str, max_error: float | None = None) -> Proposal:
+        return cls(Row(site, rule, Status.REFUSED, reason, max_error))
+
+    @classmethod
+    def not_applicable(cls, site: str, rule: str, reason: str) -> Proposal:
+        return cls(Row(site, rule, Status.NOT_APPLICABLE, reason))
+
+    @classmethod
+    def off(cls, site: str, rule: str, max_error: float | None = None) -> Proposal:
+        reason = "switched off in liger_kernel_config"
+        return cls(Row(site, rule, Status.OFF, reason, max_error))
 
 
 @dataclasses.dataclass
@@ -40,22 +65,26 @@ class Search:
     probes: dict[Hashable, object] = dataclasses.field(default_factory=dict)
 
     def device_of(self, module: nn.Module) -> torch.device:
-        """Where to probe: where the module (else the model) lives; meta models on the CPU."""
+        """Return where the module, else the model, lives: to probe there. On meta, the CPU."""
         for owner in (module, self.model):
             for tensor in (*owner.parameters(), *owner.buffers()):
                 if tensor.device.type != "meta":
                     return tensor.device
         return torch.device("cpu")
 
-    def once(self, key: Hashable, probe: Callable[[], object]) -> object:
-        """`probe()`, or its earlier result for the same key: equal instances are probed once."""
+    @functools.cached_property
+    def output_embeddings(self) -> nn.Module | None:
+        return getattr(self.model, "get_output_embeddings", lambda: None)()
+
+    def cached(self, key: Hashable, probe: Callable[[], Any]) -> Any:
+        """Return `probe()`, or its earlier result for the same key: equals are probed once."""
         if key not in self.probes:
             self.probes[key] = probe()
         return self.probes[key]
 
 
 def fingerprint(module: nn.Module, device: torch.device) -> Hashable:
-    """Equal for two instances of a class that differ in nothing but the values of parameters.
+    """Return what is equal for instances of a class that differ in parameters' values alone.
 
     An attribute that is not a plain value counts by identity, so instances that share it may match.
     """
