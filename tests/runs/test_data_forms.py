@@ -197,6 +197,30 @@ def test_arguments_of_the_template_are_passed_on(tmp_path):
         assert spans == ["four .<|im_end|>"]
 
 
+def test_trl_gets_a_row_s_own_arguments_of_the_template(tmp_path):
+    data_utils = pytest.importorskip("trl.data_utils")
+    answers = [[{"role": "assistant", "content": said}] for said in ("sat", "the cat")]
+    pair = {"prompt": CALLING[:1], "chosen": answers[0], "rejected": answers[1]}
+    other = {"type": "function", "function": {"name": "cat", "parameters": {"b": "string"}}}
+    rows = [
+        pair | {"chat_template_kwargs": {"opening": "the mat"}, "tools": [ADD]},
+        pair | {"chat_template_kwargs": {"enable_thinking": False}, "tools": [other]},
+        pair,
+    ]
+    paths = [str(tiny.json_lines(tmp_path / f"{i}.jsonl", rows[i:])) for i in (0, 2)]
+    data = DataArguments(mix=[{"path": path} for path in paths], max_length=256)
+    found = prepare(data, TOOL_USER, seed=0, examples="pairs").train
+    rendered = [
+        data_utils.apply_chat_template(row, TOOL_USER, tools=row["tools"])["prompt"]
+        for row in found
+    ]
+    assert sorted(text.startswith("the mat") for text in rendered) == [False] * 3 + [True]
+    assert sorted('"a": "integer"' in text for text in rendered) == [False] * 3 + [True]
+    assert not any("null" in text or "None" in text for text in rendered)
+    options = [row["chat_template_kwargs"] for row in found]
+    assert sorted(map(len, options)) == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("row", "field"),
     [

@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import Dataset, Json, Value, concatenate_datasets
 
 from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS, Conversation, pruned
 from liger_trainer.runs.data.forms import Form
@@ -84,7 +84,30 @@ def prepare_examples(
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
     keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
-    return dataset.select_columns([name for name in keep if name in dataset.column_names])
+    dataset = dataset.select_columns([name for name in keep if name in dataset.column_names])
+    return _with_own_keys(dataset)
+
+
+def _with_own_keys(dataset: Dataset) -> Dataset:
+    """Return the rows with arguments of the template that hold the row's own keys alone.
+
+    Arrow gives every row the keys of all others, with None, which TRL would hand to the template;
+    and TRL unpacks `chat_template_kwargs` of every row, of those without them, too. Strings of JSON
+    are left as they are: TRL decodes them.
+    """
+    present = [name for name in TEMPLATE_COLUMNS if name in dataset.column_names]
+    names = [name for name in present if not isinstance(dataset.features[name], Value)]
+    if not names:
+        return dataset
+
+    def own(example: dict) -> dict:
+        found = Conversation.of(None, [], example)
+        values = dict(zip(TEMPLATE_COLUMNS, (found.tools, found.options), strict=True))
+        return {name: values[name] for name in names}
+
+    features = dataset.features.copy()
+    features.update(dict.fromkeys(names, Json()))
+    return dataset.map(own, features=features, desc="Arguments of the template")
 
 
 def _converted(dataset: Dataset, form: Form, sieve: Sieve, num_proc: int | None) -> Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, IterableDataset, Json, concatenate_datasets, interleave_datasets
 
 SOURCE = "__source__"  # column with the position of a row's data set, while they are mixed
 
@@ -59,11 +59,23 @@ def mixed(
 def _aligned(parts: list[Dataset], labels: list[str]) -> list[Dataset]:
     """Return the parts with one type for each column.
 
-    A column that a part lacks is filled with None when they are joined.
+    A column that a part lacks is filled with None when they are joined; `chat_template_kwargs` with
+    no arguments, since TRL unpacks them in every row.
     """
+    if any(isinstance(part.features.get(_OPTIONS), Json) for part in parts):
+        parts = [part if _OPTIONS in part.features else _without_options(part) for part in parts]
     for name in dict.fromkeys(name for part in parts for name in part.features):
         parts = _unified(parts, labels, name)
     return parts
+
+
+_OPTIONS = "chat_template_kwargs"
+
+
+def _without_options(part: Dataset) -> Dataset:
+    features = part.features.copy()
+    features[_OPTIONS] = Json()
+    return part.map(lambda row: {_OPTIONS: {}}, features=features)
 
 
 def _unified(parts: list[Dataset], labels: list[str], name: str) -> list[Dataset]:
