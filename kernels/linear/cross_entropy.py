@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -38,16 +39,16 @@ from ..logits.reduction import (
     REDUCTIONS,
     check_labels,
     checked_weights,
+    masked_scale,
     mean_denominator,
     reduce_loss,
     scale_sum,
 )
 from ..runtime import on_device, register_op
-from . import head as chunks
-from .head import Plan, Saved
-from .operands import checked_operands, classes, make_head, make_plan
-from .supervised import HostStats, partition
-from .vocab_parallel import VocabShard
+from .head import LinearHead, Plan, split
+from .supervised import HostStats, Tokens
+from .sweep import Sweep, scaled
+from .vocab_parallel import VocabShard, token_loss_
 from .workspace import sum_dtype
 
 # --- torch reference -------------------------------------------------------------------------
@@ -68,12 +69,96 @@ def linear_cross_entropy_reference(
     return cross_entropy_reference(logits_NV, labels_N, class_weight_V, options)
 
 
-# --- planning --------------------------------------------------------------------------------
+# --- forward and backward ---------------------------------------------------------------------
 
 
-def _partition(weight, labels, plan: Plan, options: LossOptions, shard=None):
-    want_order = labels.shape[0] > plan.first
-    return partition(labels, classes(weight, shard), options.ignore_index, want_order)
+class _Saved(NamedTuple):
+    """What forward leaves for backward. A tensor that is not needed has no elements."""
+
+    filled: int  # rows of `dlogits` that hold a gradient
+    dlogits: torch.Tensor  # [rows, V], the one workspace
+    dbias: torch.Tensor  # [V]
+    dhidden: Sequence[torch.Tensor]  # [N, H_t] each, before g
+    dweight: Sequence[torch.Tensor]  # [V, H_t] each, summed over workspaces, before g
+
+
+@dataclasses.dataclass
+class _Call:
+    """The operands of one call."""
+
+    head: LinearHead
+    tokens: Tokens
+    class_weight: torch.Tensor | None  # [V]
+    row_weight: torch.Tensor | None  # [N]; multiplies each token's loss, in a uniform plan alone
+    plan: Plan
+    options: LossOptions
+
+    def _losses_to(self, loss_N: torch.Tensor | None, want_grad: bool):
+        """Return the step that makes logits their gradient, and keeps each row's loss."""
+
+        def step(logits: torch.Tensor, start: int, stop: int) -> None:
+            labels = self.tokens.pick(self.tokens.labels, start, stop)
+            values = token_loss_(
+                logits, labels, self.class_weight, self.options, want_grad, self.head.shard
+            )
+            if loss_N is not None:
+                self.tokens.put(loss_N, values, start, stop)
+
+        return step
+
+    def forward(self, static: bool = False) -> tuple[torch.Tensor, _Saved]:
+        """Losses [N]; d hidden, and d weight as far as it can be known before g.
+
+        The gradient of the logits is kept for backward if one workspace held them all; with
+        `static`, where shapes must follow from the inputs', if it could hold all N.
+        """
+        plan, tokens = self.plan, self.tokens
+        n = tokens.labels.shape[0]
+        rows = plan.workspace(n)
+        sweep = Sweep(self.head, tokens, plan)
+        if static:
+            sweep.make_room(min(n, rows))
+        sweep.start_hidden()
+        sweep.start_head(few=n <= 2 * rows)
+        new = torch.zeros if tokens.order.numel() else torch.empty  # left-out rows are zero
+        loss_N = new(n, dtype=accumulate_dtype(sweep.logits), device=self.head.device)
+        kept, stop = False, 0
+        for begin, stop in sweep.workspaces(self._losses_to(loss_N, plan.want_grad), rows):
+            sweep.add_hidden(begin, stop)
+            kept = plan.want_head and tokens.supervised() <= (n if static else rows) <= rows
+            if plan.want_head and plan.uniform and not kept:
+                sweep.add_head(begin, stop, self.row_weight)
+        dlogits = sweep.logits if kept else sweep.new_logits(0)
+        return loss_N, _Saved(
+            stop if kept else 0, dlogits, sweep.dbias, sweep.dhidden, sweep.dweight
+        )
+
+    def backward(self, g: torch.Tensor, saved: _Saved):
+        """Gradients of hidden, weight (in its dtype) and bias; g is a scalar if uniform, else [N].
+
+        Ignored rows get a gradient of exactly 0, also from an infinite or NaN g (a loss that was
+        divided by a count of 0).
+        """
+        plan, tokens, dtypes = self.plan, self.tokens, self.head.dtypes
+        tokens.check()
+        supervised_N = tokens.labels != self.options.ignore_index
+        scale_N = masked_scale(g if self.row_weight is None else g * self.row_weight, supervised_N)
+        finished = saved.dbias, *saved.dhidden, *saved.dweight
+        dhidden, dweight, dbias = scaled(finished, g, supervised_N, dtypes, scale_N)
+        if not plan.want_head or dbias.numel() or any(d.numel() for d in dweight):
+            return dhidden, dweight, dbias
+        sweep = Sweep(self.head, tokens, plan, saved.dlogits)
+        if saved.filled or not tokens.supervised():
+            sweep.start_head(dtypes)
+            sweep.add_head(0, saved.filled, scale_N)
+            return dhidden, *sweep.head_gradient()
+        # Forward knew neither g nor had room for all logits: logits once more.
+        total = tokens.supervised()
+        sweep.logits = sweep.new_logits(min(total, plan.workspace(total)))
+        sweep.start_head(few=tokens.labels.shape[0] <= 2 * plan.rows)
+        for begin, stop in sweep.again(0, total, self._losses_to(None, want_grad=True)):
+            sweep.add_head(begin, stop, scale_N)
+        return dhidden, *sweep.head_gradient()
 
 
 # --- op registration -------------------------------------------------------------------------
@@ -104,11 +189,11 @@ def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, *optio
 
 def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
     plan, options = _unflatten(*static)
-    order, stats = _partition(weight, labels, plan, options)
-    head = make_head(hidden, weight, bias, labels, options, order, HostStats(stats), class_weight)
-    loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight], static=True)
+    head = LinearHead(hidden, weight, bias)
+    tokens = Tokens.of(labels, head.vocab, options.ignore_index, plan.first)
+    loss, saved = _Call(head, tokens, class_weight, row_weight, plan, options).forward(static=True)
     filled = torch.tensor([saved.filled])
-    return (loss, stats, order, filled, saved.dlogits, saved.dbias,
+    return (loss, tokens.host.stats, tokens.order, filled, saved.dlogits, saved.dbias,
             saved.dhidden, saved.dweight)  # fmt: skip
 
 
@@ -139,9 +224,10 @@ def _launch_bwd(
     g, stats, order, filled, dlogits, dbias, dhidden, dweight, *static,
 ):  # fmt: skip
     plan, options = _unflatten(*static)
-    head = make_head(hidden, weight, bias, labels, options, order, HostStats(stats), class_weight)
-    saved = Saved(int(filled), dlogits, dbias, list(dhidden), list(dweight))
-    return chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
+    head = LinearHead(hidden, weight, bias)
+    tokens = Tokens(labels, order, HostStats(stats), head.vocab)
+    call = _Call(head, tokens, class_weight, row_weight, plan, options)
+    return call.backward(g, _Saved(int(filled), dlogits, dbias, dhidden, dweight))
 
 
 def _fake_bwd(hidden, weight, bias, labels, class_weight, row_weight, g, *rest):
@@ -176,31 +262,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """(loss, stats): loss is the weighted sum over tokens if the plan is uniform, else [N]."""
 
     @staticmethod
-    def forward(
-        ctx, plan, options, terms, shard, bias, labels, class_weight, row_weight, *operands
-    ):
-        hidden, weight = list(operands[:terms]), list(operands[terms:])
-        ctx.plan, ctx.options, ctx.terms, ctx.host, ctx.shard = plan, options, terms, None, shard
+    def forward(ctx, plan, options, shard, labels, class_weight, row_weight, *operands):
+        head = LinearHead.unflatten(operands, shard)
+        ctx.plan, ctx.options, ctx.shard, ctx.host = plan, options, shard, None
         if torch.compiler.is_compiling():
             loss, stats, order, filled, dlogits, dbias, dhidden, dweight = (
                 _linear_cross_entropy_fwd(
-                    hidden, weight, bias, labels, class_weight, row_weight,
+                    head.hidden, head.weight, head.bias, labels, class_weight, row_weight,
                     *_flatten(plan, options),
                 )
             )  # fmt: skip
         else:
             with on_device(labels):
-                order, stats = _partition(weight, labels, plan, options, shard)
-                host = HostStats(stats)
-                head = make_head(
-                    hidden, weight, bias, labels, options, order, host, class_weight, shard
-                )
-                loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight])
-            ctx.host, dlogits, dbias = head.host, saved.dlogits, saved.dbias
-            dhidden, dweight, filled = saved.dhidden, saved.dweight, torch.tensor([saved.filled])
+                tokens = Tokens.of(labels, head.vocab, options.ignore_index, plan.first)
+                call = _Call(head, tokens, class_weight, row_weight, plan, options)
+                loss, saved = call.forward()
+            ctx.host, stats, order = tokens.host, tokens.host.stats, tokens.order
+            filled, dlogits, dbias = torch.tensor([saved.filled]), saved.dlogits, saved.dbias
+            dhidden, dweight = saved.dhidden, saved.dweight
         ctx.save_for_backward(
-            bias, labels, class_weight, row_weight, stats, order, filled, dlogits, dbias,
-            *operands, *dhidden, *dweight,
+            labels, class_weight, row_weight, stats, order, filled, dlogits, *operands,
+            dbias, *dhidden, *dweight,
         )  # fmt: skip
         ctx.mark_non_differentiable(stats)
         if plan.uniform:
@@ -210,31 +292,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, g, _):
-        bias, labels, class_weight, row_weight, stats, order, filled, dlogits, dbias, *rest = (
-            ctx.saved_tensors
-        )
-        t, plan = ctx.terms, ctx.plan
-        hidden, weight, dhidden, dweight = (rest[i * t : (i + 1) * t] for i in range(4))
+        labels, class_weight, row_weight, stats, order, filled, dlogits, *rest = ctx.saved_tensors
+        plan, half = ctx.plan, len(rest) // 2
+        head = LinearHead.unflatten(rest[:half], ctx.shard)
+        dbias, dhidden, dweight = split(rest[half:])
         if torch.compiler.is_compiling():
             grads = _linear_cross_entropy_bwd(
-                hidden, weight, bias, labels, class_weight, row_weight, g, stats, order, filled,
-                dlogits, dbias, dhidden, dweight, *_flatten(plan, ctx.options),
+                head.hidden, head.weight, head.bias, labels, class_weight, row_weight, g, stats,
+                order, filled, dlogits, dbias, dhidden, dweight, *_flatten(plan, ctx.options),
             )  # fmt: skip
         else:
-            saved = Saved(int(filled), dlogits, dbias, dhidden, dweight)
             with on_device(labels):
-                host = ctx.host or HostStats(stats)
-                head = make_head(
-                    hidden, weight, bias, labels, ctx.options, order, host, class_weight, ctx.shard
-                )
-                grads = chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
-        grad_hidden, grad_weight, grad_bias = grads
-        return (
-            *[None] * 4, grad_bias.to(bias.dtype) if plan.want_bias else None,
-            None, None, None,
-            *(d if want else None for d, want in zip(grad_hidden, plan.want_hidden, strict=True)),
-            *(d if want else None for d, want in zip(grad_weight, plan.want_weight, strict=True)),
-        )  # fmt: skip
+                tokens = Tokens(labels, order, ctx.host or HostStats(stats), head.vocab)
+                call = _Call(head, tokens, class_weight, row_weight, plan, ctx.options)
+                grads = call.backward(g, _Saved(int(filled), dlogits, dbias, dhidden, dweight))
+        return *[None] * 6, *plan.gradients(*grads)
 
 
 # --- public ----------------------------------------------------------------------------------
@@ -278,25 +350,22 @@ def linear_cross_entropy(
     Raises ValueError for shapes, dtypes or devices that do not fit, and for labels outside [0, V):
     at once where the host reads the token count, else in backward; the loss is NaN until then.
     """
-    hidden, weight, bias = checked_operands(hidden, weight, bias, shard)
+    head = LinearHead.checked(hidden, weight, bias, shard)
     if shard is not None and torch.compiler.is_compiling():
         raise ValueError("a head that is split over ranks cannot be compiled")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
-    vocab = classes(weight, shard)
+    check_labels(labels, head.tokens, head.device)
     class_weight, row_weight = checked_weights(
-        class_weight, token_weight, labels, vocab, options.ignore_index
+        class_weight, token_weight, labels, head.vocab, options.ignore_index
     )
-    shape, labels_N = labels.shape, labels.reshape(-1).contiguous()
-    hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
+    labels_N = labels.reshape(-1).contiguous()
     # A weight that itself needs a gradient is applied outside, to the losses of the tokens.
     uniform = reduction != "none" and not (row_weight is not None and row_weight.requires_grad)
 
-    plan = make_plan(hidden, weight, bias, labels_N, uniform, max_rows, shard)
     loss, stats = _LinearCrossEntropy.apply(
-        plan, options, len(hidden), shard, bias, labels_N, class_weight,
-        row_weight if uniform else None, *hidden, *weight,
+        head.plan(labels_N.shape[0], uniform, max_rows), options, shard, labels_N, class_weight,
+        row_weight if uniform else None, *head.flatten(),
     )  # fmt: skip
     if class_weight is None:
         count = stats[0].clamp_min(1)
@@ -305,4 +374,4 @@ def linear_cross_entropy(
     if uniform:
         return scale_sum(loss, reduction, count, num_items_in_batch)
     loss = reduce_loss(loss, reduction, count, row_weight, num_items_in_batch)
-    return loss.reshape(shape) if reduction == "none" else loss
+    return loss.reshape(labels.shape) if reduction == "none" else loss

@@ -8,6 +8,8 @@ device computes those rows the count arrives and the rest is queued behind them.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from ..runtime import tl, triton, use_triton
@@ -73,7 +75,7 @@ class HostStats:
     """
 
     def __init__(self, stats: torch.Tensor):
-        self._host, self._event = stats, None
+        self.stats, self._host, self._event = stats, stats, None
         if stats.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 self._host = None
@@ -108,3 +110,41 @@ class HostStats:
                 "tokenizer larger than the model's head? "
                 "model.resize_token_embeddings(len(tokenizer)) makes them fit."
             )
+
+
+@dataclasses.dataclass
+class Tokens:
+    """The labels of one call, and the order in which their rows are done."""
+
+    labels: torch.Tensor  # [N]; of a divergence the mask
+    order: torch.Tensor  # [N], supervised tokens first; or [0]: the tokens' own order
+    host: HostStats  # how many tokens are supervised
+    vocab: int  # what labels are below
+
+    @classmethod
+    def of(cls, labels_N: torch.Tensor, vocab: int, ignore_index: int, first: int) -> Tokens:
+        """With supervised tokens first, if there are more than the `first` queued ones."""
+        order_N, stats = partition(labels_N, vocab, ignore_index, labels_N.shape[0] > first)
+        return cls(labels_N, order_N, HostStats(stats), vocab)
+
+    def supervised(self) -> int:
+        """Rows to do: where the supervised tokens come first their number, else all."""
+        n = self.labels.shape[0]
+        return self.host.wait(n, self.vocab) if self.order.numel() else n
+
+    def check(self) -> None:
+        """Raise ValueError if a label lies outside [0, vocab)."""
+        self.host.check(self.vocab)
+
+    def pick(self, tensor_N: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return these rows of `tensor_N`."""
+        if self.order.numel():
+            return tensor_N.index_select(0, self.order[start:stop])
+        return tensor_N[start:stop]
+
+    def put(self, out_N: torch.Tensor, values: torch.Tensor, start: int, stop: int) -> None:
+        """Make these rows of `out_N` the `values`."""
+        if self.order.numel():
+            out_N.index_copy_(0, self.order[start:stop], values)
+        else:
+            out_N[start:stop] = values
