@@ -22,14 +22,13 @@ more in an fp32 buffer that is rounded once.
 Row scaling. d loss_n / d logits is known up to the factor g_n that backward receives. It scales the
 rows of d hidden and, for d weight, the rows of `hidden` (N x H): never the logits (N x V).
 
-Formula of the loss, options and sources: `loss.py`. The chunk loop: `head.py`.
+Formula of the loss, options and sources: `loss.py`. The chunk loop: `token_losses.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -39,7 +38,6 @@ from ..logits.reduction import (
     REDUCTIONS,
     check_labels,
     checked_weights,
-    masked_scale,
     mean_denominator,
     reduce_loss,
     scale_sum,
@@ -47,8 +45,8 @@ from ..logits.reduction import (
 from ..runtime import on_device, register_op
 from .head import LinearHead, Plan, split
 from .supervised import HostStats, Tokens
-from .sweep import Sweep, scaled
-from .vocab_parallel import VocabShard, token_loss_
+from .token_losses import Saved, TokenLosses
+from .vocab_parallel import VocabShard
 from .workspace import sum_dtype
 
 # --- torch reference -------------------------------------------------------------------------
@@ -63,102 +61,8 @@ def linear_cross_entropy_reference(
     options: LossOptions = LossOptions(),
 ) -> torch.Tensor:
     """Loss per token [N], from all logits at once."""
-    logits_NV = sum(h @ w.to(h.dtype).t() for h, w in zip(hidden, weight, strict=True))
-    if bias_V is not None:
-        logits_NV = logits_NV + bias_V.to(logits_NV.dtype)
+    logits_NV = LinearHead(hidden, weight, bias_V).logits()
     return cross_entropy_reference(logits_NV, labels_N, class_weight_V, options)
-
-
-# --- forward and backward ---------------------------------------------------------------------
-
-
-class _Saved(NamedTuple):
-    """What forward leaves for backward. A tensor that is not needed has no elements."""
-
-    filled: int  # rows of `dlogits` that hold a gradient
-    dlogits: torch.Tensor  # [rows, V], the one workspace
-    dbias: torch.Tensor  # [V]
-    dhidden: Sequence[torch.Tensor]  # [N, H_t] each, before g
-    dweight: Sequence[torch.Tensor]  # [V, H_t] each, summed over workspaces, before g
-
-
-@dataclasses.dataclass
-class _Call:
-    """The operands of one call."""
-
-    head: LinearHead
-    tokens: Tokens
-    class_weight: torch.Tensor | None  # [V]
-    row_weight: torch.Tensor | None  # [N]; multiplies each token's loss, in a uniform plan alone
-    plan: Plan
-    options: LossOptions
-
-    def _losses_to(self, loss_N: torch.Tensor | None, want_grad: bool):
-        """Return the step that makes logits their gradient, and keeps each row's loss."""
-
-        def step(logits: torch.Tensor, start: int, stop: int) -> None:
-            labels = self.tokens.pick(self.tokens.labels, start, stop)
-            values = token_loss_(
-                logits, labels, self.class_weight, self.options, want_grad, self.head.shard
-            )
-            if loss_N is not None:
-                self.tokens.put(loss_N, values, start, stop)
-
-        return step
-
-    def forward(self, static: bool = False) -> tuple[torch.Tensor, _Saved]:
-        """Losses [N]; d hidden, and d weight as far as it can be known before g.
-
-        The gradient of the logits is kept for backward if one workspace held them all; with
-        `static`, where shapes must follow from the inputs', if it could hold all N.
-        """
-        plan, tokens = self.plan, self.tokens
-        n = tokens.labels.shape[0]
-        rows = plan.workspace(n)
-        sweep = Sweep(self.head, tokens, plan)
-        if static:
-            sweep.make_room(min(n, rows))
-        sweep.start_hidden()
-        sweep.start_head(few=n <= 2 * rows)
-        new = torch.zeros if tokens.order.numel() else torch.empty  # left-out rows are zero
-        loss_N = new(n, dtype=accumulate_dtype(sweep.logits), device=self.head.device)
-        kept, stop = False, 0
-        for begin, stop in sweep.workspaces(self._losses_to(loss_N, plan.want_grad), rows):
-            sweep.add_hidden(begin, stop)
-            kept = plan.want_head and tokens.supervised() <= (n if static else rows) <= rows
-            if plan.want_head and plan.uniform and not kept:
-                sweep.add_head(begin, stop, self.row_weight)
-        dlogits = sweep.logits if kept else sweep.new_logits(0)
-        return loss_N, _Saved(
-            stop if kept else 0, dlogits, sweep.dbias, sweep.dhidden, sweep.dweight
-        )
-
-    def backward(self, g: torch.Tensor, saved: _Saved):
-        """Gradients of hidden, weight (in its dtype) and bias; g is a scalar if uniform, else [N].
-
-        Ignored rows get a gradient of exactly 0, also from an infinite or NaN g (a loss that was
-        divided by a count of 0).
-        """
-        plan, tokens, dtypes = self.plan, self.tokens, self.head.dtypes
-        tokens.check()
-        supervised_N = tokens.labels != self.options.ignore_index
-        scale_N = masked_scale(g if self.row_weight is None else g * self.row_weight, supervised_N)
-        finished = saved.dbias, *saved.dhidden, *saved.dweight
-        dhidden, dweight, dbias = scaled(finished, g, supervised_N, dtypes, scale_N)
-        if not plan.want_head or dbias.numel() or any(d.numel() for d in dweight):
-            return dhidden, dweight, dbias
-        sweep = Sweep(self.head, tokens, plan, saved.dlogits)
-        if saved.filled or not tokens.supervised():
-            sweep.start_head(dtypes)
-            sweep.add_head(0, saved.filled, scale_N)
-            return dhidden, *sweep.head_gradient()
-        # Forward knew neither g nor had room for all logits: logits once more.
-        total = tokens.supervised()
-        sweep.logits = sweep.new_logits(min(total, plan.workspace(total)))
-        sweep.start_head(few=tokens.labels.shape[0] <= 2 * plan.rows)
-        for begin, stop in sweep.again(0, total, self._losses_to(None, want_grad=True)):
-            sweep.add_head(begin, stop, scale_N)
-        return dhidden, *sweep.head_gradient()
 
 
 # --- op registration -------------------------------------------------------------------------
@@ -187,14 +91,18 @@ def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, *optio
     return plan, LossOptions(*options)
 
 
-def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
-    plan, options = _unflatten(*static)
-    head = LinearHead(hidden, weight, bias)
+def _forward(head: LinearHead, labels, class_weight, row_weight, plan, options, static: bool):
+    """Return the counts on their way to the host, and what the op returns."""
     tokens = Tokens.of(labels, head.vocab, options.ignore_index, plan.first)
-    loss, saved = _Call(head, tokens, class_weight, row_weight, plan, options).forward(static=True)
-    filled = torch.tensor([saved.filled])
-    return (loss, tokens.host.stats, tokens.order, filled, saved.dlogits, saved.dbias,
-            saved.dhidden, saved.dweight)  # fmt: skip
+    call = TokenLosses(head, tokens, class_weight, row_weight, plan, options)
+    loss, (filled, *saved) = call.forward(static)
+    return tokens.host, (loss, tokens.host.stats, tokens.order, torch.tensor([filled]), *saved)
+
+
+def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
+    head = LinearHead(hidden, weight, bias)
+    plan, options = _unflatten(*static)
+    return _forward(head, labels, class_weight, row_weight, plan, options, static=True)[1]
 
 
 def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
@@ -223,11 +131,11 @@ def _launch_bwd(
     hidden, weight, bias, labels, class_weight, row_weight,
     g, stats, order, filled, dlogits, dbias, dhidden, dweight, *static,
 ):  # fmt: skip
-    plan, options = _unflatten(*static)
     head = LinearHead(hidden, weight, bias)
+    plan, options = _unflatten(*static)
     tokens = Tokens(labels, order, HostStats(stats), head.vocab)
-    call = _Call(head, tokens, class_weight, row_weight, plan, options)
-    return call.backward(g, _Saved(int(filled), dlogits, dbias, dhidden, dweight))
+    call = TokenLosses(head, tokens, class_weight, row_weight, plan, options)
+    return call.backward(g, Saved(int(filled), dlogits, dbias, dhidden, dweight))
 
 
 def _fake_bwd(hidden, weight, bias, labels, class_weight, row_weight, g, *rest):
@@ -266,20 +174,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = LinearHead.unflatten(operands, shard)
         ctx.plan, ctx.options, ctx.shard, ctx.host = plan, options, shard, None
         if torch.compiler.is_compiling():
-            loss, stats, order, filled, dlogits, dbias, dhidden, dweight = (
-                _linear_cross_entropy_fwd(
-                    head.hidden, head.weight, head.bias, labels, class_weight, row_weight,
-                    *_flatten(plan, options),
-                )
+            found = _linear_cross_entropy_fwd(
+                head.hidden, head.weight, head.bias, labels, class_weight, row_weight,
+                *_flatten(plan, options),
             )  # fmt: skip
         else:
             with on_device(labels):
-                tokens = Tokens.of(labels, head.vocab, options.ignore_index, plan.first)
-                call = _Call(head, tokens, class_weight, row_weight, plan, options)
-                loss, saved = call.forward()
-            ctx.host, stats, order = tokens.host, tokens.host.stats, tokens.order
-            filled, dlogits, dbias = torch.tensor([saved.filled]), saved.dlogits, saved.dbias
-            dhidden, dweight = saved.dhidden, saved.dweight
+                ctx.host, found = _forward(
+                    head, labels, class_weight, row_weight, plan, options, static=False
+                )
+        loss, stats, order, filled, dlogits, dbias, dhidden, dweight = found
         ctx.save_for_backward(
             labels, class_weight, row_weight, stats, order, filled, dlogits, *operands,
             dbias, *dhidden, *dweight,
@@ -304,8 +208,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             with on_device(labels):
                 tokens = Tokens(labels, order, ctx.host or HostStats(stats), head.vocab)
-                call = _Call(head, tokens, class_weight, row_weight, plan, ctx.options)
-                grads = call.backward(g, _Saved(int(filled), dlogits, dbias, dhidden, dweight))
+                call = TokenLosses(head, tokens, class_weight, row_weight, plan, ctx.options)
+                grads = call.backward(g, Saved(int(filled), dlogits, dbias, dhidden, dweight))
         return *[None] * 6, *plan.gradients(*grads)
 
 

@@ -60,15 +60,9 @@ def linear_divergence_reference(
     options: DivergenceOptions = DEFAULT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(divergence [N], student entropy [N]), from all logits at once."""
-    student = _all_logits(hidden, weight, bias_V)
-    return divergence_reference(
-        student, _all_logits(teacher_hidden, teacher_weight, teacher_bias_V), options
-    )
-
-
-def _all_logits(hidden, weight, bias):
-    logits_NV = sum(h @ w.to(h.dtype).t() for h, w in zip(hidden, weight, strict=True))
-    return logits_NV if bias is None else logits_NV + bias.to(logits_NV.dtype)
+    student = LinearHead(hidden, weight, bias_V).logits()
+    teacher = LinearHead(teacher_hidden, teacher_weight, teacher_bias_V).logits()
+    return divergence_reference(student, teacher, options)
 
 
 # --- the chunk loop --------------------------------------------------------------------------
@@ -106,8 +100,7 @@ class _Pair:
         sweep, plan, like = self.student, self.plan, self.student.logits
         n = self.tokens.labels.shape[0]
         outputs = like.new_zeros((2, n), dtype=accumulate_dtype(like)).unbind()
-        sweep.start_hidden()
-        sweep.start_head(few=n <= 2 * plan.rows)
+        sweep.sum_over(few=n <= 2 * plan.rows)
         finish_head = plan.uniform and plan.want_head
         step = self._step(finish_head or any(plan.want_hidden), outputs)
         for begin, stop in sweep.workspaces(step, plan.workspace(n)):
@@ -119,7 +112,7 @@ class _Pair:
     def head_gradient(self, g_N: torch.Tensor):
         """(d weight, d bias) of sum_n g_n * divergence_n, from logits computed once more."""
         sweep, n = self.student, self.tokens.labels.shape[0]
-        sweep.start_head(few=n <= 2 * self.plan.rows)
+        sweep.sum_over(few=n <= 2 * self.plan.rows)
         for begin, stop in sweep.workspaces(self._step(want_grad=True), self.plan.workspace(n)):
             sweep.add_head(begin, stop, g_N)
         return sweep.head_gradient()
@@ -141,11 +134,10 @@ class _LinearDivergence(torch.autograd.Function):
             tokens.labels = mask_N
             pair = _Pair(heads, tokens, plan, options)
             divergence, entropy = pair.forward()
-        ctx.host, student = tokens.host, pair.student
+        ctx.host = tokens.host
         ctx.again = plan.want_head and not plan.uniform
         again = (tokens.order, *operands) if ctx.again else ()
-        finished = student.dbias, *student.dhidden, *student.dweight
-        ctx.save_for_backward(mask_N, *finished, *again)
+        ctx.save_for_backward(mask_N, *pair.student.finished(), *again)
         ctx.mark_non_differentiable(entropy)
         return divergence.sum() if plan.uniform else divergence, entropy
 

@@ -81,6 +81,13 @@ class LinearHead:
             raise ValueError(f"bias must have shape ({rows},), got {tuple(bias.shape)}")
         return cls(hidden, weight, bias, shard)
 
+    @classmethod
+    def sum(cls, heads: Sequence[LinearHead]) -> LinearHead:
+        """Return the head of all terms, with the bias and the shard of the first."""
+        first = heads[0]
+        hidden, weight = [h for x in heads for h in x.hidden], [w for x in heads for w in x.weight]
+        return cls(hidden, weight, first.bias, first.shard)
+
     def flatten(self) -> tuple[torch.Tensor | None, ...]:
         """Return the tensors, the hidden states as [N, H_t]: what autograd functions take."""
         return self.bias, *(h.reshape(-1, h.shape[-1]) for h in self.hidden), *self.weight
@@ -126,6 +133,11 @@ class LinearHead:
         return LinearHead(
             hidden, weight, None if self.bias is None else self.bias.to(dtype), self.shard
         )
+
+    def logits(self) -> torch.Tensor:
+        """Return all logits at once, by autograd's own operations."""
+        logits = sum(h @ w.to(h.dtype).t() for h, w in zip(self.hidden, self.weight, strict=True))
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def plan(self, n: int, uniform: bool, max_rows: int | None = None) -> Plan:
         """Return what the operands that require a gradient ask for, of n tokens; the same on all

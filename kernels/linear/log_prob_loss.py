@@ -114,13 +114,13 @@ class _LinearLogProbLoss(torch.autograd.Function):
     def forward(ctx, plan, options, outputs, groups, tokens, labels, *operands):
         head = LinearHead.unflatten(operands)
         ctx.plan, ctx.dtypes, ctx.ignore_index = plan, head.dtypes, options.ignore_index
-        ctx.check = tokens.check
+        ctx.host, ctx.vocab = tokens.host, tokens.vocab
         finished = ()
         with on_device(labels):
             swept = Scoring.start(head, tokens, plan, options, outputs)
             if plan.want_grad:
                 scoring.forward_with_gradient(swept, lambda: groups.ends(tokens), groups.gradient)
-                finished = swept.dbias, *swept.dhidden, *swept.dweight
+                finished = swept.finished()
             else:
                 scoring.forward(swept)
                 tokens.check()
@@ -134,7 +134,7 @@ class _LinearLogProbLoss(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx, g, *_):
         labels, *finished = ctx.saved_tensors
-        ctx.check()
+        ctx.host.check(ctx.vocab)
         grads = scaled(finished, g, labels != ctx.ignore_index, ctx.dtypes)
         return *[None] * 6, *ctx.plan.gradients(*grads)
 

@@ -60,9 +60,7 @@ def linear_log_probs_reference(
     outputs: Sequence[str] = (),
 ) -> TokenScores:
     """Scores per token [N], from all logits at once."""
-    logits_NV = sum(h @ w.to(h.dtype).t() for h, w in zip(hidden, weight, strict=True))
-    if bias_V is not None:
-        logits_NV = logits_NV + bias_V.to(logits_NV.dtype)
+    logits_NV = LinearHead(hidden, weight, bias_V).logits()
     return log_probs_reference(logits_NV, labels_N, options, outputs)
 
 
@@ -102,7 +100,7 @@ class _LinearLogProbs(torch.autograd.Function):
                     lambda: _even_ends(tokens.supervised(), plan),
                     lambda scores, *_: ScoreGradients(_promised(scores.log_probs, weighting)),
                 )
-                finished = swept.dbias, *swept.dhidden, *swept.dweight
+                finished = swept.finished()
             else:
                 ctx.kept = scoring.forward(swept)
         ctx.host = tokens.host

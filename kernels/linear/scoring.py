@@ -110,8 +110,7 @@ def backward(scoring: Scoring, grads: ScoreGradients, kept: Kept | None):
     start, stop = (kept.start, kept.stop) if kept else (scoring.tokens.supervised(),) * 2
     logits = kept.logits if kept else scoring.new_logits(min(scoring.plan.rows, stop))
     scoring.logits = logits
-    scoring.start_hidden()
-    scoring.start_head(few=stop <= 2 * scoring.rows)
+    scoring.sum_over(few=stop <= 2 * scoring.rows)
     if stop > start or not stop:
         scoring.use_(start, stop, grads)
     scoring.recompute_and_use_(0, start, grads)
@@ -139,8 +138,7 @@ def forward_with_gradient(
     scoring.make_room(rounded(unit_rows(units, plan.rows), min(n, plan.rows)))
     parts = list(pack(units, scoring.rows))
     few = sum(-(-(stop - begin) // scoring.rows) for _, _, begin, stop in parts) <= 2
-    scoring.start_hidden()
-    scoring.start_head(few=few)
+    scoring.sum_over(few=few)
     for first, last, begin, stop in parts:
         ready = min(queued, stop) if begin == 0 else begin
         for start in range(begin, max(stop, begin + 1), scoring.rows):

@@ -30,14 +30,14 @@ class Sweep:
     """
 
     def __init__(self, head: LinearHead, tokens: Tokens, plan: Plan, logits=None):
-        self.dtypes, self.head = head.dtypes, head.cast()
+        self.head, self.dtypes = head.cast(), head.dtypes
+        self.sums = self.dtypes  # in which d weight is summed
         self.tokens, self.plan = tokens, plan
         like = self.head.hidden[0]
         self.logits = self.new_logits(0) if logits is None else logits  # [rows, V]
         self.dhidden = [like.new_empty(0) for _ in self.head.hidden]
         self.dweight = [like.new_empty(0) for _ in self.head.weight]
         self.dbias = like.new_empty(0, dtype=accumulate_dtype(like))
-        self._sums: list[torch.dtype] = []
 
     def new_logits(self, rows: int) -> torch.Tensor:
         return self.head.hidden[0].new_empty((rows, self.head.rows))
@@ -95,45 +95,44 @@ class Sweep:
                 step(part, begin, end)
             yield begin, end
 
-    def start_hidden(self) -> None:
-        """Make room for d hidden; left-out rows are zero."""
-        new = torch.zeros if self.tokens.order.numel() else torch.empty
-        self.dhidden = [
-            new(h.shape if want else 0, dtype=h.dtype, device=h.device)
-            for h, want in zip(self.head.hidden, self.plan.want_hidden, strict=True)
-        ]
-
-    def start_head(self, dtypes: Sequence[torch.dtype] | None = None, few: bool = False) -> None:
-        """Say in which dtypes d weight is summed: in `dtypes`, or see `sum_dtype`."""
-        self._sums = list(dtypes or [sum_dtype(d, few) for d in self.dtypes])
+    def sum_over(self, few: bool) -> None:
+        """Choose the dtypes in which d weight is summed over several workspaces, `few` if two."""
+        self.sums = [sum_dtype(dtype, few) for dtype in self.dtypes]
 
     def add_hidden(self, begin: int, stop: int) -> None:
-        """Finish d hidden of the rows whose dlogits the workspace holds."""
-        tokens, dlogits = self.tokens, self.logits[: stop - begin]
-        wanted = self.plan.want_hidden
-        for out, weight, want in zip(self.dhidden, self.head.weight, wanted, strict=True):
-            if want and tokens.order.numel():
-                tokens.put(out, torch.mm(dlogits, weight), begin, stop)
-            elif want:
-                torch.mm(dlogits, weight, out=out[begin:stop])
+        """Finish d hidden of the rows whose dlogits the workspace holds; left-out rows are zero."""
+        dlogits, ordered = self.logits[: stop - begin], self.tokens.order.numel() > 0
+        for t, (hidden, weight) in enumerate(zip(self.head.hidden, self.head.weight, strict=True)):
+            if not self.plan.want_hidden[t]:
+                continue
+            if not self.dhidden[t].numel():
+                new = hidden.new_zeros if ordered else hidden.new_empty
+                self.dhidden[t] = new(hidden.shape)
+            if ordered:
+                self.tokens.put(self.dhidden[t], torch.mm(dlogits, weight), begin, stop)
+            else:
+                torch.mm(dlogits, weight, out=self.dhidden[t][begin:stop])
 
     def add_head(self, begin: int, stop: int, scale_N: torch.Tensor | None = None) -> None:
         """Add d weight and d bias of these rows, each row times its scale."""
-        dlogits, wanted = self.logits[: stop - begin], self.plan.want_weight
+        dlogits = self.logits[: stop - begin]
         scale = None if scale_N is None else self.tokens.pick(scale_N, begin, stop)
-        for t, (hidden, want) in enumerate(zip(self.head.hidden, wanted, strict=True)):
-            if not want:
+        for t, (hidden, weight) in enumerate(zip(self.head.hidden, self.head.weight, strict=True)):
+            if not self.plan.want_weight[t]:
                 continue
             first = not self.dweight[t].numel()
             if first:
-                weight = self.head.weight[t]
-                self.dweight[t] = weight.new_empty(weight.shape, dtype=self._sums[t])
+                self.dweight[t] = weight.new_empty(weight.shape, dtype=self.sums[t])
             x = scale_rows(self.tokens.pick(hidden, begin, stop), scale)
             _add_product_(self.dweight[t], dlogits, x, first)
         if self.plan.want_bias:
             if not self.dbias.numel():
                 self.dbias = self.dbias.new_zeros(self.head.rows)
             self.dbias += _column_sums(dlogits, scale)
+
+    def finished(self) -> tuple[torch.Tensor, ...]:
+        """(d bias, *d hidden, *d weight), for `scaled`."""
+        return self.dbias, *self.dhidden, *self.dweight
 
     def head_gradient(self) -> tuple[list[torch.Tensor], torch.Tensor]:
         """(d weight, rounded to the dtypes of the weights, d bias)."""

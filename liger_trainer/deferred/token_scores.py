@@ -15,6 +15,7 @@ from liger_trainer.deferred.head_call import consume
 from liger_trainer.deferred.logits import DeferredLogits, State, consume_logits
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.divergence import linear_divergence
+from liger_trainer.kernels.linear.head import LinearHead
 from liger_trainer.kernels.linear.log_probs import linear_log_probs
 from liger_trainer.kernels.logits.divergence import divergence as divergence_of_logits
 from liger_trainer.kernels.logits.jensen_shannon import DivergenceOptions
@@ -56,14 +57,12 @@ def _fused_scores(logits, state: State, labels, temperature, outputs, weighting)
         weighting = None  # the loss scale must reach the logits' gradient before it is rounded
     options = ScoreOptions(scale=scale, softcap=softcap, temperature=temperature)
 
-    def fused(operands):
-        hidden, weights, biases, shards = zip(*operands, strict=True)
-        return tuple(
-            linear_log_probs(
-                list(hidden), list(weights), labels, biases[0],
-                outputs=outputs, options=options, weighting=weighting, shard=shards[0],
-            )
+    def fused(head: LinearHead):
+        scores = linear_log_probs(
+            head.hidden, head.weight, labels, head.bias,
+            outputs=outputs, options=options, weighting=weighting, shard=head.shard,
         )  # fmt: skip
+        return tuple(scores)
 
     def plain(z):
         return tuple(_plain_scores(z, labels, temperature, outputs))
@@ -112,13 +111,11 @@ def divergence(
             float(beta), float(temperature), scale, softcap, teacher_scale, teacher_softcap
         )
 
-        def fused(operands):
-            def with_teacher(others):
+        def fused(head: LinearHead):
+            def with_teacher(other: LinearHead):
+                hidden = [h.detach().to(states[1].origin.dtype) for h in other.hidden]
                 return linear_divergence(
-                    [o.hidden for o in operands], [o.weight for o in operands],
-                    [o.hidden.detach().to(states[1].origin.dtype) for o in others],
-                    [o.weight for o in others],
-                    mask, operands[0].bias, others[0].bias,
+                    head.hidden, head.weight, hidden, other.weight, mask, head.bias, other.bias,
                     options=options, reduction=reduction, num_items_in_batch=num_items_in_batch,
                 )  # fmt: skip
 
@@ -162,10 +159,9 @@ def _label_log_probs(logits, dim, index):
     options = ScoreOptions(scale=scale, softcap=softcap)
     labels = index.squeeze(-1)
 
-    def fused(operands):
-        hidden, weights, biases, shards = zip(*operands, strict=True)
+    def fused(head: LinearHead):
         scores = linear_log_probs(
-            list(hidden), list(weights), labels, biases[0], options=options, shard=shards[0]
+            head.hidden, head.weight, labels, head.bias, options=options, shard=head.shard
         )
         return (scores.log_probs,)
 
@@ -198,10 +194,11 @@ def _means(logits, dtype: torch.dtype):
     if softcap is not None:
         return per_token(logits, lambda z: z.to(dtype).mean(-1), dtype)
 
-    def fused(operands):
-        means = sum(o.hidden.to(dtype) @ o.weight.to(dtype).mean(0) for o in operands)
-        if operands[0].bias is not None:
-            means = means + operands[0].bias.to(dtype).mean()
+    def fused(head: LinearHead):
+        terms = zip(head.hidden, head.weight, strict=True)
+        means = sum(h.to(dtype) @ w.to(dtype).mean(0) for h, w in terms)
+        if head.bias is not None:
+            means = means + head.bias.to(dtype).mean()
         return (means * scale,)
 
     results = consume_logits(logits, fused, lambda z: (z.to(dtype).mean(-1),))
