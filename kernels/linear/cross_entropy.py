@@ -33,7 +33,7 @@ from collections.abc import Sequence
 import torch
 
 from ..autograd import first_derivative_only
-from ..logits.loss import LossOptions, accumulate_dtype, cross_entropy_reference
+from ..logits.loss import LossOptions, cross_entropy_reference
 from ..logits.reduction import (
     REDUCTIONS,
     check_labels,
@@ -42,6 +42,7 @@ from ..logits.reduction import (
     reduce_loss,
     scale_sum,
 )
+from ..logits.transform import accumulate_dtype
 from ..runtime import on_device, register_op
 from .head import LinearHead, Plan, split
 from .supervised import HostStats, Tokens

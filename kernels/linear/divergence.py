@@ -39,8 +39,8 @@ from ..logits.jensen_shannon import (
     check_vocabularies,
     divergence_reference,
 )
-from ..logits.loss import accumulate_dtype
 from ..logits.reduction import REDUCTIONS, masked_scale, scale_sum
+from ..logits.transform import accumulate_dtype
 from ..runtime import on_device
 from .head import LinearHead, Plan
 from .supervised import Tokens
@@ -75,10 +75,10 @@ class _Pair:
         self.tokens, self.plan, self.options = tokens, plan, options
         self.student, self.teacher = (Sweep(head, tokens, plan) for head in heads)
 
-    def _step(self, want_grad: bool, outputs_N: Sequence[torch.Tensor] = ()):
+    def _step(self, want_grad: bool, results_N: tuple[torch.Tensor, torch.Tensor] | None = None):
         """Return the step that compares both logits, and makes the student's their gradient.
 
-        Divergence and entropy of the rows go to `outputs_N`.
+        Divergence and entropy of the rows go to `results_N`.
         """
 
         def step(logits: torch.Tensor, start: int, stop: int) -> None:
@@ -90,7 +90,7 @@ class _Pair:
             mask = self.tokens.pick(self.tokens.labels, start, stop)
             grad = logits if want_grad else None
             found = token_divergence(logits, against, mask, self.options, grad)
-            for out, values in zip(outputs_N, found):  # noqa: B905 - none or both
+            for out, values in zip(results_N or (), found, strict=False):
                 self.tokens.put(out, values, start, stop)
 
         return step
@@ -99,15 +99,15 @@ class _Pair:
         """(divergence, entropy); leaves `student` the gradients, of the head only if uniform."""
         sweep, plan, like = self.student, self.plan, self.student.logits
         n = self.tokens.labels.shape[0]
-        outputs = like.new_zeros((2, n), dtype=accumulate_dtype(like)).unbind()
+        divergence_N, entropy_N = like.new_zeros((2, n), dtype=accumulate_dtype(like)).unbind()
         sweep.sum_over(few=n <= 2 * plan.rows)
         finish_head = plan.uniform and plan.want_head
-        step = self._step(finish_head or any(plan.want_hidden), outputs)
+        step = self._step(finish_head or any(plan.want_hidden), (divergence_N, entropy_N))
         for begin, stop in sweep.workspaces(step, plan.workspace(n)):
             sweep.add_hidden(begin, stop)
             if finish_head:
                 sweep.add_head(begin, stop)
-        return outputs
+        return divergence_N, entropy_N
 
     def head_gradient(self, g_N: torch.Tensor):
         """(d weight, d bias) of sum_n g_n * divergence_n, from logits computed once more."""

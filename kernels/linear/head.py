@@ -136,7 +136,8 @@ class LinearHead:
 
     def logits(self) -> torch.Tensor:
         """Return all logits at once, by autograd's own operations."""
-        logits = sum(h @ w.to(h.dtype).t() for h, w in zip(self.hidden, self.weight, strict=True))
+        terms = [h @ w.to(h.dtype).t() for h, w in zip(self.hidden, self.weight, strict=True)]
+        logits = sum(terms[1:], terms[0])
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def plan(self, n: int, uniform: bool, max_rows: int | None = None) -> Plan:

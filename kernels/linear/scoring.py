@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..logits.loss import accumulate_dtype
 from ..logits.scores import ScoreGradients, ScoreOptions, TokenScores
+from ..logits.transform import accumulate_dtype
 from .head import LinearHead, Plan
 from .supervised import Tokens
 from .sweep import Sweep

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..logits.loss import accumulate_dtype
 from ..logits.reduction import masked_scale, scale_rows
+from ..logits.transform import accumulate_dtype
 from .head import LinearHead, Plan, split
 from .supervised import Tokens
 from .workspace import grown, rounded, spans, spans_last_full, sum_dtype

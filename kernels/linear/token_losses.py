@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..logits.loss import LossOptions, accumulate_dtype
+from ..logits.loss import LossOptions
 from ..logits.reduction import masked_scale
+from ..logits.transform import accumulate_dtype
 from .head import LinearHead, Plan, split
 from .supervised import Tokens
 from .sweep import Sweep, scaled

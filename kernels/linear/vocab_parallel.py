@@ -27,8 +27,9 @@ import torch
 import torch.distributed as dist
 
 from ..logits import cross_entropy, log_probs
-from ..logits.loss import LossOptions, accumulate_dtype, transform_logits
+from ..logits.loss import LossOptions
 from ..logits.scores import ScoreGradients, ScoreOptions, TokenScores
+from ..logits.transform import Transform, accumulate_dtype
 
 _PIECE = 1 << 24
 """Logits in fp32 at once: 64 MiB."""
@@ -122,7 +123,7 @@ def token_loss_(
     dtype = accumulate_dtype(logits_NV)
     weights = _Weights.of(labels_N, valid_N, class_weight_V, options.label_smoothing, shard, dtype)
     sums = [
-        _local_sums(_transformed(logits_NV[piece], options), label_N[piece], weights.smooth)
+        _local_sums(options.transform(logits_NV[piece]), label_N[piece], weights.smooth)
         for piece in _pieces(logits_NV)
     ]
     own_top_N, total_N, picked_N, smooth_N = map(torch.cat, zip(*sums, strict=True))
@@ -144,13 +145,11 @@ def token_loss_(
         slope_N = weights.hard + weights.smooth_all + 2 * options.z_loss * lse_N
         at_label_N = -weights.hard.where(own_N, 0.0)
         for piece in _pieces(logits_NV):
-            y_nV = _transformed(logits_NV[piece], options)
+            y_nV = options.transform(logits_NV[piece])
             grad_nV = torch.exp(y_nV - top_N[piece, None] - log_total_N[piece, None])
             grad_nV = grad_nV.mul_(slope_N[piece, None]).sub_(weights.smooth)
             grad_nV.scatter_add_(1, label_N[piece, None], at_label_N[piece, None])
-            grad_nV *= options.scale
-            if options.softcap is not None:
-                grad_nV *= 1 - (y_nV / options.softcap).square()
+            options.transform.chain_(grad_nV, y_nV)
             logits_NV[piece] = grad_nV.masked_fill_(~supervised_N[piece, None], 0.0)
     return loss_N.where(valid_N, math.nan).where(supervised_N, 0.0)
 
@@ -158,10 +157,6 @@ def token_loss_(
 def _pieces(logits_NV: torch.Tensor) -> list[slice]:
     rows = max(1, _PIECE // logits_NV.shape[1])
     return [slice(start, start + rows) for start in range(0, max(len(logits_NV), 1), rows)]
-
-
-def _transformed(logits_nV: torch.Tensor, options) -> torch.Tensor:
-    return transform_logits(logits_nV.to(accumulate_dtype(logits_nV)), options)
 
 
 def _local_sums(y_nV: torch.Tensor, label_n: torch.Tensor, smooth_V) -> tuple[torch.Tensor, ...]:
@@ -243,10 +238,10 @@ def score(
     return TokenScores(**{name: supervised(values_N) for name, values_N in found.items()})
 
 
-def _first_of_all(shard: VocabShard, logits_NV, argmax_N, transform) -> torch.Tensor:
+def _first_of_all(shard: VocabShard, logits_NV, argmax_N, transform: Transform):
     """Return the smallest index with the largest y of all ranks, from the `argmax_N` of this
     one."""
-    best_N = _transformed(logits_NV.gather(1, argmax_N[:, None]), transform).squeeze(1)
+    best_N = transform(logits_NV.gather(1, argmax_N[:, None])).squeeze(1)
     best_of_all_N = shard.all_reduce(best_N.clone(), dist.ReduceOp.MAX)
     index_N = (argmax_N + shard.start).where(best_N == best_of_all_N, shard.vocab)
     return shard.all_reduce(index_N, dist.ReduceOp.MIN)

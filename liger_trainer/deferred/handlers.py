@@ -231,9 +231,10 @@ def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-
         options = LossOptions(ignore_index, label_smoothing)
         loss = cross_entropy(input.materialize(), target, options=options, **kwargs)
         return loss.to(dtype)
-    if state.transform is None:
+    made = state.transform
+    if made is None:
         return NotImplemented
-    options = LossOptions(ignore_index, label_smoothing, 0.0, *state.transform)
+    options = LossOptions(ignore_index, label_smoothing, scale=made.scale, softcap=made.softcap)
 
     def fused(head: LinearHead):
         loss = linear_cross_entropy(

@@ -29,6 +29,7 @@ from liger_trainer.deferred.origin import Origin, device_of, seen_in
 from liger_trainer.deferred.scope import RECORDED, Scope
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.head import LinearHead
+from liger_trainer.kernels.logits.transform import Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,10 @@ class State:
         return dataclasses.replace(self, ops=(*self.ops, (name, value)))
 
     @property
-    def transform(self) -> tuple[float, float | None] | None:
-        """(scale, softcap) of the logits; None if a kernel cannot express `ops`."""
-        return as_scale_and_softcap(self.ops)
+    def transform(self) -> Transform | None:
+        """What `ops` amount to; None if a kernel cannot express them."""
+        found = as_scale_and_softcap(self.ops)
+        return None if found is None else Transform(*found)
 
     @property
     def device(self) -> torch.device:

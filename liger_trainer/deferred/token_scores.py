@@ -52,10 +52,10 @@ def _plain_scores(logits, labels, temperature, outputs) -> TokenScores:
 
 
 def _fused_scores(logits, state: State, labels, temperature, outputs, weighting):
-    scale, softcap = state.transform
+    made = state.transform
     if state.origin.dtype == torch.float16:
         weighting = None  # the loss scale must reach the logits' gradient before it is rounded
-    options = ScoreOptions(scale=scale, softcap=softcap, temperature=temperature)
+    options = ScoreOptions(scale=made.scale, softcap=made.softcap, temperature=temperature)
 
     def fused(head: LinearHead):
         scores = linear_log_probs(
@@ -106,10 +106,11 @@ def divergence(
 
     results = None
     if None not in states:
-        (scale, softcap), (teacher_scale, teacher_softcap) = (s.transform for s in states)
-        options = DivergenceOptions(
-            float(beta), float(temperature), scale, softcap, teacher_scale, teacher_softcap
-        )
+        own, others = (s.transform for s in states)
+        options = dataclasses.replace(
+            plain_options, scale=own.scale, softcap=own.softcap,
+            teacher_scale=others.scale, teacher_softcap=others.softcap,
+        )  # fmt: skip
 
         def fused(head: LinearHead):
             def with_teacher(other: LinearHead):
@@ -152,11 +153,10 @@ def _label_log_probs(logits, dim, index):
     names = [name for name, _ in state.ops]
     if not fits or "log_softmax" not in names or index.dtype != torch.int64:
         return NotImplemented
-    before = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")])
-    if not state.origin.fused or before.transform is None:
+    made = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")]).transform
+    if not state.origin.fused or made is None:
         return NotImplemented
-    scale, softcap = before.transform
-    options = ScoreOptions(scale=scale, softcap=softcap)
+    options = ScoreOptions(scale=made.scale, softcap=made.softcap)
     labels = index.squeeze(-1)
 
     def fused(head: LinearHead):
@@ -190,8 +190,8 @@ def _mean(logits, dim=None, keepdim=False):
 def _means(logits, dtype: torch.dtype):
     """Return the mean of each token's logits: where they are linear, the product with a mean
     weight."""
-    scale, softcap = logits.state.transform
-    if softcap is not None:
+    transform = logits.state.transform
+    if transform.softcap is not None:
         return per_token(logits, lambda z: z.to(dtype).mean(-1), dtype)
 
     def fused(head: LinearHead):
@@ -199,7 +199,7 @@ def _means(logits, dtype: torch.dtype):
         means = sum(h.to(dtype) @ w.to(dtype).mean(0) for h, w in terms)
         if head.bias is not None:
             means = means + head.bias.to(dtype).mean()
-        return (means * scale,)
+        return (means * transform.scale,)
 
     results = consume_logits(logits, fused, lambda z: (z.to(dtype).mean(-1),))
     return NotImplemented if results is None else results[0]
