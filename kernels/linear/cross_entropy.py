@@ -106,6 +106,11 @@ def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static)
     return _forward(head, labels, class_weight, row_weight, plan, options, static=True)[1]
 
 
+def _empty(tensors, wanted) -> list[torch.Tensor]:
+    """Return the gradients of those that are wanted; the others have no elements."""
+    return [x.new_empty(x.shape if want else 0) for x, want in zip(tensors, wanted, strict=True)]
+
+
 def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
     plan, _ = _unflatten(*static)
     n, vocab, like = labels.shape[0], weight[0].shape[0], hidden[0]
@@ -120,7 +125,7 @@ def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
         torch.empty(1, dtype=torch.int64, device="cpu"),
         like.new_empty((n if kept else 0, vocab)),
         like.new_empty(vocab if summed and plan.want_bias else 0, dtype=accumulate),
-        [h.new_empty(h.shape if w else 0) for h, w in zip(hidden, plan.want_hidden, strict=True)],
+        _empty(hidden, plan.want_hidden),
         [
             like.new_empty(w.shape if summed and want else 0, dtype=sum_dtype(w.dtype, few))
             for w, want in zip(weight, plan.want_weight, strict=True)
@@ -143,11 +148,8 @@ def _fake_bwd(hidden, weight, bias, labels, class_weight, row_weight, g, *rest):
     plan, _ = _unflatten(*rest[7:])
     accumulate = accumulate_dtype(hidden[0])
     return (
-        [h.new_empty(h.shape if w else 0) for h, w in zip(hidden, plan.want_hidden, strict=True)],
-        [
-            w.new_empty(w.shape if want else 0)
-            for w, want in zip(weight, plan.want_weight, strict=True)
-        ],
+        _empty(hidden, plan.want_hidden),
+        _empty(weight, plan.want_weight),
         hidden[0].new_empty(weight[0].shape[0] if plan.want_bias else 0, dtype=accumulate),
     )
 

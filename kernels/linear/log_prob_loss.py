@@ -204,10 +204,7 @@ def linear_log_prob_loss(
     )  # fmt: skip
     if reduction == "mean":
         total = total / max(groups.shape[0], 1)
-    scores = TokenScores(*fields)
-    if "log_sum_exp" not in outputs:
-        scores = scores._replace(log_sum_exp=None)
-    return total, scores.map(lambda x: x.view(labels.shape))
+    return total, TokenScores(*fields).answer(outputs, labels.shape)
 
 
 def _checked_groups(groups: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,6 @@ import torch
 from ..autograd import first_derivative_only
 from ..logits.reduction import check_labels
 from ..logits.scores import (
-    DIFFERENTIABLE,
     ScoreGradients,
     ScoreOptions,
     TokenScores,
@@ -109,10 +108,7 @@ class _LinearLogProbs(torch.autograd.Function):
             *operands, *finished,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        fields = scores._asdict().items()
-        ctx.mark_non_differentiable(
-            *(x for name, x in fields if x is not None and name not in DIFFERENTIABLE)
-        )
+        ctx.mark_non_differentiable(*scores.constants)
         return tuple(scores)
 
     @staticmethod
@@ -195,9 +191,7 @@ def linear_log_probs(
     check_labels(labels, head.tokens, head.device)
     labels_N = labels.reshape(-1).contiguous()
     plan = head.plan(labels_N.shape[0], weighting is not None, max_rows)
-    scores = TokenScores(
-        *_LinearLogProbs.apply(plan, options, outputs, weighting, shard, labels_N, *head.flatten())
+    scores = _LinearLogProbs.apply(
+        plan, options, outputs, weighting, shard, labels_N, *head.flatten()
     )
-    if "log_sum_exp" not in outputs:
-        scores = scores._replace(log_sum_exp=None)
-    return scores.map(lambda x: x.reshape(labels.shape))
+    return TokenScores(*scores).answer(outputs, labels.shape)

@@ -104,13 +104,9 @@ class _Weights(NamedTuple):
 
 
 def token_loss_(
-    logits_NV: torch.Tensor,
-    labels_N: torch.Tensor,
-    class_weight_V: torch.Tensor | None,
-    options: LossOptions,
-    want_grad: bool,
-    shard: VocabShard | None,
-) -> torch.Tensor:
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, class_weight_V: torch.Tensor | None,
+    options: LossOptions, want_grad: bool, shard: VocabShard | None,
+) -> torch.Tensor:  # fmt: skip
     """Loss [N]; with `want_grad` the logits, of a shard the local ones, become their gradient.
 
     Those of a shard are computed in fp32, some rows at a time.
@@ -180,12 +176,9 @@ def _rescaled(total_N: torch.Tensor, shift_N: torch.Tensor) -> torch.Tensor:
 
 
 def score(
-    logits_NV: torch.Tensor,
-    labels_N: torch.Tensor,
-    options: ScoreOptions,
-    wanted: Sequence[str],
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, options: ScoreOptions, wanted: Sequence[str],
     shard: VocabShard | None,
-) -> TokenScores:
+) -> TokenScores:  # fmt: skip
     """Return the scores of `kernels.logits.log_probs.score`, of a shard from each rank's own.
 
     With lse_r and entropy_r of rank r's logits alone, w_r = exp(lse_r - top), W = sum_r w_r:
@@ -248,13 +241,9 @@ def _first_of_all(shard: VocabShard, logits_NV, argmax_N, transform: Transform):
 
 
 def score_gradient_(
-    logits_NV: torch.Tensor,
-    labels_N: torch.Tensor,
-    scores: TokenScores,
-    grads: ScoreGradients,
-    options: ScoreOptions,
-    shard: VocabShard | None,
-) -> None:
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, scores: TokenScores, grads: ScoreGradients,
+    options: ScoreOptions, shard: VocabShard | None,
+) -> None:  # fmt: skip
     """Overwrite the logits with their gradient; the label's term goes to the rank that has it."""
     if shard is not None:
         supervised_N, valid_N = _kinds(labels_N, options.ignore_index, shard)

@@ -14,7 +14,6 @@ from ..autograd import first_derivative_only
 from ..runtime import block_sizes, on_device, runs_in_triton, tl, triton
 from .reduction import check_labels
 from .scores import (
-    DIFFERENTIABLE,
     ScoreGradients,
     ScoreOptions,
     TokenScores,
@@ -238,13 +237,7 @@ class _LogProbs(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, scores.log_sum_exp, scores.entropy)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(
-                value
-                for name, value in scores._asdict().items()
-                if value is not None and name not in DIFFERENTIABLE
-            )
-        )
+        ctx.mark_non_differentiable(*scores.constants)
         return tuple(scores)
 
     @staticmethod
@@ -295,6 +288,4 @@ def log_probs(
         scores = TokenScores(*_LogProbs.apply(logits_NV, labels_N, options, outputs))
     else:
         scores = log_probs_reference(logits_NV, labels_N, options, outputs)
-    if "log_sum_exp" not in outputs:
-        scores = scores._replace(log_sum_exp=None)
-    return scores.map(lambda x: x.reshape(labels.shape))
+    return scores.answer(outputs, labels.shape)

@@ -53,6 +53,17 @@ class TokenScores(NamedTuple):
     def map(self, fn) -> TokenScores:
         return TokenScores(*(None if x is None else fn(x) for x in self))
 
+    def answer(self, outputs: Sequence[str], shape: torch.Size) -> TokenScores:
+        """Return what a caller gets who asked for `outputs`: log_sum_exp is there in any case."""
+        kept = self if "log_sum_exp" in outputs else self._replace(log_sum_exp=None)
+        return kept.map(lambda x: x.reshape(shape))
+
+    @property
+    def constants(self) -> list[torch.Tensor]:
+        """Those without gradient."""
+        fields = self._asdict().items()
+        return [x for name, x in fields if x is not None and name not in DIFFERENTIABLE]
+
 
 class ScoreGradients(NamedTuple):
     """Gradients [N] that arrive at the scores of N tokens; None is zero."""

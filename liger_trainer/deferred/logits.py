@@ -6,9 +6,7 @@ the head (`head_call.py`) and computes loss and gradients where the weights are.
 keeps its own forward and its own loss function. Anything else that touches the logits gets their
 value, bit for bit what the plain head computes, as a view of it where torch gives a view.
 
-Gradients. A consumer sends its gradients to the head's operands directly, and along the logits
-themselves a `DeferredGradient`, which is computed if somebody looks: hooks, `retain_grad` and
-`torch.autograd.grad` see what they would see of plain logits.
+Their place in the autograd graph, and gradients of the logits themselves: `graph.py`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from liger_trainer.kernels.logits.jensen_shannon import DivergenceOptions
 from liger_trainer.kernels.logits.log_probs import log_probs
 from liger_trainer.kernels.logits.reduction import scale_sum
 from liger_trainer.kernels.logits.scores import ScoreOptions, TokenScores
+from liger_trainer.kernels.logits.transform import Transform
 
 
 def token_scores(
@@ -38,34 +39,34 @@ def token_scores(
     to them; `weighting` is explained there. Other logits go through `log_probs`.
     """
     state = fusable(logits)
+    options = ScoreOptions(temperature=temperature)
+
+    def plain(z: torch.Tensor) -> TokenScores:
+        return log_probs(z, labels, outputs=outputs, options=options)
+
     if state is not None:
-        scores = _fused_scores(logits, state, labels, temperature, outputs, weighting)
+        if state.origin.dtype == torch.float16:
+            weighting = None  # the loss scale must reach the logits' gradient before it is rounded
+        scores = _fused_scores(
+            logits, state.transform, labels, plain, temperature, outputs, weighting
+        )
         if scores is not None:
             return scores
-    return _plain_scores(logits, labels, temperature, outputs)
+    return plain(logits.materialize() if isinstance(logits, Deferred) else logits)
 
 
-def _plain_scores(logits, labels, temperature, outputs) -> TokenScores:
-    if isinstance(logits, Deferred):
-        logits = logits.materialize()
-    return log_probs(logits, labels, outputs=outputs, options=ScoreOptions(temperature=temperature))
-
-
-def _fused_scores(logits, state: State, labels, temperature, outputs, weighting):
-    made = state.transform
-    if state.origin.dtype == torch.float16:
-        weighting = None  # the loss scale must reach the logits' gradient before it is rounded
+def _fused_scores(
+    logits: DeferredLogits, made: Transform, labels, plain,
+    temperature: float = 1.0, outputs: Sequence[str] = (), weighting: str | None = None,
+) -> TokenScores | None:  # fmt: skip
+    """Return scores of logits that are `made` so of the head's; None if they must be computed."""
     options = ScoreOptions(scale=made.scale, softcap=made.softcap, temperature=temperature)
 
     def fused(head: LinearHead):
-        scores = linear_log_probs(
+        return linear_log_probs(
             head.hidden, head.weight, labels, head.bias,
             outputs=outputs, options=options, weighting=weighting, shard=head.shard,
         )  # fmt: skip
-        return tuple(scores)
-
-    def plain(z):
-        return tuple(_plain_scores(z, labels, temperature, outputs))
 
     results = consume_logits(logits, fused, plain, shards=True)
     return None if results is None else TokenScores(*results)
@@ -156,20 +157,10 @@ def _label_log_probs(logits, dim, index):
     made = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")]).transform
     if not state.origin.fused or made is None:
         return NotImplemented
-    options = ScoreOptions(scale=made.scale, softcap=made.softcap)
-    labels = index.squeeze(-1)
-
-    def fused(head: LinearHead):
-        scores = linear_log_probs(
-            head.hidden, head.weight, labels, head.bias, options=options, shard=head.shard
-        )
-        return (scores.log_probs,)
-
-    def plain(z):
-        return (z.gather(-1, index).squeeze(-1),)
-
-    results = consume_logits(logits, fused, plain, shards=True)
-    return NotImplemented if results is None else results[0].unsqueeze(-1).to(logits.dtype)
+    scores = _fused_scores(
+        logits, made, index.squeeze(-1), lambda z: TokenScores(z.gather(-1, index).squeeze(-1))
+    )
+    return NotImplemented if scores is None else scores.log_probs.unsqueeze(-1).to(logits.dtype)
 
 
 @implements(torch.mean, torch.Tensor.mean)
