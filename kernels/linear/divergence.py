@@ -115,7 +115,7 @@ class _Pair:
         sweep.sum_over(few=n <= 2 * self.plan.rows)
         for begin, stop in sweep.workspaces(self._step(want_grad=True), self.plan.workspace(n)):
             sweep.add_head(begin, stop, g_N)
-        return sweep.head_gradient()
+        return sweep.gradients()[1:]
 
 
 # --- autograd --------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ that breaks the promise turns all gradients but those of ignored tokens into NaN
 arrives at another output.
 In fp16 the gradient of the logits is then formed before a loss scale reaches it: use bf16.
 
-A loss whose formula is known up front needs no promise: `linear_log_prob_loss.py`.
+A loss whose formula is known up front needs no promise: `log_prob_loss.py`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Legend: N tokens, V vocabulary, H_t width of term t.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -33,9 +33,9 @@ class Scoring(Sweep):
 
     def __init__(
         self, head: LinearHead, tokens: Tokens, plan: Plan, options: ScoreOptions,
-        scores: TokenScores, logits=None,
+        scores: TokenScores,
     ):  # fmt: skip
-        super().__init__(head, tokens, plan, logits)
+        super().__init__(head, tokens, plan)
         self.options, self.scores = options, scores
 
     @classmethod
@@ -47,10 +47,6 @@ class Scoring(Sweep):
             for name in {*outputs, "log_probs", "log_sum_exp"}
         }
         return cls(head, tokens, plan, options, TokenScores(**scores))
-
-    @property
-    def rows(self) -> int:
-        return max(self.logits.shape[0], 1)
 
     def score_(self, logits: torch.Tensor, start: int, stop: int) -> None:
         """Score the rows from `start` to `stop`."""
@@ -86,8 +82,7 @@ def _dtype(name: str, like: torch.Tensor) -> torch.dtype:
     return {"argmax": torch.int64, "is_top1": torch.bool}.get(name, accumulate_dtype(like))
 
 
-@dataclasses.dataclass
-class Kept:
+class Kept(NamedTuple):
     """The logits of the rows from `start` to `stop`, kept from forward for backward."""
 
     logits: torch.Tensor  # [at least stop - start, V]
@@ -99,22 +94,22 @@ def forward(scoring: Scoring) -> Kept | None:
     """Score all tokens, and return the last workspace if there will be a backward."""
     plan = scoring.plan
     rows = plan.rows if plan.want_grad else plan.workspace(scoring.tokens.labels.shape[0])
+    begin = stop = 0
     for begin, stop in scoring.workspaces(scoring.score_, rows, last_full=True):
-        kept = Kept(scoring.logits, begin, stop)
-    return kept if plan.want_grad else None
+        pass  # what backward does not find in the last workspace it computes again
+    return Kept(scoring.logits, begin, stop) if plan.want_grad else None
 
 
 def backward(scoring: Scoring, grads: ScoreGradients, kept: Kept | None):
     """(d hidden, d weight, d bias); uses up `kept`."""
     scoring.tokens.check()
     start, stop = (kept.start, kept.stop) if kept else (scoring.tokens.supervised(),) * 2
-    logits = kept.logits if kept else scoring.new_logits(min(scoring.plan.rows, stop))
-    scoring.logits = logits
+    scoring.logits = kept.logits if kept else scoring.new_logits(min(scoring.plan.rows, stop))
     scoring.sum_over(few=stop <= 2 * scoring.rows)
     if stop > start or not stop:
         scoring.use_(start, stop, grads)
     scoring.recompute_and_use_(0, start, grads)
-    return scoring.dhidden, *scoring.head_gradient()
+    return scoring.gradients()
 
 
 def forward_with_gradient(
@@ -132,8 +127,9 @@ def forward_with_gradient(
     """
     n, plan = scoring.tokens.labels.shape[0], scoring.plan
     queued = min(n, plan.first)
-    scoring.make_room(queued)
-    scoring.fill_(scoring.logits[:queued], 0, queued)
+    if queued:
+        scoring.make_room(queued)
+        scoring.fill_(scoring.logits, 0, queued)
     units = ends()
     scoring.make_room(rounded(unit_rows(units, plan.rows), min(n, plan.rows)))
     parts = list(pack(units, scoring.rows))

@@ -76,6 +76,7 @@ class HostStats:
 
     def __init__(self, stats: torch.Tensor):
         self.stats, self._host, self._event = stats, stats, None
+        self._read: list[int] | None = None
         if stats.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 self._host = None
@@ -88,22 +89,24 @@ class HostStats:
     def wait(self, tokens: int, vocab: int) -> int:
         """Of `tokens` tokens, how many are supervised; ValueError if a label is out of range."""
         self.check(vocab)
-        return tokens if self._host is None else int(self._host[0])
+        return tokens if self._host is None else self._numbers()[0]
 
     def counts(self, number: int) -> list[int]:
         """Return the `number` values that follow the stats."""
-        if self._event is not None:
-            self._event.synchronize()
         if self._host is None:
             raise RuntimeError("a loss of groups needs their sizes: not inside a CUDA graph")
-        return self._host[2 : 2 + number].tolist()
+        return self._numbers()[2 : 2 + number]
+
+    def _numbers(self) -> list[int]:
+        if self._read is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._read = self._host.tolist()
+        return self._read
 
     def check(self, vocab: int) -> None:
         """Raise ValueError if a label lies outside [0, vocab)."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        number = 0 if self._host is None else int(self._host[1])
+        number = 0 if self._host is None else self._numbers()[1]
         if number:
             raise ValueError(
                 f"{number} labels lie outside [0, {vocab}) and are not ignore_index. Is the "

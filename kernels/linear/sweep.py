@@ -24,20 +24,21 @@ Step = Callable[[torch.Tensor, int, int], None]
 
 
 class Sweep:
-    """One head, its tokens, its workspace of logits, and the gradients so far, before g.
-
-    A gradient that is not wanted, or not known yet, has no elements.
-    """
+    """One head, its tokens, its workspace of logits, and the gradients so far, before g."""
 
     def __init__(self, head: LinearHead, tokens: Tokens, plan: Plan, logits=None):
         self.head, self.dtypes = head.cast(), head.dtypes
         self.sums = self.dtypes  # in which d weight is summed
         self.tokens, self.plan = tokens, plan
-        like = self.head.hidden[0]
         self.logits = self.new_logits(0) if logits is None else logits  # [rows, V]
-        self.dhidden = [like.new_empty(0) for _ in self.head.hidden]
-        self.dweight = [like.new_empty(0) for _ in self.head.weight]
-        self.dbias = like.new_empty(0, dtype=accumulate_dtype(like))
+        self.dhidden: list[torch.Tensor | None] = [None] * len(head.hidden)
+        self.dweight: list[torch.Tensor | None] = [None] * len(head.weight)
+        self.dbias: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the workspace that there is."""
+        return max(self.logits.shape[0], 1)
 
     def new_logits(self, rows: int) -> torch.Tensor:
         return self.head.hidden[0].new_empty((rows, self.head.rows))
@@ -87,8 +88,8 @@ class Sweep:
 
     def again(self, start: int, stop: int, step: Step | None = None) -> Iterator[tuple[int, int]]:
         """Like `workspaces`, for rows whose number is known, in the workspace that there is."""
-        for begin in range(start, stop, max(self.logits.shape[0], 1)):
-            end = min(begin + self.logits.shape[0], stop)
+        for begin in range(start, stop, self.rows):
+            end = min(begin + self.rows, stop)
             part = self.logits[: end - begin]
             self.fill_(part, begin, end)
             if step is not None:
@@ -105,13 +106,14 @@ class Sweep:
         for t, (hidden, weight) in enumerate(zip(self.head.hidden, self.head.weight, strict=True)):
             if not self.plan.want_hidden[t]:
                 continue
-            if not self.dhidden[t].numel():
+            out = self.dhidden[t]
+            if out is None:
                 new = hidden.new_zeros if ordered else hidden.new_empty
-                self.dhidden[t] = new(hidden.shape)
+                out = self.dhidden[t] = new(hidden.shape)
             if ordered:
-                self.tokens.put(self.dhidden[t], torch.mm(dlogits, weight), begin, stop)
+                self.tokens.put(out, torch.mm(dlogits, weight), begin, stop)
             else:
-                torch.mm(dlogits, weight, out=self.dhidden[t][begin:stop])
+                torch.mm(dlogits, weight, out=out[begin:stop])
 
     def add_head(self, begin: int, stop: int, scale_N: torch.Tensor | None = None) -> None:
         """Add d weight and d bias of these rows, each row times its scale."""
@@ -120,23 +122,26 @@ class Sweep:
         for t, (hidden, weight) in enumerate(zip(self.head.hidden, self.head.weight, strict=True)):
             if not self.plan.want_weight[t]:
                 continue
-            first = not self.dweight[t].numel()
+            first = self.dweight[t] is None
             if first:
                 self.dweight[t] = weight.new_empty(weight.shape, dtype=self.sums[t])
             x = scale_rows(self.tokens.pick(hidden, begin, stop), scale)
             _add_product_(self.dweight[t], dlogits, x, first)
         if self.plan.want_bias:
-            if not self.dbias.numel():
-                self.dbias = self.dbias.new_zeros(self.head.rows)
+            if self.dbias is None:
+                dtype = accumulate_dtype(dlogits)
+                self.dbias = dlogits.new_zeros(self.head.rows, dtype=dtype)
             self.dbias += _column_sums(dlogits, scale)
 
     def finished(self) -> tuple[torch.Tensor, ...]:
-        """(d bias, *d hidden, *d weight), for `scaled`."""
-        return self.dbias, *self.dhidden, *self.dweight
+        """(d bias, *d hidden, *d weight), for `scaled`; what is not there has no elements."""
+        found = self.dbias, *self.dhidden, *self.dweight
+        return tuple(self.logits.new_empty(0) if d is None else d for d in found)
 
-    def head_gradient(self) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """(d weight, rounded to the dtypes of the weights, d bias)."""
-        return [d.to(t) for d, t in zip(self.dweight, self.dtypes, strict=True)], self.dbias
+    def gradients(self):
+        """(d hidden, d weight in the dtypes of the weights, d bias), as `finished`."""
+        dbias, dhidden, dweight = split(self.finished())
+        return dhidden, [d.to(t) for d, t in zip(dweight, self.dtypes, strict=True)], dbias
 
 
 def _add_product_(buffer: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor, first: bool):

@@ -97,11 +97,11 @@ class TokenLosses:
         sweep = Sweep(self.head, tokens, plan, saved.dlogits)
         if saved.filled or not tokens.supervised():
             sweep.add_head(0, saved.filled, scale_N)
-            return dhidden, *sweep.head_gradient()
+            return dhidden, *sweep.gradients()[1:]
         # Forward knew neither g nor had room for all logits: logits once more.
         total = tokens.supervised()
         sweep.logits = sweep.new_logits(min(total, plan.workspace(total)))
         sweep.sum_over(few=tokens.labels.shape[0] <= 2 * plan.rows)
         for begin, stop in sweep.again(0, total, self._losses_to(None, want_grad=True)):
             sweep.add_head(begin, stop, scale_N)
-        return dhidden, *sweep.head_gradient()
+        return dhidden, *sweep.gradients()[1:]
