@@ -94,9 +94,8 @@ def forward(scoring: Scoring) -> Kept | None:
     """Score all tokens, and return the last workspace if there will be a backward."""
     plan = scoring.plan
     rows = plan.rows if plan.want_grad else plan.workspace(scoring.tokens.labels.shape[0])
-    begin = stop = 0
-    for begin, stop in scoring.workspaces(scoring.score_, rows, last_full=True):
-        pass  # what backward does not find in the last workspace it computes again
+    # What backward does not find in the last workspace it computes again.
+    *_, (begin, stop) = scoring.workspaces(scoring.score_, rows, last_full=True)
     return Kept(scoring.logits, begin, stop) if plan.want_grad else None
 
 
