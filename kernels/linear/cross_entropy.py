@@ -22,7 +22,7 @@ more in an fp32 buffer that is rounded once.
 Row scaling. d loss_n / d logits is known up to the factor g_n that backward receives. It scales the
 rows of d hidden and, for d weight, the rows of `hidden` (N x H): never the logits (N x V).
 
-Formula of the loss, options and sources: `loss.py`. The chunk loop: `head.py`.
+Formula of the loss, options and sources: `loss.py`. The chunk loop: `token_losses.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from collections.abc import Sequence
 import torch
 
 from ..autograd import first_derivative_only
-from ..logits.loss import LossOptions, accumulate_dtype, cross_entropy_reference
+from ..logits.loss import LossOptions, cross_entropy_reference
 from ..logits.reduction import (
     REDUCTIONS,
     check_labels,
@@ -42,11 +42,11 @@ from ..logits.reduction import (
     reduce_loss,
     scale_sum,
 )
+from ..logits.transform import accumulate_dtype
 from ..runtime import on_device, register_op
-from . import head as chunks
-from .head import Plan, Saved
-from .operands import checked_operands, classes, make_head, make_plan
-from .supervised import HostStats, partition
+from .head import LinearHead, Plan, split
+from .supervised import HostStats, Tokens
+from .token_losses import Saved, TokenLosses
 from .vocab_parallel import VocabShard
 from .workspace import sum_dtype
 
@@ -62,18 +62,8 @@ def linear_cross_entropy_reference(
     options: LossOptions = LossOptions(),
 ) -> torch.Tensor:
     """Loss per token [N], from all logits at once."""
-    logits_NV = sum(h @ w.to(h.dtype).t() for h, w in zip(hidden, weight, strict=True))
-    if bias_V is not None:
-        logits_NV = logits_NV + bias_V.to(logits_NV.dtype)
+    logits_NV = LinearHead(hidden, weight, bias_V).logits()
     return cross_entropy_reference(logits_NV, labels_N, class_weight_V, options)
-
-
-# --- planning --------------------------------------------------------------------------------
-
-
-def _partition(weight, labels, plan: Plan, options: LossOptions, shard=None):
-    want_order = labels.shape[0] > plan.first
-    return partition(labels, classes(weight, shard), options.ignore_index, want_order)
 
 
 # --- op registration -------------------------------------------------------------------------
@@ -102,14 +92,23 @@ def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, *optio
     return plan, LossOptions(*options)
 
 
+def _forward(head: LinearHead, labels, class_weight, row_weight, plan, options, static: bool):
+    """Return the counts on their way to the host, and what the op returns."""
+    tokens = Tokens.of(labels, head.vocab, options.ignore_index, plan.first)
+    call = TokenLosses(head, tokens, class_weight, row_weight, plan, options)
+    loss, (filled, *saved) = call.forward(static)
+    return tokens.host, (loss, tokens.host.stats, tokens.order, torch.tensor([filled]), *saved)
+
+
 def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
+    head = LinearHead(hidden, weight, bias)
     plan, options = _unflatten(*static)
-    order, stats = _partition(weight, labels, plan, options)
-    head = make_head(hidden, weight, bias, labels, options, order, HostStats(stats), class_weight)
-    loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight], static=True)
-    filled = torch.tensor([saved.filled])
-    return (loss, stats, order, filled, saved.dlogits, saved.dbias,
-            saved.dhidden, saved.dweight)  # fmt: skip
+    return _forward(head, labels, class_weight, row_weight, plan, options, static=True)[1]
+
+
+def _empty(tensors, wanted) -> list[torch.Tensor]:
+    """Return the gradients of those that are wanted; the others have no elements."""
+    return [x.new_empty(x.shape if want else 0) for x, want in zip(tensors, wanted, strict=True)]
 
 
 def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
@@ -126,7 +125,7 @@ def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
         torch.empty(1, dtype=torch.int64, device="cpu"),
         like.new_empty((n if kept else 0, vocab)),
         like.new_empty(vocab if summed and plan.want_bias else 0, dtype=accumulate),
-        [h.new_empty(h.shape if w else 0) for h, w in zip(hidden, plan.want_hidden, strict=True)],
+        _empty(hidden, plan.want_hidden),
         [
             like.new_empty(w.shape if summed and want else 0, dtype=sum_dtype(w.dtype, few))
             for w, want in zip(weight, plan.want_weight, strict=True)
@@ -138,21 +137,19 @@ def _launch_bwd(
     hidden, weight, bias, labels, class_weight, row_weight,
     g, stats, order, filled, dlogits, dbias, dhidden, dweight, *static,
 ):  # fmt: skip
+    head = LinearHead(hidden, weight, bias)
     plan, options = _unflatten(*static)
-    head = make_head(hidden, weight, bias, labels, options, order, HostStats(stats), class_weight)
-    saved = Saved(int(filled), dlogits, dbias, list(dhidden), list(dweight))
-    return chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
+    tokens = Tokens(labels, order, HostStats(stats), head.vocab)
+    call = TokenLosses(head, tokens, class_weight, row_weight, plan, options)
+    return call.backward(g, Saved(int(filled), dlogits, dbias, dhidden, dweight))
 
 
 def _fake_bwd(hidden, weight, bias, labels, class_weight, row_weight, g, *rest):
     plan, _ = _unflatten(*rest[7:])
     accumulate = accumulate_dtype(hidden[0])
     return (
-        [h.new_empty(h.shape if w else 0) for h, w in zip(hidden, plan.want_hidden, strict=True)],
-        [
-            w.new_empty(w.shape if want else 0)
-            for w, want in zip(weight, plan.want_weight, strict=True)
-        ],
+        _empty(hidden, plan.want_hidden),
+        _empty(weight, plan.want_weight),
         hidden[0].new_empty(weight[0].shape[0] if plan.want_bias else 0, dtype=accumulate),
     )
 
@@ -176,31 +173,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """(loss, stats): loss is the weighted sum over tokens if the plan is uniform, else [N]."""
 
     @staticmethod
-    def forward(
-        ctx, plan, options, terms, shard, bias, labels, class_weight, row_weight, *operands
-    ):
-        hidden, weight = list(operands[:terms]), list(operands[terms:])
-        ctx.plan, ctx.options, ctx.terms, ctx.host, ctx.shard = plan, options, terms, None, shard
+    def forward(ctx, plan, options, shard, labels, class_weight, row_weight, *operands):
+        head = LinearHead.unflatten(operands, shard)
+        ctx.plan, ctx.options, ctx.shard, ctx.host = plan, options, shard, None
         if torch.compiler.is_compiling():
-            loss, stats, order, filled, dlogits, dbias, dhidden, dweight = (
-                _linear_cross_entropy_fwd(
-                    hidden, weight, bias, labels, class_weight, row_weight,
-                    *_flatten(plan, options),
-                )
+            found = _linear_cross_entropy_fwd(
+                head.hidden, head.weight, head.bias, labels, class_weight, row_weight,
+                *_flatten(plan, options),
             )  # fmt: skip
         else:
             with on_device(labels):
-                order, stats = _partition(weight, labels, plan, options, shard)
-                host = HostStats(stats)
-                head = make_head(
-                    hidden, weight, bias, labels, options, order, host, class_weight, shard
+                ctx.host, found = _forward(
+                    head, labels, class_weight, row_weight, plan, options, static=False
                 )
-                loss, saved = chunks.forward(head, row_weight, plan, [w.dtype for w in weight])
-            ctx.host, dlogits, dbias = head.host, saved.dlogits, saved.dbias
-            dhidden, dweight, filled = saved.dhidden, saved.dweight, torch.tensor([saved.filled])
+        loss, stats, order, filled, dlogits, dbias, dhidden, dweight = found
         ctx.save_for_backward(
-            bias, labels, class_weight, row_weight, stats, order, filled, dlogits, dbias,
-            *operands, *dhidden, *dweight,
+            labels, class_weight, row_weight, stats, order, filled, dlogits, *operands,
+            dbias, *dhidden, *dweight,
         )  # fmt: skip
         ctx.mark_non_differentiable(stats)
         if plan.uniform:
@@ -210,31 +199,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, g, _):
-        bias, labels, class_weight, row_weight, stats, order, filled, dlogits, dbias, *rest = (
-            ctx.saved_tensors
-        )
-        t, plan = ctx.terms, ctx.plan
-        hidden, weight, dhidden, dweight = (rest[i * t : (i + 1) * t] for i in range(4))
+        labels, class_weight, row_weight, stats, order, filled, dlogits, *rest = ctx.saved_tensors
+        plan, half = ctx.plan, len(rest) // 2
+        head = LinearHead.unflatten(rest[:half], ctx.shard)
+        dbias, dhidden, dweight = split(rest[half:])
         if torch.compiler.is_compiling():
             grads = _linear_cross_entropy_bwd(
-                hidden, weight, bias, labels, class_weight, row_weight, g, stats, order, filled,
-                dlogits, dbias, dhidden, dweight, *_flatten(plan, ctx.options),
+                head.hidden, head.weight, head.bias, labels, class_weight, row_weight, g, stats,
+                order, filled, dlogits, dbias, dhidden, dweight, *_flatten(plan, ctx.options),
             )  # fmt: skip
         else:
-            saved = Saved(int(filled), dlogits, dbias, dhidden, dweight)
             with on_device(labels):
-                host = ctx.host or HostStats(stats)
-                head = make_head(
-                    hidden, weight, bias, labels, ctx.options, order, host, class_weight, ctx.shard
-                )
-                grads = chunks.backward(head, g, row_weight, plan, saved, [w.dtype for w in weight])
-        grad_hidden, grad_weight, grad_bias = grads
-        return (
-            *[None] * 4, grad_bias.to(bias.dtype) if plan.want_bias else None,
-            None, None, None,
-            *(d if want else None for d, want in zip(grad_hidden, plan.want_hidden, strict=True)),
-            *(d if want else None for d, want in zip(grad_weight, plan.want_weight, strict=True)),
-        )  # fmt: skip
+                tokens = Tokens(labels, order, ctx.host or HostStats(stats), head.vocab)
+                call = TokenLosses(head, tokens, class_weight, row_weight, plan, ctx.options)
+                grads = call.backward(g, Saved(int(filled), dlogits, dbias, dhidden, dweight))
+        return *[None] * 6, *plan.gradients(*grads)
 
 
 # --- public ----------------------------------------------------------------------------------
@@ -278,25 +257,22 @@ def linear_cross_entropy(
     Raises ValueError for shapes, dtypes or devices that do not fit, and for labels outside [0, V):
     at once where the host reads the token count, else in backward; the loss is NaN until then.
     """
-    hidden, weight, bias = checked_operands(hidden, weight, bias, shard)
+    head = LinearHead.checked(hidden, weight, bias, shard)
     if shard is not None and torch.compiler.is_compiling():
         raise ValueError("a head that is split over ranks cannot be compiled")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
-    vocab = classes(weight, shard)
+    check_labels(labels, head.tokens, head.device)
     class_weight, row_weight = checked_weights(
-        class_weight, token_weight, labels, vocab, options.ignore_index
+        class_weight, token_weight, labels, head.vocab, options.ignore_index
     )
-    shape, labels_N = labels.shape, labels.reshape(-1).contiguous()
-    hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
+    labels_N = labels.reshape(-1).contiguous()
     # A weight that itself needs a gradient is applied outside, to the losses of the tokens.
     uniform = reduction != "none" and not (row_weight is not None and row_weight.requires_grad)
 
-    plan = make_plan(hidden, weight, bias, labels_N, uniform, max_rows, shard)
     loss, stats = _LinearCrossEntropy.apply(
-        plan, options, len(hidden), shard, bias, labels_N, class_weight,
-        row_weight if uniform else None, *hidden, *weight,
+        head.plan(labels_N.shape[0], uniform, max_rows), options, shard, labels_N, class_weight,
+        row_weight if uniform else None, *head.flatten(),
     )  # fmt: skip
     if class_weight is None:
         count = stats[0].clamp_min(1)
@@ -305,4 +281,4 @@ def linear_cross_entropy(
     if uniform:
         return scale_sum(loss, reduction, count, num_items_in_batch)
     loss = reduce_loss(loss, reduction, count, row_weight, num_items_in_batch)
-    return loss.reshape(shape) if reduction == "none" else loss
+    return loss.reshape(labels.shape) if reduction == "none" else loss

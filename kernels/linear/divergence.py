@@ -27,8 +27,7 @@ two in its own dtype. Logits and their gradient are in the dtype of the hidden s
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -40,13 +39,13 @@ from ..logits.jensen_shannon import (
     check_vocabularies,
     divergence_reference,
 )
-from ..logits.loss import accumulate_dtype
-from ..logits.reduction import REDUCTIONS, masked_scale, scale_rows, scale_sum
+from ..logits.reduction import REDUCTIONS, masked_scale, scale_sum
+from ..logits.transform import accumulate_dtype
 from ..runtime import on_device
-from .head import Head, HeadGradient, Plan
-from .operands import checked_operands, make_head, make_plan
-from .supervised import HostStats, partition
-from .workspace import grown, rounded, spans, sum_dtype, workspace_rows
+from .head import LinearHead, Plan
+from .supervised import Tokens
+from .sweep import Sweep, scaled
+from .workspace import workspace_rows
 
 # --- torch reference -------------------------------------------------------------------------
 
@@ -61,164 +60,108 @@ def linear_divergence_reference(
     options: DivergenceOptions = DEFAULT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(divergence [N], student entropy [N]), from all logits at once."""
-    student = _all_logits(hidden, weight, bias_V)
-    return divergence_reference(
-        student, _all_logits(teacher_hidden, teacher_weight, teacher_bias_V), options
-    )
-
-
-def _all_logits(hidden, weight, bias):
-    logits_NV = sum(h @ w.to(h.dtype).t() for h, w in zip(hidden, weight, strict=True))
-    return logits_NV if bias is None else logits_NV + bias.to(logits_NV.dtype)
+    student = LinearHead(hidden, weight, bias_V).logits()
+    teacher = LinearHead(teacher_hidden, teacher_weight, teacher_bias_V).logits()
+    return divergence_reference(student, teacher, options)
 
 
 # --- the chunk loop --------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
 class _Pair:
-    """Both heads of one call. Their `labels` are the mask [N]; they share order and count."""
+    """Both heads of one call. The tokens' `labels` are the mask [N]."""
 
-    student: Head
-    teacher: Head
-    options: DivergenceOptions
+    def __init__(self, heads, tokens: Tokens, plan: Plan, options: DivergenceOptions):
+        self.tokens, self.plan, self.options = tokens, plan, options
+        self.student, self.teacher = (Sweep(head, tokens, plan) for head in heads)
 
-    def sweep(
-        self, plan: Plan, want_grad: bool, divergence_N: torch.Tensor, entropy_N: torch.Tensor
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Fill `divergence_N` and `entropy_N`, and yield one workspace after the other.
+    def _step(self, want_grad: bool, results_N: tuple[torch.Tensor, torch.Tensor] | None = None):
+        """Return the step that compares both logits, and makes the student's their gradient.
 
-        A workspace is (its first row, d divergence / d student logits of its rows), the latter
-        overwritten by the next; the last one has no rows if no token is kept.
+        Divergence and entropy of the rows go to `results_N`.
         """
-        n = self.student.labels.shape[0]
-        rows = plan.workspace(n)
-        student, teacher = (
-            head.hidden[0].new_empty((0, head.vocab)) for head in (self.student, self.teacher)
-        )
-        begin = stop = 0
-        for start, stop in spans(n, rows, plan.first, self.student.supervised):
-            if start - begin == rows:
-                yield begin, student[:rows]
-                begin = start
-            if stop - begin > student.shape[0]:
-                size = stop if start == 0 else rounded(self.student.supervised(), min(n, rows))
-                student = grown(student, size)
-                teacher = teacher.new_empty(student.shape)
-            part, against = (x[start - begin : stop - begin] for x in (student, teacher))
-            self.student.logits_(part, start, stop)
-            self.teacher.logits_(against, start, stop)
-            mask = self.student.rows(self.student.labels, start, stop)
-            values, entropies = token_divergence(
-                part, against, mask, self.options, part if want_grad else None
-            )
-            self.student.store(divergence_N, values, start, stop)
-            self.student.store(entropy_N, entropies, start, stop)
-        yield begin, student[: stop - begin]
 
-    def forward(self, plan: Plan, dtypes: Sequence[torch.dtype]):
-        """(divergence, entropy, d hidden, d weight, d bias), the last two only if uniform."""
-        student = self.student
-        n, like = student.labels.shape[0], student.hidden[0]
+        def step(logits: torch.Tensor, start: int, stop: int) -> None:
+            rows = self.student.logits.shape[0]
+            if self.teacher.logits.shape[0] < rows:
+                self.teacher.logits = self.teacher.new_logits(rows)
+            against = self.teacher.logits[: stop - start]
+            self.teacher.fill_(against, start, stop)
+            mask = self.tokens.pick(self.tokens.labels, start, stop)
+            grad = logits if want_grad else None
+            found = token_divergence(logits, against, mask, self.options, grad)
+            for out, values in zip(results_N or (), found, strict=False):
+                self.tokens.put(out, values, start, stop)
+
+        return step
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(divergence, entropy); leaves `student` the gradients, of the head only if uniform."""
+        sweep, plan, like = self.student, self.plan, self.student.logits
+        n = self.tokens.labels.shape[0]
         divergence_N, entropy_N = like.new_zeros((2, n), dtype=accumulate_dtype(like)).unbind()
-        dhidden = [
-            torch.zeros(h.shape if want else 0, dtype=h.dtype, device=h.device)
-            for h, want in zip(student.hidden, plan.want_hidden, strict=True)
-        ]
-        finished = plan if plan.uniform else _without_head(plan)
-        gradient = HeadGradient(
-            student, finished, [sum_dtype(d, n <= 2 * plan.rows) for d in dtypes]
-        )
-        for begin, dlogits in self.sweep(plan, finished.want_grad, divergence_N, entropy_N):
-            for out, weight, want in zip(dhidden, student.weight, plan.want_hidden, strict=True):
-                if want:
-                    student.hidden_grad_(out, dlogits, weight, begin, begin + dlogits.shape[0])
-            if finished.want_head:
-                gradient.add(dlogits, begin, None)
-        return divergence_N, entropy_N, dhidden, gradient.weight, gradient.bias
+        sweep.sum_over(few=n <= 2 * plan.rows)
+        finish_head = plan.uniform and plan.want_head
+        step = self._step(finish_head or any(plan.want_hidden), (divergence_N, entropy_N))
+        for begin, stop in sweep.workspaces(step, plan.workspace(n)):
+            sweep.add_hidden(begin, stop)
+            if finish_head:
+                sweep.add_head(begin, stop)
+        return divergence_N, entropy_N
 
-    def head_gradient(self, g_N: torch.Tensor, plan: Plan, dtypes: Sequence[torch.dtype]):
+    def head_gradient(self, g_N: torch.Tensor):
         """(d weight, d bias) of sum_n g_n * divergence_n, from logits computed once more."""
-        n, like = self.student.labels.shape[0], self.student.hidden[0]
-        unused = like.new_empty((2, n), dtype=accumulate_dtype(like))
-        gradient = HeadGradient(
-            self.student, plan, [sum_dtype(d, n <= 2 * plan.rows) for d in dtypes]
-        )
-        for begin, dlogits in self.sweep(plan, True, *unused):
-            gradient.add(dlogits, begin, g_N)
-        return [w.to(d) for w, d in zip(gradient.weight, dtypes, strict=True)], gradient.bias
-
-
-def _without_head(plan: Plan) -> Plan:
-    nothing = (False,) * len(plan.want_weight)
-    return dataclasses.replace(plan, want_weight=nothing, want_bias=False)
+        sweep, n = self.student, self.tokens.labels.shape[0]
+        sweep.sum_over(few=n <= 2 * self.plan.rows)
+        for begin, stop in sweep.workspaces(self._step(want_grad=True), self.plan.workspace(n)):
+            sweep.add_head(begin, stop, g_N)
+        return sweep.gradients()[1:]
 
 
 # --- autograd --------------------------------------------------------------------------------
-
-
-def _pair(options, terms, order, host, mask_N, bias, teacher_bias, *operands) -> _Pair:
-    """`operands`: hidden and weight of the student, `terms` of each, then those of the teacher."""
-    student, teacher = operands[: 2 * terms], operands[2 * terms :]
-    heads = [
-        make_head(own[: len(own) // 2], own[len(own) // 2 :], b, mask_N, o, order, host)
-        for own, b, o in (
-            (student, bias, options.student),
-            (teacher, teacher_bias, options.teacher),
-        )
-    ]
-    return _Pair(*heads, options)
 
 
 class _LinearDivergence(torch.autograd.Function):
     """(divergence, entropy [N]): the divergence is the sum if the plan is uniform, else [N]."""
 
     @staticmethod
-    def forward(ctx, plan, options, terms, mask_N, *operands):
-        ctx.plan, ctx.options, ctx.terms = plan, options, terms
-        ctx.dtypes = [w.dtype for w in operands[2 + terms : 2 + 2 * terms]]
+    def forward(ctx, plan, options, counts, mask_N, *operands):
+        heads = _heads(operands, counts)
+        ctx.plan, ctx.options, ctx.counts, ctx.dtypes = plan, options, counts, heads[0].dtypes
         with on_device(mask_N):
             labels_N = mask_N.to(torch.int64) - 1  # 0, and -1 for a token left out
-            order, stats = partition(labels_N, 1, -1, want_order=mask_N.shape[0] > plan.first)
-            ctx.host = HostStats(stats)
-            pair = _pair(options, terms, order, ctx.host, mask_N, *operands)
-            divergence, entropy, dhidden, dweight, dbias = pair.forward(plan, ctx.dtypes)
-        ctx.bias_dtype = None if operands[0] is None else operands[0].dtype
+            tokens = Tokens.of(labels_N, 1, -1, plan.first)
+            tokens.labels = mask_N
+            pair = _Pair(heads, tokens, plan, options)
+            divergence, entropy = pair.forward()
+        ctx.host = tokens.host
         ctx.again = plan.want_head and not plan.uniform
-        again = (order, *operands) if ctx.again else ()
-        ctx.save_for_backward(dbias, mask_N, *dhidden, *dweight, *again)
+        again = (tokens.order, *operands) if ctx.again else ()
+        ctx.save_for_backward(mask_N, *pair.student.finished(), *again)
         ctx.mark_non_differentiable(entropy)
         return divergence.sum() if plan.uniform else divergence, entropy
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, g, _):
-        plan, terms = ctx.plan, ctx.terms
-        dbias, mask_N, *rest = ctx.saved_tensors
-        dhidden, dweight, again = rest[:terms], rest[terms : 2 * terms], rest[2 * terms :]
+        mask_N, *rest = ctx.saved_tensors
+        count = ctx.counts[0]
         scale_N = masked_scale(g, mask_N)  # a token left out gets exactly 0, whatever g is
         with on_device(g):
+            dhidden, dweight, dbias = scaled(rest[:count], g, mask_N, ctx.dtypes, scale_N)
             if ctx.again:
-                order, *operands = again
-                pair = _pair(ctx.options, terms, order, ctx.host, mask_N, *operands)
-                dweight, dbias = pair.head_gradient(scale_N, plan, ctx.dtypes)
-            elif plan.want_head:
-                total = masked_scale(g, mask_N.any())
-                dweight = [
-                    torch.mul(d, total, out=d.new_empty(d.shape, dtype=dtype))
-                    for d, dtype in zip(dweight, ctx.dtypes, strict=True)
-                ]
-                dbias = dbias * total
-            grad_hidden = [
-                scale_rows(d, scale_N) if want else None
-                for d, want in zip(dhidden, plan.want_hidden, strict=True)
-            ]
-        grad_weight = [
-            d if want else None for d, want in zip(dweight, plan.want_weight, strict=True)
-        ]
-        grad_bias = dbias.to(ctx.bias_dtype) if plan.want_bias else None
-        given = (None, None, None, None, grad_bias, None, *grad_hidden, *grad_weight)
-        return *given, *[None] * (len(ctx.needs_input_grad) - len(given))
+                order, *operands = rest[count:]
+                tokens = Tokens(mask_N, order, ctx.host, 1)
+                pair = _Pair(_heads(operands, ctx.counts), tokens, ctx.plan, ctx.options)
+                dweight, dbias = pair.head_gradient(scale_N)
+        nothing = (None,) * ctx.counts[1]
+        return *[None] * 4, *ctx.plan.gradients(dhidden, dweight, dbias), *nothing
+
+
+def _heads(operands, counts: tuple[int, int]) -> list[LinearHead]:
+    """Student and teacher, of so many flat operands each."""
+    student, _ = counts
+    return [LinearHead.unflatten(operands[:student]), LinearHead.unflatten(operands[student:])]
 
 
 # --- public ----------------------------------------------------------------------------------
@@ -266,11 +209,9 @@ def linear_divergence(
     Raises ValueError for shapes, dtypes, devices or vocabularies that do not fit, for a
     `teacher_hidden` that requires a gradient, and for options without meaning.
     """
-    hidden, weight, bias = _checked("student", hidden, weight, bias)
-    teacher_hidden, teacher_weight, teacher_bias = _checked(
-        "teacher", teacher_hidden, teacher_weight, teacher_bias
-    )
-    _check_pair(hidden[0], weight[0], teacher_hidden, teacher_weight[0], mask)
+    student = _checked("student", hidden, weight, bias)
+    teacher = _checked("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    _check_pair(student, teacher, mask)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     if reduction == "none" and num_items_in_batch is not None:
@@ -278,15 +219,12 @@ def linear_divergence(
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be positive or None, got {max_rows}")
     mask_N = mask.reshape(-1).contiguous()
-    hidden, teacher_hidden = (
-        [h.reshape(-1, h.shape[-1]) for h in side] for side in (hidden, teacher_hidden)
-    )
-    rows = max_rows or _shared_rows(hidden[0], weight, teacher_hidden[0])
-    plan = make_plan(hidden, weight, bias, mask_N, reduction != "none", rows)
+    rows = max_rows or _shared_rows(mask_N.shape[0], student, teacher)
+    plan = student.plan(mask_N.shape[0], reduction != "none", rows)
+    operands = student.flatten(), teacher.flatten()
     divergence, entropy = _LinearDivergence.apply(
-        plan, options, len(hidden), mask_N, bias, teacher_bias,
-        *hidden, *weight, *teacher_hidden, *teacher_weight,
-    )  # fmt: skip
+        plan, options, tuple(map(len, operands)), mask_N, *operands[0], *operands[1]
+    )
     entropy = entropy.reshape(mask.shape)
     if reduction == "none":
         return divergence.reshape(mask.shape), entropy
@@ -294,46 +232,45 @@ def linear_divergence(
     return scale_sum(divergence, reduction, count, num_items_in_batch), entropy
 
 
-def _shared_rows(hidden: torch.Tensor, weight: list[torch.Tensor], teacher: torch.Tensor) -> int:
+def _shared_rows(tokens: int, student: LinearHead, teacher: LinearHead) -> int:
     """Rows of each of the two workspaces within the budget of one."""
-    trained = sum(w.shape[1] for w in weight if w.requires_grad and torch.is_grad_enabled())
-    rows = workspace_rows(hidden.shape[0], weight[0].shape[0], trained, hidden)
-    both = hidden.element_size() + teacher.element_size()
-    return max(1, rows * hidden.element_size() // both)
+    like = student.hidden[0]
+    rows = workspace_rows(tokens, student.rows, student.trainable_width, like)
+    both = like.element_size() + teacher.hidden[0].element_size()
+    return max(1, rows * like.element_size() // both)
 
 
-def _checked(side: str, hidden, weight, bias):
+def _checked(side: str, hidden, weight, bias) -> LinearHead:
     try:
-        hidden, weight, bias = checked_operands(hidden, weight, bias)
+        head = LinearHead.checked(hidden, weight, bias)
     except ValueError as error:
         raise ValueError(f"{side}: {error}") from error
-    if bias is not None and (bias.device != weight[0].device or not bias.is_floating_point()):
+    if bias is not None and (bias.device != head.device or not bias.is_floating_point()):
         raise ValueError(
-            f"{side}: bias must be floating point on {weight[0].device}, got {bias.dtype} on "
+            f"{side}: bias must be floating point on {head.device}, got {bias.dtype} on "
             f"{bias.device}"
         )
-    return hidden, weight, bias
+    return head
 
 
-def _check_pair(hidden, weight, teacher_hidden, teacher_weight, mask) -> None:
-    check_vocabularies(weight.shape[0], teacher_weight.shape[0])
-    tokens = hidden.shape[:-1]
-    if teacher_hidden[0].shape[:-1] != tokens or mask.shape != tokens:
+def _check_pair(student: LinearHead, teacher: LinearHead, mask: torch.Tensor) -> None:
+    check_vocabularies(student.vocab, teacher.vocab)
+    if teacher.tokens != student.tokens or mask.shape != student.tokens:
         raise ValueError(
-            f"student, teacher and mask must have the same tokens: hidden {tuple(hidden.shape)}, "
-            f"teacher_hidden {tuple(teacher_hidden[0].shape)}, mask {tuple(mask.shape)}"
+            "student, teacher and mask must have the same tokens: hidden "
+            f"{tuple(student.hidden[0].shape)}, teacher_hidden {tuple(teacher.hidden[0].shape)}, "
+            f"mask {tuple(mask.shape)}"
         )
     if mask.dtype != torch.bool:
         raise ValueError(
             f"mask must be bool, got {mask.dtype}: pass completion_mask.bool() or labels != -100"
         )
-    devices = {hidden.device, teacher_hidden[0].device, mask.device}
-    if len(devices) > 1:
+    devices = student.device, teacher.device, mask.device
+    if len(set(devices)) > 1:
         raise ValueError(
-            "student, teacher and mask must be on one device: "
-            f"{hidden.device}, {teacher_hidden[0].device}, {mask.device}"
+            f"student, teacher and mask must be on one device: {', '.join(map(str, devices))}"
         )
-    if torch.is_grad_enabled() and any(h.requires_grad for h in teacher_hidden):
+    if torch.is_grad_enabled() and any(h.requires_grad for h in teacher.hidden):
         raise ValueError(
             "teacher_hidden requires a gradient, and none is computed: run the teacher under "
             "torch.no_grad(), or detach its hidden states"

@@ -35,9 +35,10 @@ from ..logits.scores import (
 )
 from ..runtime import on_device
 from . import scoring
-from .log_probs import scale_grads
-from .operands import checked_operands, make_head, make_plan
-from .supervised import HostStats, partition
+from .head import LinearHead
+from .scoring import Scoring
+from .supervised import HostStats, Tokens, partition
+from .sweep import scaled
 
 Loss = Callable[[TokenScores, torch.Tensor, torch.Tensor], torch.Tensor]
 """loss(scores, mask, groups) -> [g]: fields of `scores` and `mask` (bool) are [g, K, T], zero where
@@ -63,10 +64,10 @@ class _Groups:
         self.losses: list[torch.Tensor] = []
         self._gradients: dict[str, torch.Tensor] = {}
 
-    def ends(self, host: HostStats, vocab: int) -> list[int]:
+    def ends(self, tokens: Tokens) -> list[int]:
         """Where the rows of each group end, once the host knows."""
-        host.check(vocab)
-        return list(itertools.accumulate(host.counts(self.groups.shape[0])))
+        tokens.check()
+        return list(itertools.accumulate(tokens.host.counts(self.groups.shape[0])))
 
     def evaluate(self, scores: TokenScores, first: int, last: int, want_grad: bool) -> None:
         """Add the losses of these groups, and their gradients if wanted."""
@@ -110,47 +111,32 @@ class _LinearLogProbLoss(torch.autograd.Function):
     """(sum of all groups' losses, *scores)."""
 
     @staticmethod
-    def forward(ctx, plan, options, outputs, groups, order, host, terms, bias, labels, *operands):
-        hidden, weight = operands[:terms], operands[terms:]
-        ctx.plan, ctx.host, ctx.vocab = plan, host, weight[0].shape[0]
-        ctx.dtypes = [w.dtype for w in weight]
-        finished = []
+    def forward(ctx, plan, options, outputs, groups, tokens, labels, *operands):
+        head = LinearHead.unflatten(operands)
+        ctx.plan, ctx.dtypes, ctx.ignore_index = plan, head.dtypes, options.ignore_index
+        ctx.host, ctx.vocab = tokens.host, tokens.vocab
+        finished = ()
         with on_device(labels):
-            head = make_head(hidden, weight, bias, labels, options, order, host)
+            swept = Scoring.start(head, tokens, plan, options, outputs)
             if plan.want_grad:
-                swept = scoring.forward_with_gradient(
-                    head,
-                    plan,
-                    outputs,
-                    ctx.dtypes,
-                    lambda: groups.ends(host, ctx.vocab),
-                    groups.gradient,
-                )
-                scores = swept.scores
-                finished = [*swept.dhidden, *swept.gradient.weight, swept.gradient.bias]
+                scoring.forward_with_gradient(swept, lambda: groups.ends(tokens), groups.gradient)
+                finished = swept.finished()
             else:
-                scores, _ = scoring.forward(head, plan, outputs)
-                host.check(ctx.vocab)
-                groups.evaluate(scores, 0, groups.groups.shape[0], want_grad=False)
-        ctx.save_for_backward(bias, labels, *finished)
-        ctx.ignore_index = options.ignore_index
-        fields = tuple(scores)
+                scoring.forward(swept)
+                tokens.check()
+                groups.evaluate(swept.scores, 0, groups.groups.shape[0], want_grad=False)
+        ctx.save_for_backward(labels, *finished)
+        fields = tuple(swept.scores)
         ctx.mark_non_differentiable(*(x for x in fields if x is not None))
-        return groups.total(scores.log_probs), *fields
+        return groups.total(swept.scores.log_probs), *fields
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, g, *_):
-        bias, labels, *finished = ctx.saved_tensors
+        labels, *finished = ctx.saved_tensors
         ctx.host.check(ctx.vocab)
-        supervised_N = labels != ctx.ignore_index
-        dhidden, dweight, dbias = scale_grads(finished, g, supervised_N, ctx.dtypes)
-        plan = ctx.plan
-        return (
-            *[None] * 7, dbias.to(bias.dtype) if plan.want_bias else None, None,
-            *(d if want else None for d, want in zip(dhidden, plan.want_hidden, strict=True)),
-            *(d if want else None for d, want in zip(dweight, plan.want_weight, strict=True)),
-        )  # fmt: skip
+        grads = scaled(finished, g, labels != ctx.ignore_index, ctx.dtypes)
+        return *[None] * 6, *ctx.plan.gradients(*grads)
 
 
 # --- public ----------------------------------------------------------------------------------
@@ -199,32 +185,26 @@ def linear_log_prob_loss(
     Raises ValueError for operands, groups or a result of `loss` that do not fit, and for labels
     outside [0, V).
     """
-    hidden, weight, bias = checked_operands(hidden, weight, bias)
+    head = LinearHead.checked(hidden, weight, bias)
     outputs = check_outputs(outputs)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     if labels.dim() != 2:
         raise ValueError(f"labels must be [B, T], got {tuple(labels.shape)}")
-    check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
+    check_labels(labels, head.tokens, head.device)
     groups = _checked_groups(groups, labels)
     members = groups.to(labels.device, non_blocking=True)
-    with on_device(labels):
-        order, stats = _group_order(labels, members, weight[0].shape[0], options)
-        host = HostStats(stats)
-    evaluation = _Groups(loss, labels, members, options)
     labels_N = labels.reshape(-1).contiguous()
-    hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
-    plan = make_plan(hidden, weight, bias, labels_N, True, max_rows)
+    with on_device(labels):
+        order, stats = _group_order(labels, members, head.vocab, options)
+        tokens = Tokens(labels_N, order, HostStats(stats), head.vocab)
     total, *fields = _LinearLogProbLoss.apply(
-        plan, options, outputs, evaluation, order, host, len(hidden), bias, labels_N,
-        *hidden, *weight,
+        head.plan(labels_N.shape[0], True, max_rows), options, outputs,
+        _Groups(loss, labels, members, options), tokens, labels_N, *head.flatten(),
     )  # fmt: skip
     if reduction == "mean":
         total = total / max(groups.shape[0], 1)
-    scores = TokenScores(*fields)
-    if "log_sum_exp" not in outputs:
-        scores = scores._replace(log_sum_exp=None)
-    return total, scores.map(lambda x: x.view(labels.shape))
+    return total, TokenScores(*fields).answer(outputs, labels.shape)
 
 
 def _checked_groups(groups: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:

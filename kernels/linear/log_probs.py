@@ -19,7 +19,7 @@ that breaks the promise turns all gradients but those of ignored tokens into NaN
 arrives at another output.
 In fp16 the gradient of the logits is then formed before a loss scale reaches it: use bf16.
 
-A loss whose formula is known up front needs no promise: `linear_log_prob_loss.py`.
+A loss whose formula is known up front needs no promise: `log_prob_loss.py`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ from collections.abc import Sequence
 import torch
 
 from ..autograd import first_derivative_only
-from ..logits.reduction import check_labels, masked_scale, scale_rows
+from ..logits.reduction import check_labels
 from ..logits.scores import (
-    DIFFERENTIABLE,
     ScoreGradients,
     ScoreOptions,
     TokenScores,
@@ -40,9 +39,10 @@ from ..logits.scores import (
 )
 from ..runtime import on_device
 from . import scoring
-from .head import Plan
-from .operands import checked_operands, classes, make_head, make_plan
-from .supervised import HostStats, partition
+from .head import LinearHead, Plan
+from .scoring import Scoring
+from .supervised import Tokens
+from .sweep import scaled
 from .vocab_parallel import VocabShard
 
 WEIGHTINGS = ("uniform", "probability")
@@ -59,9 +59,7 @@ def linear_log_probs_reference(
     outputs: Sequence[str] = (),
 ) -> TokenScores:
     """Scores per token [N], from all logits at once."""
-    logits_NV = sum(h @ w.to(h.dtype).t() for h, w in zip(hidden, weight, strict=True))
-    if bias_V is not None:
-        logits_NV = logits_NV + bias_V.to(logits_NV.dtype)
+    logits_NV = LinearHead(hidden, weight, bias_V).logits()
     return log_probs_reference(logits_NV, labels_N, options, outputs)
 
 
@@ -82,95 +80,65 @@ def _factor(g_N: torch.Tensor, promised_N: torch.Tensor) -> torch.Tensor:
     return factor.where(kept, float("nan"))
 
 
-def scale_grads(finished, factor: torch.Tensor, supervised_N, dtypes: Sequence[torch.dtype]):
-    """(d hidden, d weight, d bias) of a sweep, times `factor`; d weight in `dtypes`.
-
-    Ignored rows stay exactly 0, whatever `factor` is.
-    """
-    terms = len(dtypes)
-    rows = masked_scale(factor, supervised_N)
-    total = masked_scale(factor, supervised_N.any())
-    dhidden = [scale_rows(d, rows) if d.numel() else d for d in finished[:terms]]
-    dweight = [
-        torch.mul(d, total, out=torch.empty_like(d, dtype=dtype))
-        for d, dtype in zip(finished[terms:-1], dtypes, strict=True)
-    ]
-    return dhidden, dweight, finished[-1] * total
-
-
 # --- autograd --------------------------------------------------------------------------------
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan, options, outputs, weighting, terms, shard, bias, labels, *operands):
-        hidden, weight = operands[:terms], operands[terms:]
-        ctx.plan, ctx.options, ctx.terms, ctx.weighting = plan, options, terms, weighting
-        ctx.shard = shard
-        ctx.dtypes = [w.dtype for w in weight]
-        ctx.kept = None
+    def forward(ctx, plan, options, outputs, weighting, shard, labels, *operands):
+        head = LinearHead.unflatten(operands, shard)
+        ctx.plan, ctx.options, ctx.shard, ctx.weighting = plan, options, shard, weighting
+        ctx.kept, finished = None, ()
         with on_device(labels):
-            vocab, n = classes(weight, shard), labels.shape[0]
-            order, stats = partition(labels, vocab, options.ignore_index, n > plan.first)
-            ctx.host = HostStats(stats)
-            head = make_head(hidden, weight, bias, labels, options, order, ctx.host, shard=shard)
-            finished = []
+            tokens = Tokens.of(labels, head.vocab, options.ignore_index, plan.first)
+            swept = Scoring.start(head, tokens, plan, options, outputs)
+            scores = swept.scores
             if weighting and plan.want_grad:
-                swept = scoring.forward_with_gradient(
-                    head, plan, outputs, ctx.dtypes,
-                    lambda: _even_ends(head.supervised(), plan),
+                scoring.forward_with_gradient(
+                    swept,
+                    lambda: _even_ends(tokens.supervised(), plan),
                     lambda scores, *_: ScoreGradients(_promised(scores.log_probs, weighting)),
-                )  # fmt: skip
-                scores = swept.scores
-                finished = [*swept.dhidden, *swept.gradient.weight, swept.gradient.bias]
+                )
+                finished = swept.finished()
             else:
-                scores, ctx.kept = scoring.forward(head, plan, outputs)
+                ctx.kept = scoring.forward(swept)
+        ctx.host = tokens.host
         ctx.save_for_backward(
-            bias, labels, order, scores.log_probs, scores.entropy, scores.log_sum_exp,
+            labels, tokens.order, scores.log_probs, scores.entropy, scores.log_sum_exp,
             *operands, *finished,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        fields = scores._asdict().items()
-        ctx.mark_non_differentiable(
-            *(x for name, x in fields if x is not None and name not in DIFFERENTIABLE)
-        )
+        ctx.mark_non_differentiable(*scores.constants)
         return tuple(scores)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, g_log_probs, g_entropy, g_lse, *_):
-        bias, labels, order, log_probs, entropy, lse, *rest = ctx.saved_tensors
-        plan, terms = ctx.plan, ctx.terms
-        operands, finished = rest[: 2 * terms], rest[2 * terms :]
+        labels, order, log_probs, entropy, lse, *rest = ctx.saved_tensors
+        count = len(ctx.needs_input_grad) - 6
+        head, finished = LinearHead.unflatten(rest[:count], ctx.shard), rest[count:]
+        tokens = Tokens(labels, order, ctx.host, head.vocab)
         if g_log_probs is None:
             g_log_probs = torch.zeros_like(log_probs)
         with on_device(labels):
             if finished:
-                ctx.host.check(classes(operands[terms:], ctx.shard))
+                tokens.check()
                 supervised_N = labels != ctx.options.ignore_index
                 both = (g_log_probs, _promised(log_probs, ctx.weighting))
                 factor = _factor(*(x.where(supervised_N, 0.0) for x in both))
                 if g_entropy is not None or g_lse is not None:
                     factor = factor * float("nan")
-                dhidden, dweight, dbias = scale_grads(
-                    finished, factor.to(log_probs.dtype), supervised_N, ctx.dtypes
-                )
+                factor = factor.to(log_probs.dtype)
+                grads = scaled(finished, factor, supervised_N, head.dtypes)
             else:
-                head = make_head(
-                    operands[:terms], operands[terms:], bias, labels, ctx.options, order, ctx.host,
-                    shard=ctx.shard,
-                )  # fmt: skip
-                grads = (None if g is None else g.contiguous() for g in (g_entropy, g_lse))
+                scores = TokenScores(log_probs, entropy, lse)
+                given = (None if g is None else g.contiguous() for g in (g_entropy, g_lse))
                 kept, ctx.kept = ctx.kept, None
-                dhidden, dweight, dbias = scoring.backward(
-                    head, plan, TokenScores(log_probs, entropy, lse),
-                    ScoreGradients(g_log_probs.contiguous(), *grads), kept, ctx.dtypes,
+                grads = scoring.backward(
+                    Scoring(head, tokens, ctx.plan, ctx.options, scores),
+                    ScoreGradients(g_log_probs.contiguous(), *given), kept,
                 )  # fmt: skip
-        return (
-            *[None] * 6, dbias.to(bias.dtype) if plan.want_bias else None, None,
-            *(d if want else None for d, want in zip(dhidden, plan.want_hidden, strict=True)),
-            *(d if want else None for d, want in zip(dweight, plan.want_weight, strict=True)),
-        )  # fmt: skip
+        return *[None] * 6, *ctx.plan.gradients(*grads)
 
 
 def _even_ends(total: int, plan: Plan) -> list[int]:
@@ -216,19 +184,14 @@ def linear_log_probs(
     labels outside [0, V): at once where the host reads the token count, else in backward; their
     log-probability is NaN until then.
     """
-    hidden, weight, bias = checked_operands(hidden, weight, bias, shard)
+    head = LinearHead.checked(hidden, weight, bias, shard)
     outputs = check_outputs(outputs)
     if weighting not in (None, *WEIGHTINGS):
         raise ValueError(f"weighting must be None or one of {WEIGHTINGS}, got {weighting!r}")
-    check_labels(labels, hidden[0].shape[:-1], hidden[0].device)
+    check_labels(labels, head.tokens, head.device)
     labels_N = labels.reshape(-1).contiguous()
-    hidden = [h.reshape(-1, h.shape[-1]) for h in hidden]
-    plan = make_plan(hidden, weight, bias, labels_N, weighting is not None, max_rows, shard)
-    scores = TokenScores(
-        *_LinearLogProbs.apply(
-            plan, options, outputs, weighting, len(hidden), shard, bias, labels_N, *hidden, *weight
-        )
+    plan = head.plan(labels_N.shape[0], weighting is not None, max_rows)
+    scores = _LinearLogProbs.apply(
+        plan, options, outputs, weighting, shard, labels_N, *head.flatten()
     )
-    if "log_sum_exp" not in outputs:
-        scores = scores._replace(log_sum_exp=None)
-    return scores.map(lambda x: x.reshape(labels.shape))
+    return TokenScores(*scores).answer(outputs, labels.shape)

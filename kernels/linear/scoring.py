@@ -1,7 +1,7 @@
-"""The chunk loops of a linear head whose tokens are scored: log-probabilities and their gradient.
+"""The chunk loop of a linear head whose tokens are scored: log-probabilities and their gradient.
 
-Two ways to a gradient, both used by `linear_log_probs.py` and `linear_log_prob_loss.py`, which say
-what they compute and cost:
+Two ways to a gradient, both used by `log_probs.py` and `log_prob_loss.py`, which say what they
+compute and cost:
 
 - `forward` and `backward`: the caller computes the loss, and its gradient arrives in backward. The
   last workspace of logits is kept until then; what did not fit it is computed again.
@@ -13,113 +13,76 @@ Legend: N tokens, V vocabulary, H_t width of term t.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
-from ..logits.loss import accumulate_dtype
-from ..logits.scores import ScoreGradients, TokenScores
-from .head import Head, HeadGradient, Plan
-from .workspace import (
-    grown,
-    pack,
-    rounded,
-    spans_last_full,
-    sum_dtype,
-    unit_rows,
-)
+from ..logits.scores import ScoreGradients, ScoreOptions, TokenScores
+from ..logits.transform import accumulate_dtype
+from .head import LinearHead, Plan
+from .supervised import Tokens
+from .sweep import Sweep
+from .vocab_parallel import score, score_gradient_
+from .workspace import pack, rounded, unit_rows
 
 
-class Scoring:
-    """One head, its workspace of logits, the scores of all tokens and the gradients so far."""
+class Scoring(Sweep):
+    """A sweep whose rows are scored first, and turned into a gradient when that of their scores is
+    known."""
 
-    def __init__(self, head: Head, plan: Plan, logits: torch.Tensor, scores: TokenScores):
-        self.head, self.plan, self.logits, self.scores = head, plan, logits, scores
-        self.dhidden: list[torch.Tensor] = []
-        self.gradient: HeadGradient | None = None
+    def __init__(
+        self, head: LinearHead, tokens: Tokens, plan: Plan, options: ScoreOptions,
+        scores: TokenScores,
+    ):  # fmt: skip
+        super().__init__(head, tokens, plan)
+        self.options, self.scores = options, scores
 
     @classmethod
-    def start(cls, head: Head, plan: Plan, outputs: Sequence[str]) -> Scoring:
-        """With no workspace yet, and the scores of tokens without label: zeros."""
-        n, like = head.labels.shape[0], head.hidden[0]
+    def start(cls, head, tokens, plan, options, outputs: Sequence[str]) -> Scoring:
+        """With the scores of tokens without label: zeros."""
+        n, like = tokens.labels.shape[0], head.hidden[0]
         scores = {
             name: torch.zeros(n, dtype=_dtype(name, like), device=like.device)
             for name in {*outputs, "log_probs", "log_sum_exp"}
         }
-        return cls(head, plan, _workspace(head, 0), TokenScores(**scores))
+        return cls(head, tokens, plan, options, TokenScores(**scores))
 
-    @property
-    def rows(self) -> int:
-        return max(self.logits.shape[0], 1)
-
-    def score_(self, begin: int, start: int, stop: int) -> None:
-        """Scores the rows from `start` to `stop`, whose logits lie in a workspace from `begin`."""
-        labels = self.head.rows(self.head.labels, start, stop)
-        logits = self.logits[start - begin : stop - begin]
+    def score_(self, logits: torch.Tensor, start: int, stop: int) -> None:
+        """Score the rows from `start` to `stop`."""
+        labels = self.tokens.pick(self.tokens.labels, start, stop)
         wanted = [name for name, out in self.scores._asdict().items() if out is not None]
-        part = self.head.score(logits, labels, wanted)
+        part = score(logits, labels, self.options, wanted, self.head.shard)
         for out, values in zip(self.scores, part, strict=True):
             if out is not None:
-                self.head.store(out, values, start, stop)
-
-    def make_room(self, rows: int) -> None:
-        if rows > self.logits.shape[0]:
-            self.logits = grown(self.logits, rows)
-
-    def logits_(self, begin: int, start: int, stop: int) -> None:
-        if stop > start:
-            self.head.logits_(self.logits[start - begin : stop - begin], start, stop)
-
-    def start_gradient(self, dtypes: Sequence[torch.dtype]) -> None:
-        """Make room for the gradients; `dtypes` are those in which d weight is summed."""
-        head = self.head
-        zeros_or_empty = torch.zeros_like if head.order.numel() else torch.empty_like
-        self.dhidden = [
-            zeros_or_empty(h) if want else h.new_empty(0)
-            for h, want in zip(head.hidden, self.plan.want_hidden, strict=True)
-        ]
-        self.gradient = HeadGradient(head, self.plan, dtypes)
+                self.tokens.put(out, values, start, stop)
 
     def use_(self, begin: int, stop: int, grads: ScoreGradients) -> None:
-        """Overwrite these rows with dlogits and accumulate d hidden, d weight and d bias.
+        """Overwrite the workspace with dlogits of these rows, and add what they give.
 
         `grads` holds a value for every token, in the tokens' own order.
         """
-        head, dlogits = self.head, self.logits[: stop - begin]
 
         def rows(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else head.rows(values, begin, stop)
+            return None if values is None else self.tokens.pick(values, begin, stop)
 
-        head.score_gradient_(
-            dlogits,
-            head.rows(head.labels, begin, stop),
-            self.scores.map(rows),
-            ScoreGradients(*map(rows, grads)),
-        )
-        for out, weight, want in zip(self.dhidden, head.weight, self.plan.want_hidden, strict=True):
-            if want:
-                head.hidden_grad_(out, dlogits, weight, begin, stop)
-        if self.plan.want_head:
-            self.gradient.add(dlogits, begin, None)
+        score_gradient_(
+            self.logits[: stop - begin], rows(self.tokens.labels), self.scores.map(rows),
+            ScoreGradients(*map(rows, grads)), self.options, self.head.shard,
+        )  # fmt: skip
+        self.add_hidden(begin, stop)
+        self.add_head(begin, stop)
 
     def recompute_and_use_(self, start: int, stop: int, grads: ScoreGradients) -> None:
-        for begin in range(start, stop, self.rows):
-            end = min(begin + self.rows, stop)
-            self.logits_(begin, begin, end)
+        for begin, end in self.again(start, stop):
             self.use_(begin, end, grads)
-
-
-def _workspace(head: Head, rows: int) -> torch.Tensor:
-    return head.hidden[0].new_empty((rows, head.vocab))
 
 
 def _dtype(name: str, like: torch.Tensor) -> torch.dtype:
     return {"argmax": torch.int64, "is_top1": torch.bool}.get(name, accumulate_dtype(like))
 
 
-@dataclasses.dataclass
-class Kept:
+class Kept(NamedTuple):
     """The logits of the rows from `start` to `stop`, kept from forward for backward."""
 
     logits: torch.Tensor  # [at least stop - start, V]
@@ -127,86 +90,60 @@ class Kept:
     stop: int
 
 
-def forward(head: Head, plan: Plan, outputs: Sequence[str]) -> tuple[TokenScores, Kept | None]:
-    """Return the scores [N] of all tokens, and the last workspace if there will be a backward."""
-    n = head.labels.shape[0]
-    rows = plan.rows if plan.want_grad else plan.workspace(n)
-    scoring = Scoring.start(head, plan, outputs)
-    begin = stop = 0
-    for begin, start, stop in spans_last_full(n, rows, plan.first, head.supervised):
-        needed = stop if start == 0 else rounded(head.supervised(), min(n, rows))
-        scoring.make_room(needed if stop - begin > scoring.logits.shape[0] else 0)
-        scoring.logits_(begin, start, stop)
-        scoring.score_(begin, start, stop)
-    kept = Kept(scoring.logits, begin, stop) if plan.want_grad else None
-    return scoring.scores, kept
+def forward(scoring: Scoring) -> Kept | None:
+    """Score all tokens, and return the last workspace if there will be a backward."""
+    plan = scoring.plan
+    rows = plan.rows if plan.want_grad else plan.workspace(scoring.tokens.labels.shape[0])
+    # What backward does not find in the last workspace it computes again.
+    *_, (begin, stop) = scoring.workspaces(scoring.score_, rows, last_full=True)
+    return Kept(scoring.logits, begin, stop) if plan.want_grad else None
 
 
-def backward(
-    head: Head,
-    plan: Plan,
-    scores: TokenScores,
-    grads: ScoreGradients,
-    kept: Kept | None,
-    dtypes: Sequence[torch.dtype],
-) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
-    """Gradients of hidden, of weight (in `dtypes`) and of the bias; uses up `kept`."""
-    head.host.check(head.vocab)
-    start, stop = (kept.start, kept.stop) if kept else (head.supervised(),) * 2
-    scoring = Scoring(
-        head, plan, kept.logits if kept else _workspace(head, min(plan.rows, stop)), scores
-    )
-    few = stop <= 2 * scoring.rows
-    scoring.start_gradient([sum_dtype(dtype, few) for dtype in dtypes])
+def backward(scoring: Scoring, grads: ScoreGradients, kept: Kept | None):
+    """(d hidden, d weight, d bias); uses up `kept`."""
+    scoring.tokens.check()
+    start, stop = (kept.start, kept.stop) if kept else (scoring.tokens.supervised(),) * 2
+    scoring.logits = kept.logits if kept else scoring.new_logits(min(scoring.plan.rows, stop))
+    scoring.sum_over(few=stop <= 2 * scoring.rows)
     if stop > start or not stop:
         scoring.use_(start, stop, grads)
     scoring.recompute_and_use_(0, start, grads)
-    gradient = scoring.gradient
-    dweight = [d.to(dtype) for d, dtype in zip(gradient.weight, dtypes, strict=True)]
-    return scoring.dhidden, dweight, gradient.bias
+    return scoring.gradients()
 
 
 def forward_with_gradient(
-    head: Head,
-    plan: Plan,
-    outputs: Sequence[str],
-    dtypes: Sequence[torch.dtype],
+    scoring: Scoring,
     ends: Callable[[], list[int]],
     gradient_of: Callable[[TokenScores, int, int], ScoreGradients],
-) -> Scoring:
+) -> None:
     """Scores and gradients in one sweep, unit by unit.
 
     A unit is a group of consecutive rows with a loss of its own. `ends()` waits for the number of
     rows and returns where each unit ends; `gradient_of(scores, first, last)` the gradient of the
     loss of these units in their scores, in the order of tokens. A unit larger than the workspace
-    has its logits computed twice.
+    has its logits computed twice. So units, not the number of rows, decide where a workspace ends:
+    the loop is not that of `Sweep.workspaces`.
     """
-    n = head.labels.shape[0]
-    scoring = Scoring.start(head, plan, outputs)
+    n, plan = scoring.tokens.labels.shape[0], scoring.plan
     queued = min(n, plan.first)
-    scoring.make_room(queued)
-    scoring.logits_(0, 0, queued)
+    if queued:
+        scoring.make_room(queued)
+        scoring.fill_(scoring.logits, 0, queued)
     units = ends()
-    rows = unit_rows(units, plan.rows)
-    scoring.make_room(rounded(rows, min(n, plan.rows)))
+    scoring.make_room(rounded(unit_rows(units, plan.rows), min(n, plan.rows)))
     parts = list(pack(units, scoring.rows))
     few = sum(-(-(stop - begin) // scoring.rows) for _, _, begin, stop in parts) <= 2
-    scoring.start_gradient([sum_dtype(dtype, few) for dtype in dtypes])
+    scoring.sum_over(few=few)
     for first, last, begin, stop in parts:
         ready = min(queued, stop) if begin == 0 else begin
-        single = stop - begin <= scoring.rows
-        if single:
-            scoring.logits_(begin, ready, stop)
-            scoring.score_(begin, begin, stop)
-            scoring.use_(begin, stop, gradient_of(scoring.scores, first, last))
-            continue
-        for start in range(begin, stop, scoring.rows):
+        for start in range(begin, max(stop, begin + 1), scoring.rows):
             end = min(start + scoring.rows, stop)
-            scoring.logits_(start, max(ready, start), end)
-            scoring.score_(start, start, end)
+            missing = max(ready, start)
+            if missing < end:
+                scoring.fill_(scoring.logits[missing - start : end - start], missing, end)
+            scoring.score_(scoring.logits[: end - start], start, end)
         grads = gradient_of(scoring.scores, first, last)
         scoring.use_(start, stop, grads)  # the last part's logits are still there
         scoring.recompute_and_use_(begin, start, grads)
     if not parts:  # no token has a label: gradients of zero
         scoring.use_(0, 0, gradient_of(scoring.scores, 0, 0))
-    return scoring

@@ -8,6 +8,8 @@ device computes those rows the count arrives and the rest is queued behind them.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from ..runtime import tl, triton, use_triton
@@ -73,7 +75,8 @@ class HostStats:
     """
 
     def __init__(self, stats: torch.Tensor):
-        self._host, self._event = stats, None
+        self.stats, self._host, self._event = stats, stats, None
+        self._read: list[int] | None = None
         if stats.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 self._host = None
@@ -86,25 +89,65 @@ class HostStats:
     def wait(self, tokens: int, vocab: int) -> int:
         """Of `tokens` tokens, how many are supervised; ValueError if a label is out of range."""
         self.check(vocab)
-        return tokens if self._host is None else int(self._host[0])
+        return tokens if self._host is None else self._numbers()[0]
 
     def counts(self, number: int) -> list[int]:
         """Return the `number` values that follow the stats."""
-        if self._event is not None:
-            self._event.synchronize()
         if self._host is None:
             raise RuntimeError("a loss of groups needs their sizes: not inside a CUDA graph")
-        return self._host[2 : 2 + number].tolist()
+        return self._numbers()[2 : 2 + number]
+
+    def _numbers(self) -> list[int]:
+        if self._read is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._read = self._host.tolist()
+        return self._read
 
     def check(self, vocab: int) -> None:
         """Raise ValueError if a label lies outside [0, vocab)."""
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        number = 0 if self._host is None else int(self._host[1])
+        number = 0 if self._host is None else self._numbers()[1]
         if number:
             raise ValueError(
                 f"{number} labels lie outside [0, {vocab}) and are not ignore_index. Is the "
                 "tokenizer larger than the model's head? "
                 "model.resize_token_embeddings(len(tokenizer)) makes them fit."
             )
+
+
+@dataclasses.dataclass
+class Tokens:
+    """The labels of one call, and the order in which their rows are done."""
+
+    labels: torch.Tensor  # [N]; of a divergence the mask
+    order: torch.Tensor  # [N], supervised tokens first; or [0]: the tokens' own order
+    host: HostStats  # how many tokens are supervised
+    vocab: int  # what labels are below
+
+    @classmethod
+    def of(cls, labels_N: torch.Tensor, vocab: int, ignore_index: int, first: int) -> Tokens:
+        """With supervised tokens first, if there are more than the `first` queued ones."""
+        order_N, stats = partition(labels_N, vocab, ignore_index, labels_N.shape[0] > first)
+        return cls(labels_N, order_N, HostStats(stats), vocab)
+
+    def supervised(self) -> int:
+        """Rows to do: where the supervised tokens come first their number, else all."""
+        n = self.labels.shape[0]
+        return self.host.wait(n, self.vocab) if self.order.numel() else n
+
+    def check(self) -> None:
+        """Raise ValueError if a label lies outside [0, vocab)."""
+        self.host.check(self.vocab)
+
+    def pick(self, tensor_N: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Return these rows of `tensor_N`."""
+        if self.order.numel():
+            return tensor_N.index_select(0, self.order[start:stop])
+        return tensor_N[start:stop]
+
+    def put(self, out_N: torch.Tensor, values: torch.Tensor, start: int, stop: int) -> None:
+        """Make these rows of `out_N` the `values`."""
+        if self.order.numel():
+            out_N.index_copy_(0, self.order[start:stop], values)
+        else:
+            out_N[start:stop] = values

@@ -26,10 +26,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..logits.log_probs import score, score_gradient_
-from ..logits.loss import accumulate_dtype, transform_logits
-from ..logits.scores import ScoreGradients, TokenScores
-from .head import Head
+from ..logits import cross_entropy, log_probs
+from ..logits.loss import LossOptions
+from ..logits.scores import ScoreGradients, ScoreOptions, TokenScores
+from ..logits.transform import Transform, accumulate_dtype
 
 _PIECE = 1 << 24
 """Logits in fp32 at once: 64 MiB."""
@@ -74,44 +74,10 @@ class VocabShard:
         return self.all_reduce(torch.stack(rows_N), dist.ReduceOp.SUM)
 
 
-@dataclasses.dataclass
-class ShardedHead(Head):
-    """The operands of one call on this rank: weight and bias are its shard."""
-
-    shard: VocabShard
-
-    @property
-    def classes(self) -> int:
-        return self.shard.vocab
-
-    def token_loss_(self, logits, start: int, stop: int, want_grad: bool) -> torch.Tensor:
-        self.logits_(logits, start, stop)
-        return _token_loss_(self, logits, self.rows(self.labels, start, stop), want_grad)
-
-    def score(self, logits, labels, wanted: Sequence[str]) -> TokenScores:
-        return _score(self, logits, labels, wanted)
-
-    def score_gradient_(self, logits, labels, scores: TokenScores, grads: ScoreGradients) -> None:
-        """As for a whole head; the label's term goes to the rank that has it."""
-        supervised, valid = _kinds(self, labels)
-        labels, own = self.shard.local(labels)
-        g = grads.log_probs.where(valid | ~supervised, math.nan)
-        along_lse = torch.where(own, 0.0, -g)
-        if grads.log_sum_exp is not None:
-            along_lse = along_lse + grads.log_sum_exp
-        score_gradient_(
-            logits,
-            labels.where(supervised, _IGNORED),
-            scores,
-            ScoreGradients(g.where(own, 0.0), grads.entropy, along_lse),
-            dataclasses.replace(self.options, ignore_index=_IGNORED),
-        )
-
-
-def _kinds(head: ShardedHead, labels_N) -> tuple[torch.Tensor, torch.Tensor]:
+def _kinds(labels_N, ignore_index: int, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens are supervised, and which of them with a label inside [0, V)."""
-    supervised_N = labels_N != head.options.ignore_index
-    return supervised_N, supervised_N & (labels_N >= 0) & (labels_N < head.shard.vocab)
+    supervised_N = labels_N != ignore_index
+    return supervised_N, supervised_N & (labels_N >= 0) & (labels_N < shard.vocab)
 
 
 # --- cross entropy ---------------------------------------------------------------------------
@@ -126,26 +92,34 @@ class _Weights(NamedTuple):
     smooth_all: torch.Tensor | float  # the sum over all ranks
 
     @classmethod
-    def of(cls, head: ShardedHead, labels_N, valid_N, dtype: torch.dtype) -> _Weights:
-        shard, eps = head.shard, head.options.label_smoothing
+    def of(cls, labels_N, valid_N, class_weight_V, eps: float, shard, dtype) -> _Weights:
         hard_N = torch.full(labels_N.shape, 1.0 - eps, dtype=dtype, device=labels_N.device)
         smooth = eps / shard.vocab
-        if head.class_weight is None:
+        if class_weight_V is None:
             return cls(hard_N, smooth, smooth * shard.rows, eps)
-        weight_V = head.class_weight.to(dtype)
+        weight_V = class_weight_V.to(dtype)
         own_V = weight_V[shard.start : shard.start + shard.rows]
         hard_N = hard_N * weight_V[labels_N.where(valid_N, 0)]
         return cls(hard_N, smooth * own_V, smooth * own_V.sum(), smooth * weight_V.sum())
 
 
-def _token_loss_(head: ShardedHead, logits_NV, labels_N, want_grad: bool) -> torch.Tensor:
-    """Loss [N]; the local logits become their gradient. In fp32, some rows at a time."""
-    options, shard = head.options, head.shard
-    supervised_N, valid_N = _kinds(head, labels_N)
+def token_loss_(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, class_weight_V: torch.Tensor | None,
+    options: LossOptions, want_grad: bool, shard: VocabShard | None,
+) -> torch.Tensor:  # fmt: skip
+    """Loss [N]; with `want_grad` the logits, of a shard the local ones, become their gradient.
+
+    Those of a shard are computed in fp32, some rows at a time.
+    """
+    if shard is None:
+        found = cross_entropy.token_loss_(logits_NV, labels_N, class_weight_V, options, want_grad)
+        return found[0]
+    supervised_N, valid_N = _kinds(labels_N, options.ignore_index, shard)
     label_N, own_N = shard.local(labels_N)
-    weights = _Weights.of(head, labels_N, valid_N, accumulate_dtype(logits_NV))
+    dtype = accumulate_dtype(logits_NV)
+    weights = _Weights.of(labels_N, valid_N, class_weight_V, options.label_smoothing, shard, dtype)
     sums = [
-        _local_sums(_transformed(logits_NV[piece], options), label_N[piece], weights.smooth)
+        _local_sums(options.transform(logits_NV[piece]), label_N[piece], weights.smooth)
         for piece in _pieces(logits_NV)
     ]
     own_top_N, total_N, picked_N, smooth_N = map(torch.cat, zip(*sums, strict=True))
@@ -167,13 +141,11 @@ def _token_loss_(head: ShardedHead, logits_NV, labels_N, want_grad: bool) -> tor
         slope_N = weights.hard + weights.smooth_all + 2 * options.z_loss * lse_N
         at_label_N = -weights.hard.where(own_N, 0.0)
         for piece in _pieces(logits_NV):
-            y_nV = _transformed(logits_NV[piece], options)
+            y_nV = options.transform(logits_NV[piece])
             grad_nV = torch.exp(y_nV - top_N[piece, None] - log_total_N[piece, None])
             grad_nV = grad_nV.mul_(slope_N[piece, None]).sub_(weights.smooth)
             grad_nV.scatter_add_(1, label_N[piece, None], at_label_N[piece, None])
-            grad_nV *= options.scale
-            if options.softcap is not None:
-                grad_nV *= 1 - (y_nV / options.softcap).square()
+            options.transform.chain_(grad_nV, y_nV)
             logits_NV[piece] = grad_nV.masked_fill_(~supervised_N[piece, None], 0.0)
     return loss_N.where(valid_N, math.nan).where(supervised_N, 0.0)
 
@@ -181,10 +153,6 @@ def _token_loss_(head: ShardedHead, logits_NV, labels_N, want_grad: bool) -> tor
 def _pieces(logits_NV: torch.Tensor) -> list[slice]:
     rows = max(1, _PIECE // logits_NV.shape[1])
     return [slice(start, start + rows) for start in range(0, max(len(logits_NV), 1), rows)]
-
-
-def _transformed(logits_nV: torch.Tensor, options) -> torch.Tensor:
-    return transform_logits(logits_nV.to(accumulate_dtype(logits_nV)), options)
 
 
 def _local_sums(y_nV: torch.Tensor, label_n: torch.Tensor, smooth_V) -> tuple[torch.Tensor, ...]:
@@ -207,22 +175,26 @@ def _rescaled(total_N: torch.Tensor, shift_N: torch.Tensor) -> torch.Tensor:
 # --- scores ----------------------------------------------------------------------------------
 
 
-def _score(head: ShardedHead, logits_NV, labels_N, wanted: Sequence[str]) -> TokenScores:
-    """Return the scores of `kernels.logits.log_probs.score`, from those of each rank's own logits.
+def score(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, options: ScoreOptions, wanted: Sequence[str],
+    shard: VocabShard | None,
+) -> TokenScores:  # fmt: skip
+    """Return the scores of `kernels.logits.log_probs.score`, of a shard from each rank's own.
 
     With lse_r and entropy_r of rank r's logits alone, w_r = exp(lse_r - top), W = sum_r w_r:
 
         log_sum_exp  = top + log W
         entropy      = sum_r w_r / W (entropy_r - (lse_r - top)) + log W
     """
-    shard = head.shard
-    supervised_N, valid_N = _kinds(head, labels_N)
+    if shard is None:
+        return log_probs.score(logits_NV, labels_N, options, wanted)
+    supervised_N, valid_N = _kinds(labels_N, options.ignore_index, shard)
     label_N, own_N = shard.local(labels_N)
-    options = dataclasses.replace(head.options, ignore_index=_IGNORED)
+    options = dataclasses.replace(options, ignore_index=_IGNORED)
     asked = [name for name in wanted if name not in ("argmax", "is_top1")]
     if len(asked) < len(wanted):
         asked.append("argmax")
-    own = score(logits_NV, label_N.where(supervised_N, _IGNORED), options, asked)
+    own = log_probs.score(logits_NV, label_N.where(supervised_N, _IGNORED), options, asked)
 
     top_N = shard.all_reduce(own.log_sum_exp.clone(), dist.ReduceOp.MAX)
     shift_N = own.log_sum_exp - top_N
@@ -259,10 +231,28 @@ def _score(head: ShardedHead, logits_NV, labels_N, wanted: Sequence[str]) -> Tok
     return TokenScores(**{name: supervised(values_N) for name, values_N in found.items()})
 
 
-def _first_of_all(shard: VocabShard, logits_NV, argmax_N, transform) -> torch.Tensor:
+def _first_of_all(shard: VocabShard, logits_NV, argmax_N, transform: Transform):
     """Return the smallest index with the largest y of all ranks, from the `argmax_N` of this
     one."""
-    best_N = _transformed(logits_NV.gather(1, argmax_N[:, None]), transform).squeeze(1)
+    best_N = transform(logits_NV.gather(1, argmax_N[:, None])).squeeze(1)
     best_of_all_N = shard.all_reduce(best_N.clone(), dist.ReduceOp.MAX)
     index_N = (argmax_N + shard.start).where(best_N == best_of_all_N, shard.vocab)
     return shard.all_reduce(index_N, dist.ReduceOp.MIN)
+
+
+def score_gradient_(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, scores: TokenScores, grads: ScoreGradients,
+    options: ScoreOptions, shard: VocabShard | None,
+) -> None:  # fmt: skip
+    """Overwrite the logits with their gradient; the label's term goes to the rank that has it."""
+    if shard is not None:
+        supervised_N, valid_N = _kinds(labels_N, options.ignore_index, shard)
+        labels_N, own_N = shard.local(labels_N)
+        labels_N = labels_N.where(supervised_N, _IGNORED)
+        options = dataclasses.replace(options, ignore_index=_IGNORED)
+        g_N = grads.log_probs.where(valid_N | ~supervised_N, math.nan)
+        along_lse_N = torch.where(own_N, 0.0, -g_N)
+        if grads.log_sum_exp is not None:
+            along_lse_N = along_lse_N + grads.log_sum_exp
+        grads = ScoreGradients(g_N.where(own_N, 0.0), grads.entropy, along_lse_N)
+    log_probs.score_gradient_(logits_NV, labels_N, scores, grads, options)

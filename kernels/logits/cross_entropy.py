@@ -13,15 +13,16 @@ import torch
 
 from ..autograd import first_derivative_only
 from ..runtime import block_sizes, register_op, runs_in_triton, tl, triton
-from .loss import LossOptions, accumulate_dtype, cross_entropy_reference, transform_logits
+from .loss import LossOptions, cross_entropy_reference
 from .reduction import REDUCTIONS, check_labels, checked_weights, mean_denominator, reduce_loss
+from .transform import accumulate_dtype, chain, transform
 
 # --- torch reference -------------------------------------------------------------------------
 
 
 def _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad):
     """`token_loss_` in plain torch, in place on `logits_NV` like the kernel."""
-    y_NV = transform_logits(logits_NV.to(accumulate_dtype(logits_NV)), options)
+    y_NV = options.transform(logits_NV)
     ignored_N = labels_N == options.ignore_index
     valid_N = (labels_N >= 0) & (labels_N < y_NV.shape[1]) & ~ignored_N
     safe_N1 = labels_N.where(valid_N, 0).unsqueeze(1)
@@ -50,23 +51,13 @@ def _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad):
         if eps:
             grad_NV -= eps / vocab * (1.0 if class_weight_V is None else class_weight_V)
         grad_NV.scatter_add_(1, safe_N1, -hard_N1)
-        grad_NV *= options.scale
-        if options.softcap is not None:
-            grad_NV *= 1 - (y_NV / options.softcap).square()
+        options.transform.chain_(grad_NV, y_NV)
         grad_NV.masked_fill_(ignored_N.unsqueeze(1), 0.0)
         logits_NV.copy_(grad_NV)
     return loss_N, lse_N1.squeeze(1)
 
 
 # --- Triton kernels --------------------------------------------------------------------------
-
-
-@triton.jit
-def transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    y = z * scale
-    if HAS_SOFTCAP:  # tanh(u) = 2 sigmoid(2u) - 1, exact in the limits and without overflow
-        y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)
-    return y
 
 
 @triton.jit
@@ -82,11 +73,8 @@ def _gradient(
         grad -= smooth * tl.load(class_weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     else:
         grad -= smooth
-    grad = tl.where(cols == label, grad - hard, grad) * scale
-    if HAS_SOFTCAP:
-        ratio = y / softcap
-        grad *= 1.0 - ratio * ratio
-    return grad
+    grad = tl.where(cols == label, grad - hard, grad)
+    return chain(grad, y, scale, softcap, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -217,14 +205,14 @@ def token_loss_(
     n, vocab = logits_NV.shape
     loss_N = torch.empty(n, dtype=torch.float32, device=logits_NV.device)
     lse_N = torch.empty_like(loss_N)
+    scale, softcap, has_softcap = options.transform.arguments
     if n:
         _token_loss_kernel[(n,)](
             logits_NV, logits_NV.stride(0), labels_N, class_weight_V,
             _total_weight(class_weight_V), loss_N, lse_N, vocab, options.ignore_index,
-            options.label_smoothing, options.z_loss, options.scale, options.softcap or 1.0,
+            options.label_smoothing, options.z_loss, scale, softcap,
             WRITE_GRAD=want_grad, SMOOTH=options.label_smoothing > 0.0,
-            HAS_CLASS_WEIGHT=class_weight_V is not None,
-            HAS_SOFTCAP=options.softcap is not None,
+            HAS_CLASS_WEIGHT=class_weight_V is not None, HAS_SOFTCAP=has_softcap,
             **block_sizes(vocab, _IN_PLACE if want_grad else _FWD),
         )  # fmt: skip
     return loss_N, lse_N

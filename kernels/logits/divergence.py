@@ -17,7 +17,6 @@ import torch
 
 from ..autograd import first_derivative_only
 from ..runtime import block_sizes, register_op, runs_in_triton, tl, triton
-from .cross_entropy import transform
 from .jensen_shannon import (
     DEFAULT,
     DivergenceOptions,
@@ -26,8 +25,8 @@ from .jensen_shannon import (
     entropy,
     log_ratios,
 )
-from .loss import accumulate_dtype, transform_logits
 from .reduction import scale_rows
+from .transform import accumulate_dtype, chain, transform
 
 # --- torch path ------------------------------------------------------------------------------
 
@@ -35,9 +34,9 @@ from .reduction import scale_rows
 def _token_divergence_torch(student_NV, teacher_NV, mask_N, options, grad_NV):
     """`token_divergence` in plain torch."""
     dtype = accumulate_dtype(student_NV)
-    y_s = transform_logits(student_NV.to(dtype), options.student)
+    y_s = options.student(student_NV)
     log_s = y_s.log_softmax(-1)
-    log_t = transform_logits(teacher_NV.to(dtype), options.teacher).log_softmax(-1)
+    log_t = options.teacher(teacher_NV.to(dtype)).log_softmax(-1)
     ratio_s, ratio_t = log_ratios(log_s, log_t, options)
     p_s, p_t = log_s.exp(), log_t.exp()
     share_s, share_t = options.shares
@@ -50,9 +49,7 @@ def _token_divergence_torch(student_NV, teacher_NV, mask_N, options, grad_NV):
             grad = p_s - p_t
         else:
             grad = share_s * p_s * (ratio_s - kl_s.unsqueeze(-1))
-        grad *= options.student.scale
-        if options.softcap is not None:
-            grad *= 1 - (y_s / options.student.softcap).square()
+        options.student.chain_(grad, y_s)
         grad_NV.copy_(grad.masked_fill_(~mask_N.unsqueeze(-1), 0.0))
     return divergence.where(mask_N, 0.0), entropy_N.where(mask_N, 0.0)
 
@@ -157,12 +154,10 @@ def _divergence_kernel(
             p_s, p_t, ratio_s, ratio_t = _compare(
                 y_s - top_s - log_sum_s, y_t - top_t - log_sum_t, log_share_s, log_share_t, KIND
             )
-            if KIND == "forward":
-                grad = (p_s - p_t) * scale_s
-            else:
-                grad = share_s * p_s * (ratio_s - sum_kl_s) * scale_s
-            if SOFTCAP_S:
-                grad *= 1.0 - (y_s / softcap_s) * (y_s / softcap_s)
+            grad = p_s - p_t
+            if KIND != "forward":
+                grad = share_s * p_s * (ratio_s - sum_kl_s)
+            grad = chain(grad, y_s, scale_s, softcap_s, SOFTCAP_S)
             tl.store(grad_ptr + cols, grad, mask=cols < V)
 
 
@@ -188,17 +183,17 @@ def token_divergence(
     n, vocab = student_NV.shape
     divergence_N = torch.empty(n, dtype=torch.float32, device=student_NV.device)
     entropy_N = torch.empty_like(divergence_N)
-    student, teacher = options.student, options.teacher
+    scale_s, softcap_s, has_softcap_s = options.student.arguments
+    scale_t, softcap_t, has_softcap_t = options.teacher.arguments
     grad = student_NV if grad_NV is None else grad_NV
     if n:
         _divergence_kernel[(n,)](
             student_NV, student_NV.stride(0), teacher_NV, teacher_NV.stride(0),
             grad, grad.stride(0), mask_N.view(torch.uint8), divergence_N, entropy_N, vocab,
             *options.shares, *options.log_shares,
-            student.scale, student.softcap or 1.0, teacher.scale, teacher.softcap or 1.0,
+            scale_s, softcap_s, scale_t, softcap_t,
             KIND=options.kind, WRITE_GRAD=grad_NV is not None,
-            SOFTCAP_S=student.softcap is not None, SOFTCAP_T=teacher.softcap is not None,
-            **block_sizes(vocab, _SIZES),
+            SOFTCAP_S=has_softcap_s, SOFTCAP_T=has_softcap_t, **block_sizes(vocab, _SIZES),
         )  # fmt: skip
     return divergence_N, entropy_N
 

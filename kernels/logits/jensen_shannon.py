@@ -1,8 +1,8 @@
 """The divergence of a student from a teacher, of one token: formula, options, torch reference.
 
-For one token with student logits z_s [V], teacher logits z_t [V] over the same vocabulary,
+For one token with student logits z_s [V], teacher logits z_t [V] over the same vocabulary, and y of
+each as in `transform.py`,
 
-    y = softcap * tanh(scale * z / softcap) / temperature      (scale * z / temperature without)
     p_s = softmax(y_s),  p_t = softmax(y_t)
     m = (1 - beta) * p_s + beta * p_t
     KL(p || q) = sum_v p_v * log(p_v / q_v)                    (0 log 0 = 0)
@@ -34,7 +34,7 @@ import math
 
 import torch
 
-from .loss import LossOptions, accumulate_dtype, transform_logits
+from .transform import Transform, accumulate_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +51,15 @@ class DivergenceOptions:
     def __post_init__(self):
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        _ = self.student, self.teacher  # check scale and softcap
+        _ = self.student, self.teacher  # checks the others
 
     @property
-    def student(self) -> LossOptions:
-        return self._transform(self.scale, self.softcap)
+    def student(self) -> Transform:
+        return Transform(self.scale, self.softcap, self.temperature)
 
     @property
-    def teacher(self) -> LossOptions:
-        return self._transform(self.teacher_scale, self.teacher_softcap)
-
-    def _transform(self, scale: float, softcap: float | None) -> LossOptions:
-        """y as a function of z: the temperature divides both scale and softcap."""
-        softcap = None if softcap is None else softcap / self.temperature
-        return LossOptions(scale=scale / self.temperature, softcap=softcap)
+    def teacher(self) -> Transform:
+        return Transform(self.teacher_scale, self.teacher_softcap, self.temperature)
 
     @property
     def kind(self) -> str:
@@ -117,8 +110,8 @@ def divergence_reference(
     The divergence is differentiable in the logits.
     """
     dtype = accumulate_dtype(student_logits_NV)
-    log_s = transform_logits(student_logits_NV.to(dtype), options.student).log_softmax(-1)
-    log_t = transform_logits(teacher_logits_NV.to(dtype), options.teacher).log_softmax(-1)
+    log_s = options.student(student_logits_NV).log_softmax(-1)
+    log_t = options.teacher(teacher_logits_NV.to(dtype)).log_softmax(-1)
     ratio_s, ratio_t = log_ratios(log_s, log_t, options)
     share_s, share_t = options.shares
     divergence = share_s * (log_s.exp() * ratio_s).sum(-1)

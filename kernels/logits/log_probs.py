@@ -12,24 +12,22 @@ import torch
 
 from ..autograd import first_derivative_only
 from ..runtime import block_sizes, on_device, runs_in_triton, tl, triton
-from .cross_entropy import transform
-from .loss import accumulate_dtype, transform_logits
 from .reduction import check_labels
 from .scores import (
-    DIFFERENTIABLE,
     ScoreGradients,
     ScoreOptions,
     TokenScores,
     check_outputs,
     log_probs_reference,
 )
+from .transform import chain, transform
 
 # --- torch path of the gradient ----------------------------------------------------------------
 
 
 def _gradient_torch_(logits_NV, labels_N, lse_N, entropy_N, grads: ScoreGradients, options):
     """`score_gradient_` in plain torch, in place like the kernel."""
-    y_NV = transform_logits(logits_NV.to(accumulate_dtype(logits_NV)), options.transform)
+    y_NV = options.transform(logits_NV)
     logp_NV = y_NV - lse_N.unsqueeze(1)
     p_NV = logp_NV.exp()
     slope_N = -grads.log_probs
@@ -42,10 +40,7 @@ def _gradient_torch_(logits_NV, labels_N, lse_N, entropy_N, grads: ScoreGradient
     valid_N = (labels_N >= 0) & (labels_N < logits_NV.shape[1])
     label_N1 = labels_N.where(valid_N, 0).unsqueeze(1)
     grad_NV.scatter_add_(1, label_N1, grads.log_probs.where(valid_N, math.nan).unsqueeze(1))
-    transform = options.transform
-    grad_NV *= transform.scale
-    if transform.softcap is not None:
-        grad_NV *= 1 - (y_NV / transform.softcap).square()
+    options.transform.chain_(grad_NV, y_NV)
     grad_NV.masked_fill_((labels_N == options.ignore_index).unsqueeze(1), 0.0)
     logits_NV.copy_(grad_NV)
 
@@ -153,10 +148,8 @@ def _score_gradient_kernel(
     if ENTROPY:
         surprise = tl.where(p > 0.0, logp + tl.load(entropy_ptr + row), 0.0)
         grad -= p * surprise * tl.load(g_entropy_ptr + row)
-    grad = tl.where(cols == label, grad + g, grad) * scale
-    if HAS_SOFTCAP:
-        ratio = y / softcap
-        grad *= 1.0 - ratio * ratio
+    grad = tl.where(cols == label, grad + g, grad)
+    grad = chain(grad, y, scale, softcap, HAS_SOFTCAP)
     tl.store(logits_ptr, grad, mask=mask)
 
 
@@ -179,7 +172,7 @@ def score(
         with torch.no_grad():
             return log_probs_reference(logits_NV, labels_N, options, tuple(wanted))
     n, vocab = logits_NV.shape
-    transform = options.transform
+    scale, softcap, has_softcap = options.transform.arguments
     wants_argmax = bool({"argmax", "is_top1"} & wanted)
 
     def per_token(wanted: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
@@ -193,11 +186,9 @@ def score(
     if n:
         _score_kernel[(n,)](
             logits_NV, logits_NV.stride(0), labels_N, log_prob_N, lse_N, entropy_N, square_N,
-            mean_N, argmax_N, vocab, options.ignore_index, transform.scale,
-            transform.softcap or 1.0,
+            mean_N, argmax_N, vocab, options.ignore_index, scale, softcap,
             ENTROPY=entropy_N is not None, SQUARE=square_N is not None, MEAN=mean_N is not None,
-            ARGMAX=wants_argmax, HAS_SOFTCAP=transform.softcap is not None,
-            **block_sizes(vocab, _SCORE),
+            ARGMAX=wants_argmax, HAS_SOFTCAP=has_softcap, **block_sizes(vocab, _SCORE),
         )  # fmt: skip
     is_top1_N = None
     if "is_top1" in outputs:
@@ -223,14 +214,15 @@ def score_gradient_(
         _gradient_torch_(logits_NV, labels_N, scores.log_sum_exp, scores.entropy, grads, options)
         return
     n, vocab = logits_NV.shape
-    transform, sizes = options.transform, block_sizes(vocab, _GRADIENT)
+    scale, softcap, has_softcap = options.transform.arguments
+    sizes = block_sizes(vocab, _GRADIENT)
     if n:
         _score_gradient_kernel[(n, triton.cdiv(vocab, sizes["BLOCK"]))](
             logits_NV, logits_NV.stride(0), labels_N, scores.log_sum_exp, scores.entropy,
             grads.log_probs, grads.entropy, grads.log_sum_exp, vocab, options.ignore_index,
-            transform.scale, transform.softcap or 1.0,
+            scale, softcap,
             ENTROPY=grads.entropy is not None, LSE=grads.log_sum_exp is not None,
-            HAS_SOFTCAP=transform.softcap is not None, **sizes,
+            HAS_SOFTCAP=has_softcap, **sizes,
         )  # fmt: skip
 
 
@@ -245,13 +237,7 @@ class _LogProbs(torch.autograd.Function):
         ctx.save_for_backward(logits, labels, scores.log_sum_exp, scores.entropy)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(
-                value
-                for name, value in scores._asdict().items()
-                if value is not None and name not in DIFFERENTIABLE
-            )
-        )
+        ctx.mark_non_differentiable(*scores.constants)
         return tuple(scores)
 
     @staticmethod
@@ -302,6 +288,4 @@ def log_probs(
         scores = TokenScores(*_LogProbs.apply(logits_NV, labels_N, options, outputs))
     else:
         scores = log_probs_reference(logits_NV, labels_N, options, outputs)
-    if "log_sum_exp" not in outputs:
-        scores = scores._replace(log_sum_exp=None)
-    return scores.map(lambda x: x.reshape(labels.shape))
+    return scores.answer(outputs, labels.shape)

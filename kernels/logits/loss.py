@@ -1,16 +1,16 @@
 """The loss of one token from its logits: formula, options, torch reference.
 
-For one token with logits z [V], label c, class weights w [V] (1 when absent) and
+For one token with logits z [V], label c, class weights w [V] (1 when absent), y as in
+`transform.py` (with temperature 1) and
 
-    y = softcap * tanh(scale * z / softcap)      (y = scale * z without softcap)
     lse = log(sum_v exp(y_v))
 
     loss = (1 - eps) * w_c * (lse - y_c)  +  eps / V * sum_v w_v * (lse - y_v)  +  z_loss * lse**2
 
 where eps is the label smoothing (Szegedy et al., 2016, arXiv:1512.00567; the same definition as
-`torch.nn.functional.cross_entropy`), z_loss the weight of the log-normalizer penalty (PaLM,
-arXiv:2204.02311) and softcap the tanh bound of Gemma 2 (arXiv:2408.00118). A token whose label is
-`ignore_index` has loss 0 and gradient 0; one whose label lies outside [0, V) has loss NaN.
+`torch.nn.functional.cross_entropy`) and z_loss the weight of the log-normalizer penalty (PaLM,
+arXiv:2204.02311). A token whose label is `ignore_index` has loss 0 and gradient 0; one whose label
+lies outside [0, V) has loss NaN.
 
 Shapes: N tokens, V vocabulary. The reference computes in fp32, or in fp64 for fp64 logits.
 """
@@ -21,6 +21,8 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+
+from .transform import Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +38,11 @@ class LossOptions:
     def __post_init__(self):
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
-        if self.softcap is not None and not self.softcap > 0.0:
-            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
-        if not abs(self.scale) < float("inf"):  # math.isfinite does not compile in torch 2.11
-            raise ValueError(f"scale must be finite, got {self.scale}")
+        _ = self.transform  # checks scale and softcap
 
-
-def transform_logits(logits: torch.Tensor, options: LossOptions) -> torch.Tensor:
-    """y of the formula, in the dtype of `logits`."""
-    if options.softcap is not None:
-        return options.softcap * torch.tanh(logits * (options.scale / options.softcap))
-    return logits * options.scale if options.scale != 1.0 else logits
+    @property
+    def transform(self) -> Transform:
+        return Transform(self.scale, self.softcap)
 
 
 def cross_entropy_reference(
@@ -56,7 +52,7 @@ def cross_entropy_reference(
     options: LossOptions = LossOptions(),
 ) -> torch.Tensor:
     """Loss per token [N] in fp32 (fp64 for fp64 logits), differentiable in the logits."""
-    y_NV = transform_logits(logits_NV.to(accumulate_dtype(logits_NV)), options)
+    y_NV = options.transform(logits_NV)
     loss_N = F.cross_entropy(
         y_NV,
         labels_N,
@@ -69,7 +65,3 @@ def cross_entropy_reference(
         penalty_N = options.z_loss * torch.logsumexp(y_NV, -1).square()
         loss_N = loss_N + penalty_N.where(labels_N != options.ignore_index, 0.0)
     return loss_N
-
-
-def accumulate_dtype(logits: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)

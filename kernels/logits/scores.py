@@ -1,9 +1,7 @@
 """What one pass over the logits tells about each token: formulas, options, torch reference.
 
-For one token with logits z [V], label c and y as in `loss.py` (scale, softcap), divided by the
-temperature:
+For one token with logits z [V], label c and y as in `transform.py`:
 
-    y = softcap * tanh(scale * z / softcap) / temperature      (scale * z / temperature without)
     log_sum_exp       = log(sum_v exp(y_v))
     p_v               = exp(y_v - log_sum_exp)
     log_probs         = y_c - log_sum_exp
@@ -33,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from .loss import LossOptions, accumulate_dtype, transform_logits
+from .transform import Transform
 
 EXTRA = ("entropy", "log_sum_exp", "log_sum_sq_probs", "mean_logits", "argmax", "is_top1")
 """What can be asked for beside `log_probs`."""
@@ -55,6 +53,17 @@ class TokenScores(NamedTuple):
     def map(self, fn) -> TokenScores:
         return TokenScores(*(None if x is None else fn(x) for x in self))
 
+    def answer(self, outputs: Sequence[str], shape: torch.Size) -> TokenScores:
+        """Return what a caller gets who asked for `outputs`: log_sum_exp is there in any case."""
+        kept = self if "log_sum_exp" in outputs else self._replace(log_sum_exp=None)
+        return kept.map(lambda x: x.reshape(shape))
+
+    @property
+    def constants(self) -> list[torch.Tensor]:
+        """Those without gradient."""
+        fields = self._asdict().items()
+        return [x for name, x in fields if x is not None and name not in DIFFERENTIABLE]
+
 
 class ScoreGradients(NamedTuple):
     """Gradients [N] that arrive at the scores of N tokens; None is zero."""
@@ -74,15 +83,11 @@ class ScoreOptions:
     temperature: float = 1.0
 
     def __post_init__(self):
-        if not 0.0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        LossOptions(scale=self.scale, softcap=self.softcap)
+        _ = self.transform  # checks the others
 
     @property
-    def transform(self) -> LossOptions:
-        """The same function of z with the temperature folded in."""
-        softcap = None if self.softcap is None else self.softcap / self.temperature
-        return LossOptions(self.ignore_index, scale=self.scale / self.temperature, softcap=softcap)
+    def transform(self) -> Transform:
+        return Transform(self.scale, self.softcap, self.temperature)
 
 
 def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
@@ -101,7 +106,7 @@ def log_probs_reference(
 ) -> TokenScores:
     """Return the formulas in plain torch, differentiable by autograd."""
     vocab = logits_NV.shape[1]
-    y_NV = transform_logits(logits_NV.to(accumulate_dtype(logits_NV)), options.transform)
+    y_NV = options.transform(logits_NV)
     supervised_N = labels_N != options.ignore_index
     valid_N = (labels_N >= 0) & (labels_N < vocab)
     label_N1 = labels_N.where(valid_N, 0).unsqueeze(1)

@@ -9,7 +9,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-from liger_trainer.deferred.head_call import Operands
 from liger_trainer.deferred.logits import (
     OPS,
     DeferredLogits,
@@ -21,6 +20,7 @@ from liger_trainer.deferred.logits import (
 )
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.cross_entropy import linear_cross_entropy
+from liger_trainer.kernels.linear.head import LinearHead
 from liger_trainer.kernels.logits.cross_entropy import cross_entropy
 from liger_trainer.kernels.logits.loss import LossOptions
 
@@ -192,9 +192,9 @@ def per_token(logits, reduce, dtype: torch.dtype):
     ops = logits.state.ops
     rows = max(1, WORKSPACE_BYTES // (4 * logits.shape[-1]))
 
-    def fused(operands: list[Operands]):
+    def fused(head: LinearHead):
         found = [
-            reduce(replay(ops, plain_logits(operands, slice(start, start + rows))))
+            reduce(replay(ops, plain_logits(head, slice(start, start + rows))))
             for start in range(0, math.prod(logits.shape[:-1]), rows)
         ]
         empty = torch.empty(0, dtype=dtype, device=logits.device)
@@ -205,12 +205,13 @@ def per_token(logits, reduce, dtype: torch.dtype):
     return NotImplemented if results is None else results[0].reshape(logits.shape[:-1])
 
 
-def plain_logits(operands: list[Operands], rows: slice = slice(None)) -> torch.Tensor:
+def plain_logits(head: LinearHead, rows: slice = slice(None)) -> torch.Tensor:
     """Return some rows of the logits [N, V], by the operations of the plain head."""
-    parts = []
-    for hidden, weight, bias, _ in operands:
+    parts, bias = [], head.bias
+    for hidden, weight in zip(head.hidden, head.weight, strict=True):
         x = hidden.reshape(-1, hidden.shape[-1])[rows]
         parts.append(F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
+        bias = None
     return functools.reduce(torch.add, parts)
 
 
@@ -230,15 +231,15 @@ def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-
         options = LossOptions(ignore_index, label_smoothing)
         loss = cross_entropy(input.materialize(), target, options=options, **kwargs)
         return loss.to(dtype)
-    if state.transform is None:
+    made = state.transform
+    if made is None:
         return NotImplemented
-    options = LossOptions(ignore_index, label_smoothing, 0.0, *state.transform)
+    options = LossOptions(ignore_index, label_smoothing, scale=made.scale, softcap=made.softcap)
 
-    def fused(operands: list[Operands]):
-        hidden, weights, biases, shards = zip(*operands, strict=True)
+    def fused(head: LinearHead):
         loss = linear_cross_entropy(
-            list(hidden), list(weights), target, biases[0],
-            options=options, shard=shards[0], **kwargs,
+            head.hidden, head.weight, target, head.bias,
+            options=options, shard=head.shard, **kwargs,
         )  # fmt: skip
         return (loss,)
 

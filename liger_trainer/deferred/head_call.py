@@ -24,20 +24,16 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.modules import module as _global_hooks
 
 from liger_trainer.deferred.scope import recording
-from liger_trainer.deferred.vocab_parallel import LocalRows, in_place_of_linear, is_wrapped_shard
-from liger_trainer.kernels.linear.vocab_parallel import VocabShard
+from liger_trainer.deferred.vocab_parallel import (
+    LocalRows,
+    in_place_of_linear,
+    is_wrapped_shard,
+    refuse_scattered,
+)
+from liger_trainer.kernels.linear.head import LinearHead
 from liger_trainer.swap import Swapped
 
 Results = tuple[torch.Tensor | None, ...]
-
-
-class Operands(NamedTuple):
-    """One summand of the logits: hidden [..., H] @ weight [V, H]^T + bias [V]."""
-
-    hidden: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    shard: VocabShard | None = None  # which rows of the weight these are, if not all
 
 
 class Term(NamedTuple):
@@ -49,7 +45,7 @@ class Term(NamedTuple):
 
 
 Body = Callable[[torch.Tensor], "Results | torch.Tensor"]
-Consumer = Callable[[list[Operands]], "Results | torch.Tensor"]
+Consumer = Callable[[LinearHead], "Results | torch.Tensor"]
 
 
 class CallableHead(Swapped):
@@ -65,6 +61,19 @@ class CallableHead(Swapped):
         if is_shard and not isinstance(args[0], DTensor):
             return F.linear(args[0], *weights_of(self))
         return super().forward(*args, **kwargs)
+
+
+def plain_call(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the head's logits, computed at once."""
+    if not is_wrapped_shard(head):
+        return nn.Module.__call__(head, hidden)
+
+    def check(x, weight, bias, split):
+        refuse_scattered(split)
+        return NotImplemented
+
+    with in_place_of_linear(head, check):
+        return nn.Module.__call__(head, hidden)
 
 
 def weights_of(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -114,21 +123,21 @@ def consume(
     return _call(list(terms), consumer, [], shards and len(terms) == 1)
 
 
-def _call(terms: list[Term], consumer: Consumer, gathered: list[Operands], shards: bool = False):
+def _call(terms: list[Term], consumer: Consumer, gathered: list[LinearHead], shards: bool = False):
     # Not a closure that calls itself: that would be a cycle, which keeps the graph alive.
     if not terms:
-        return consumer(gathered)
+        return consumer(LinearHead.sum(gathered))
     (layer, hidden, scale), *rest = terms
     if scale != 1.0:
         hidden = hidden * scale
 
     def body(x, *_):
-        if isinstance(x, Operands):
+        if isinstance(x, LinearHead):
             return _call(rest, consumer, [*gathered, x])
         if isinstance(layer, nn.Linear):
-            found = Operands(x, *weights_of(layer))
-            return _call(rest, consumer, [*gathered, found])
-        return _inside_composite(layer, x, lambda own: _call(rest, consumer, [*gathered, *own]))
+            weight, bias = weights_of(layer)
+            return _call(rest, consumer, [*gathered, LinearHead([x], [weight], bias)])
+        return _inside_composite(layer, x, lambda own: _call(rest, consumer, [*gathered, own]))
 
     return _in_place_of_forward(layer, hidden, body, shards)
 
@@ -166,7 +175,7 @@ def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body, sh
         local = None if results else LocalRows.of(x, weight, bias, split)
         if local is None or not shards:
             return NotImplemented
-        results.append(body(Operands(local.x, local.weight, local.bias, local.shard)))
+        results.append(body(local.head))
         return local.leaving(_anchor_of(results[0], hidden))
 
     if is_wrapped_shard(module):

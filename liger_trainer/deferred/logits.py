@@ -6,9 +6,7 @@ the head (`head_call.py`) and computes loss and gradients where the weights are.
 keeps its own forward and its own loss function. Anything else that touches the logits gets their
 value, bit for bit what the plain head computes, as a view of it where torch gives a view.
 
-Gradients. A consumer sends its gradients to the head's operands directly, and along the logits
-themselves a `DeferredGradient`, which is computed if somebody looks: hooks, `retain_grad` and
-`torch.autograd.grad` see what they would see of plain logits.
+Their place in the autograd graph, and gradients of the logits themselves: `graph.py`.
 """
 
 from __future__ import annotations
@@ -17,22 +15,19 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liger_trainer.deferred.head_call import Operands, Results, Term, consume
-from liger_trainer.deferred.origin import WAY_OUT, Origin, device_of, seen_in
+from liger_trainer.deferred.graph import LogitsNode, gradient_through, joined
+from liger_trainer.deferred.head_call import Results, Term, consume, plain_call
+from liger_trainer.deferred.origin import Origin, device_of, seen_in
 from liger_trainer.deferred.scope import RECORDED, Scope
 from liger_trainer.deferred.tensor import Deferred
-from liger_trainer.deferred.vocab_parallel import (
-    in_place_of_linear,
-    is_wrapped_shard,
-    refuse_scattered,
-)
-from liger_trainer.kernels.autograd import forbid_derivative
+from liger_trainer.kernels.linear.head import LinearHead
+from liger_trainer.kernels.logits.transform import Transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +50,10 @@ class State:
         return dataclasses.replace(self, ops=(*self.ops, (name, value)))
 
     @property
-    def transform(self) -> tuple[float, float | None] | None:
-        """(scale, softcap) of the logits; None if a kernel cannot express `ops`."""
-        return as_scale_and_softcap(self.ops)
+    def transform(self) -> Transform | None:
+        """What `ops` amount to; None if a kernel cannot express them."""
+        found = as_scale_and_softcap(self.ops)
+        return None if found is None else Transform(*found)
 
     @property
     def device(self) -> torch.device:
@@ -118,7 +114,7 @@ class DeferredLogits(Deferred):
     _node: object = None  # the grad_fn that it was made with
     _replaced_by: torch.Tensor | None = None  # after an in-place operation
     _has_views = False
-    _direct: torch.Tensor | None = None  # the value without the detour by `_Results`
+    _direct: torch.Tensor | None = None  # the value without the detour by `Results` of `graph.py`
 
     @property
     def state(self) -> State | None:
@@ -160,7 +156,7 @@ class DeferredLogits(Deferred):
         if value is None:
             value = self.direct()
             if self.is_attached and self._is_observed():
-                (value,) = _joined(self, (value,), lambda grads: grads[0])
+                (value,) = joined(self, (value,), lambda grads: grads[0])
             elif not self.requires_grad:
                 value = value.detach()
             elif not value.requires_grad:  # adopted by an autograd function
@@ -180,19 +176,6 @@ class DeferredLogits(Deferred):
         """Whether somebody waits for a gradient of the logits themselves."""
         as_own = self.grad_fn is self._node
         return not as_own or bool(self._backward_hooks) or self.retains_grad
-
-
-def plain_call(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the head's logits, computed at once."""
-    if not is_wrapped_shard(head):
-        return nn.Module.__call__(head, hidden)
-
-    def check(x, weight, bias, split):
-        refuse_scattered(split)
-        return NotImplemented
-
-    with in_place_of_linear(head, check):
-        return nn.Module.__call__(head, hidden)
 
 
 def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bool, scope: Scope):
@@ -244,179 +227,9 @@ def _make(state, like, operands=(), parents=(), from_parents=None) -> DeferredLo
 
     if not with_grad:
         return make()
-    made = _LogitsNode.apply(make, state, from_parents, *(operands or parents))
+    made = LogitsNode.apply(make, state, from_parents, *(operands or parents))
     made._node = made.grad_fn
     return made
-
-
-# --- gradients of the logits themselves ---------------------------------------------------------
-
-
-class _Like(NamedTuple):
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-class DeferredGradient(Deferred):
-    """The gradient of a consumer's results in the logits, which the operands have already got.
-
-    `_extra` is the part that came otherwise and is still to be sent on.
-    """
-
-    handlers: ClassVar[dict[Callable, Callable]] = {}
-    _make: Callable[[], torch.Tensor]
-    _extra: torch.Tensor | None = None
-    _create_graph: bool  # its own derivative, which there is none of, may be asked for
-
-    @classmethod
-    def of(
-        cls, like, make: Callable[[], torch.Tensor], extra=None, create_graph=None
-    ) -> DeferredGradient:
-        gradient = cls(like.shape, like.dtype, like.device)
-        enabled = torch.is_grad_enabled()
-        gradient._create_graph = enabled if create_graph is None else create_graph
-        if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
-            # Anomaly detection looks at every gradient, from where autograd cannot compute one.
-            make = functools.cache(make)
-            make()
-        gradient._make, gradient._extra = make, extra
-        return gradient
-
-    def compute(self) -> torch.Tensor:
-        value = self._make()
-        value = value if self._extra is None else value + self._extra
-        with torch.set_grad_enabled(self._create_graph):
-            return forbid_derivative((value,))[0]
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """Stay deferred where gradients meet or are kept (`retain_grad`)."""
-        if func in (torch.ops.aten.clone.default, torch.ops.aten.detach.default):
-            (x, *_) = args
-            return cls.of(x, x._make, x._extra, x._create_graph)
-        if func is torch.ops.aten.add.Tensor and len(args) == 2 and not kwargs:
-            deferred = [x for x in args if isinstance(x, DeferredGradient)]
-            extras = [x._extra for x in deferred if x._extra is not None]
-            extras += [x for x in args if not isinstance(x, DeferredGradient)]
-            return cls.of(
-                deferred[0],
-                lambda: sum(x._make() for x in deferred),
-                sum(extras) if extras else None,
-                any(x._create_graph for x in deferred),
-            )
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-class _LogitsNode(torch.autograd.Function):
-    """The place of deferred logits in the autograd graph; tensors: operands or parents."""
-
-    @staticmethod
-    def forward(ctx, make, state, from_parents, *tensors):
-        ctx.set_materialize_grads(False)
-        # The logits themselves are not held here: that would be a cycle.
-        ctx.state, ctx.from_parents = state, from_parents
-        ctx.parents = tensors if from_parents else ()
-        return make()
-
-    @staticmethod
-    def backward(ctx, grad):
-        nothing = (None,) * (len(ctx.needs_input_grad) - 3)
-        if grad is None:
-            found = nothing
-        elif not ctx.parents:
-            with torch.no_grad():
-                found = _to_operands(ctx, grad) or nothing
-            found = forbid_derivative(found)
-        elif isinstance(grad, DeferredGradient):
-            found = _pass_on(ctx, grad)
-        else:
-            found = forbid_derivative(_to_parents(ctx, grad))
-        return None, None, None, *found
-
-
-def _pass_on(ctx, grad: DeferredGradient) -> list[DeferredGradient | None]:
-    extras = (None,) * len(ctx.parents)
-    if grad._extra is not None:
-        extras = _to_parents(ctx, grad._extra)
-    return [
-        DeferredGradient.of(parent, lambda i=i: _to_parents(ctx, grad._make())[i], extra)
-        if parent.requires_grad
-        else None
-        for i, (parent, extra) in enumerate(zip(ctx.parents, extras, strict=True))
-    ]
-
-
-def _to_parents(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    with torch.enable_grad():
-        values = [p.materialize().detach().requires_grad_(p.requires_grad) for p in ctx.parents]
-        value = ctx.from_parents(*values)
-        wanted = [v for v in values if v.requires_grad]
-        grads = iter(torch.autograd.grad(value, wanted, grad))
-    return tuple(next(grads) if v.requires_grad else None for v in values)
-
-
-def _to_operands(ctx, grad) -> tuple[torch.Tensor | None, ...] | None:
-    """Send a gradient that came to the logits themselves to hidden states and parameters."""
-    origin = ctx.state.origin
-    if isinstance(grad, DeferredGradient):
-        if grad._extra is None:
-            return None
-        grad = grad._extra
-    elif origin.consumers:
-        raise RuntimeError(
-            "The gradient of deferred logits was changed on its way (by a hook or an autograd "
-            "function), after the fused loss had used it. " + WAY_OUT
-        )
-    origin.check()
-    hidden = origin.hidden.detach().requires_grad_(ctx.needs_input_grad[3])
-    operands = (hidden, *origin.operands())
-    with origin.as_then(), torch.enable_grad():
-        value = plain_call(origin.head, hidden)
-    wanted = [t for t in operands if t.requires_grad]
-    grads = iter(torch.autograd.grad(value, wanted, grad, allow_unused=True))
-    return tuple(next(grads) if t.requires_grad else None for t in operands)
-
-
-class _Results(torch.autograd.Function):
-    """A consumer's results: their gradients go to the consumer, and along the logits deferred."""
-
-    @staticmethod
-    def forward(ctx, logits, true_gradient, *results):
-        ctx.set_materialize_grads(False)
-        ctx.like = _Like(logits.shape, logits.dtype, logits.device)
-        ctx.true_gradient = true_gradient
-        return tuple(
-            r.clone() for r in results
-        )  # views could not be changed in place (loss += ...)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        along = None
-        if any(g is not None for g in grads):
-            along = DeferredGradient.of(ctx.like, functools.partial(ctx.true_gradient, grads))
-        return along, None, *grads
-
-
-def _joined(logits: DeferredLogits, results: Results, true_gradient: Callable) -> Results:
-    """Return `results` as autograd sees results of `logits`.
-
-    `true_gradient(grads)` computes the logits' gradient from those of the differentiable results.
-    """
-    differentiable = [r for r in results if r is not None and r.requires_grad]
-    if not differentiable:
-        return results
-    logits._state.origin.consumers.append(None)
-    seen = iter(_Results.apply(logits, true_gradient, *differentiable))
-    return tuple(next(seen) if r is not None and r.requires_grad else r for r in results)
-
-
-def _gradient_through(logits: DeferredLogits, plain: Callable, grads) -> torch.Tensor:
-    with torch.enable_grad():
-        z = logits.materialize().detach().requires_grad_()
-        results = [r for r in plain(z) if r is not None and r.requires_grad]
-    used = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
-    return torch.autograd.grad([r for r, _ in used], z, [g for _, g in used])[0]
 
 
 # --- consumption ---------------------------------------------------------------------------------
@@ -424,15 +237,15 @@ def _gradient_through(logits: DeferredLogits, plain: Callable, grads) -> torch.T
 
 def consume_logits(
     logits: DeferredLogits,
-    fused: Callable[[list[Operands]], Results],
+    fused: Callable[[LinearHead], Results],
     plain: Callable[[torch.Tensor], Results],
     shards: bool = False,
 ) -> Results | None:
-    """Return `fused(operands)`, evaluated inside the head's call, as results of `logits`.
+    """Return `fused(head)`, evaluated inside the head's call, as results of `logits`.
 
     `plain(z)` must make the same results of the value z, and `shards` tells whether `fused` takes
-    operands with some rows of the vocabulary. None if the logits turn out to be more than a sum of
-    linear layers, or to have such operands where they are not taken.
+    a head with some rows of the vocabulary. None if the logits turn out to be more than a sum of
+    linear layers, or to come from such a head where it is not taken.
     """
     state = logits.state
     state.origin.check()
@@ -441,10 +254,10 @@ def consume_logits(
         return None  # made under no_grad inside somebody's autograd function
     device = logits.device.type
 
-    def cast(operands: list[Operands]) -> Results:
-        dtype = state.origin.dtype
+    def cast(head: LinearHead) -> Results:
+        hidden = [h.to(state.origin.dtype) for h in head.hidden]
         with torch.autocast(device, enabled=False):
-            return fused([o._replace(hidden=o.hidden.to(dtype)) for o in operands])
+            return fused(dataclasses.replace(head, hidden=hidden))
 
     with state.origin.as_then(), torch.set_grad_enabled(attached):
         results = consume(state.terms, cast, shards)
@@ -452,4 +265,4 @@ def consume_logits(
         return None
     if not attached:
         return results
-    return _joined(logits, results, functools.partial(_gradient_through, logits, plain))
+    return joined(logits, results, functools.partial(gradient_through, logits, plain))

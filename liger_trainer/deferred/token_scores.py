@@ -15,12 +15,14 @@ from liger_trainer.deferred.head_call import consume
 from liger_trainer.deferred.logits import DeferredLogits, State, consume_logits
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.divergence import linear_divergence
+from liger_trainer.kernels.linear.head import LinearHead
 from liger_trainer.kernels.linear.log_probs import linear_log_probs
 from liger_trainer.kernels.logits.divergence import divergence as divergence_of_logits
 from liger_trainer.kernels.logits.jensen_shannon import DivergenceOptions
 from liger_trainer.kernels.logits.log_probs import log_probs
 from liger_trainer.kernels.logits.reduction import scale_sum
 from liger_trainer.kernels.logits.scores import ScoreOptions, TokenScores
+from liger_trainer.kernels.logits.transform import Transform
 
 
 def token_scores(
@@ -37,36 +39,34 @@ def token_scores(
     to them; `weighting` is explained there. Other logits go through `log_probs`.
     """
     state = fusable(logits)
+    options = ScoreOptions(temperature=temperature)
+
+    def plain(z: torch.Tensor) -> TokenScores:
+        return log_probs(z, labels, outputs=outputs, options=options)
+
     if state is not None:
-        scores = _fused_scores(logits, state, labels, temperature, outputs, weighting)
+        if state.origin.dtype == torch.float16:
+            weighting = None  # the loss scale must reach the logits' gradient before it is rounded
+        scores = _fused_scores(
+            logits, state.transform, labels, plain, temperature, outputs, weighting
+        )
         if scores is not None:
             return scores
-    return _plain_scores(logits, labels, temperature, outputs)
+    return plain(logits.materialize() if isinstance(logits, Deferred) else logits)
 
 
-def _plain_scores(logits, labels, temperature, outputs) -> TokenScores:
-    if isinstance(logits, Deferred):
-        logits = logits.materialize()
-    return log_probs(logits, labels, outputs=outputs, options=ScoreOptions(temperature=temperature))
+def _fused_scores(
+    logits: DeferredLogits, made: Transform, labels, plain,
+    temperature: float = 1.0, outputs: Sequence[str] = (), weighting: str | None = None,
+) -> TokenScores | None:  # fmt: skip
+    """Return scores of logits that are `made` so of the head's; None if they must be computed."""
+    options = ScoreOptions(scale=made.scale, softcap=made.softcap, temperature=temperature)
 
-
-def _fused_scores(logits, state: State, labels, temperature, outputs, weighting):
-    scale, softcap = state.transform
-    if state.origin.dtype == torch.float16:
-        weighting = None  # the loss scale must reach the logits' gradient before it is rounded
-    options = ScoreOptions(scale=scale, softcap=softcap, temperature=temperature)
-
-    def fused(operands):
-        hidden, weights, biases, shards = zip(*operands, strict=True)
-        return tuple(
-            linear_log_probs(
-                list(hidden), list(weights), labels, biases[0],
-                outputs=outputs, options=options, weighting=weighting, shard=shards[0],
-            )
+    def fused(head: LinearHead):
+        return linear_log_probs(
+            head.hidden, head.weight, labels, head.bias,
+            outputs=outputs, options=options, weighting=weighting, shard=head.shard,
         )  # fmt: skip
-
-    def plain(z):
-        return tuple(_plain_scores(z, labels, temperature, outputs))
 
     results = consume_logits(logits, fused, plain, shards=True)
     return None if results is None else TokenScores(*results)
@@ -107,18 +107,17 @@ def divergence(
 
     results = None
     if None not in states:
-        (scale, softcap), (teacher_scale, teacher_softcap) = (s.transform for s in states)
-        options = DivergenceOptions(
-            float(beta), float(temperature), scale, softcap, teacher_scale, teacher_softcap
-        )
+        own, others = (s.transform for s in states)
+        options = dataclasses.replace(
+            plain_options, scale=own.scale, softcap=own.softcap,
+            teacher_scale=others.scale, teacher_softcap=others.softcap,
+        )  # fmt: skip
 
-        def fused(operands):
-            def with_teacher(others):
+        def fused(head: LinearHead):
+            def with_teacher(other: LinearHead):
+                hidden = [h.detach().to(states[1].origin.dtype) for h in other.hidden]
                 return linear_divergence(
-                    [o.hidden for o in operands], [o.weight for o in operands],
-                    [o.hidden.detach().to(states[1].origin.dtype) for o in others],
-                    [o.weight for o in others],
-                    mask, operands[0].bias, others[0].bias,
+                    head.hidden, head.weight, hidden, other.weight, mask, head.bias, other.bias,
                     options=options, reduction=reduction, num_items_in_batch=num_items_in_batch,
                 )  # fmt: skip
 
@@ -155,25 +154,13 @@ def _label_log_probs(logits, dim, index):
     names = [name for name, _ in state.ops]
     if not fits or "log_softmax" not in names or index.dtype != torch.int64:
         return NotImplemented
-    before = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")])
-    if not state.origin.fused or before.transform is None:
+    made = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")]).transform
+    if not state.origin.fused or made is None:
         return NotImplemented
-    scale, softcap = before.transform
-    options = ScoreOptions(scale=scale, softcap=softcap)
-    labels = index.squeeze(-1)
-
-    def fused(operands):
-        hidden, weights, biases, shards = zip(*operands, strict=True)
-        scores = linear_log_probs(
-            list(hidden), list(weights), labels, biases[0], options=options, shard=shards[0]
-        )
-        return (scores.log_probs,)
-
-    def plain(z):
-        return (z.gather(-1, index).squeeze(-1),)
-
-    results = consume_logits(logits, fused, plain, shards=True)
-    return NotImplemented if results is None else results[0].unsqueeze(-1).to(logits.dtype)
+    scores = _fused_scores(
+        logits, made, index.squeeze(-1), lambda z: TokenScores(z.gather(-1, index).squeeze(-1))
+    )
+    return NotImplemented if scores is None else scores.log_probs.unsqueeze(-1).to(logits.dtype)
 
 
 @implements(torch.mean, torch.Tensor.mean)
@@ -194,15 +181,16 @@ def _mean(logits, dim=None, keepdim=False):
 def _means(logits, dtype: torch.dtype):
     """Return the mean of each token's logits: where they are linear, the product with a mean
     weight."""
-    scale, softcap = logits.state.transform
-    if softcap is not None:
+    transform = logits.state.transform
+    if transform.softcap is not None:
         return per_token(logits, lambda z: z.to(dtype).mean(-1), dtype)
 
-    def fused(operands):
-        means = sum(o.hidden.to(dtype) @ o.weight.to(dtype).mean(0) for o in operands)
-        if operands[0].bias is not None:
-            means = means + operands[0].bias.to(dtype).mean()
-        return (means * scale,)
+    def fused(head: LinearHead):
+        terms = zip(head.hidden, head.weight, strict=True)
+        means = sum(h.to(dtype) @ w.to(dtype).mean(0) for h, w in terms)
+        if head.bias is not None:
+            means = means + head.bias.to(dtype).mean()
+        return (means * transform.scale,)
 
     results = consume_logits(logits, fused, lambda z: (z.to(dtype).mean(-1),))
     return NotImplemented if results is None else results[0]

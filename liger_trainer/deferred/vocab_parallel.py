@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.overrides import TorchFunctionMode
 
+from liger_trainer.kernels.linear.head import LinearHead
 from liger_trainer.kernels.linear.vocab_parallel import VocabShard
 
 
@@ -56,19 +58,18 @@ def refuse_scattered(weight: torch.Tensor | None) -> None:
         )
 
 
-class LocalRows:
-    """The tensors of one call of a linear layer that is split by rows, on this rank.
+class LocalRows(NamedTuple):
+    """One call of a linear layer that is split by rows, on this rank."""
 
-    `x` and `weight` are those of the call; `split` is the weight as it was when the layer's forward
-    was entered, which a wrapper may have replaced by its local rows since.
-    """
-
-    def __init__(self, x, weight, bias, shard: VocabShard, mesh):
-        self.x, self.weight, self.bias, self.shard, self._mesh = x, weight, bias, shard, mesh
+    head: LinearHead
+    mesh: DeviceMesh
 
     @classmethod
     def of(cls, x, weight, bias, split: torch.Tensor | None) -> LocalRows | None:
         """None if this is no such call, or one whose input's gradient nobody would sum.
+
+        `split` is the weight as it was when the layer's forward was entered, which a wrapper may
+        have replaced by its local rows since.
 
         RuntimeError if the weight is split over data ranks as well.
         """
@@ -83,14 +84,14 @@ class LocalRows:
             x = x.to_local(grad_placements=[Partial()])
         elif torch.is_grad_enabled() and x.requires_grad:
             return None
-        locals_ = [t.to_local() if isinstance(t, DTensor) else t for t in (weight, bias)]
-        if locals_[0].shape[0] != shard.rows:
+        weight, bias = (t.to_local() if isinstance(t, DTensor) else t for t in (weight, bias))
+        if weight.shape[0] != shard.rows:
             return None
-        return cls(x, *locals_, shard, mesh)
+        return cls(LinearHead([x], [weight], bias, shard), mesh)
 
     def leaving(self, tensor: torch.Tensor) -> DTensor:
         """`tensor`, the same on all ranks, in the form in which the wrapper hands it through."""
-        return DTensor.from_local(tensor, self._mesh, [Replicate()], run_check=False)
+        return DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
 
 
 Taking = Callable[

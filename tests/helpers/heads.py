@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from liger_trainer.kernels.linear import operands
+from liger_trainer.kernels.linear import head as linear_head
 
 TOKENS, WIDTH, VOCAB, FIRST = 12, 5, 33, 3
 
@@ -14,7 +14,7 @@ every_rows = pytest.mark.parametrize("rows", [16, 5], ids=["one workspace", "sev
 @pytest.fixture(autouse=True)
 def small_first_part(monkeypatch):
     """The part that is queued before the token count is known, at the size of these problems."""
-    monkeypatch.setattr(operands, "FIRST_ROWS", FIRST)
+    monkeypatch.setattr(linear_head, "FIRST_ROWS", FIRST)
 
 
 def problem(device, dtype=torch.float32, ignored=3, tokens=TOKENS):

@@ -8,7 +8,7 @@ from families import FAMILIES, batch, tiny_model
 from shapes import Shapes
 
 from liger_trainer import inject, restore
-from liger_trainer.kernels.linear import operands
+from liger_trainer.kernels.linear import head as linear_head
 
 ACTIVATION_RULE = {
     **dict.fromkeys(FAMILIES, "swiglu"),
@@ -113,7 +113,7 @@ def test_training_step_builds_no_full_logits(family, device, monkeypatch):
     model = tiny_model(family, device, vocab_size=160)
     inject(model)
     inputs = batch(device)
-    monkeypatch.setattr(operands, "workspace_rows", lambda *_, **__: 4)
+    monkeypatch.setattr(linear_head, "workspace_rows", lambda *_, **__: 4)
     with Shapes() as shapes:
         model(**inputs).loss.backward()
     assert shapes.largest(160) <= 64, "64 is the transposed weight of the head"

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from liger_trainer import LigerTrainer, disable, enable
 from liger_trainer.deferred.logits import DeferredLogits
 from liger_trainer.injection.walk import is_injected
-from liger_trainer.kernels.linear import operands
+from liger_trainer.kernels.linear import head as linear_head
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
@@ -76,7 +76,7 @@ def test_packed_sequences(tmp_path, device):
 
 
 def test_whole_training_step_builds_no_logits(tmp_path, device, monkeypatch):
-    monkeypatch.setattr(operands, "workspace_rows", lambda *_, **__: 4)
+    monkeypatch.setattr(linear_head, "workspace_rows", lambda *_, **__: 4)
     with Shapes() as shapes:
         trainer = train(LigerTrainer, tmp_path, device, tiny_model("llama", device, vocab_size=130))
     assert shapes.largest(130) <= 64  # the head's transposed weight

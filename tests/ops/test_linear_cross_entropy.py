@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from oracle import assert_matches
 from shapes import Shapes
 
-from liger_trainer.kernels.linear import head as chunks
-from liger_trainer.kernels.linear import operands
+from liger_trainer.kernels.linear import head as linear_head
 from liger_trainer.kernels.linear.cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -22,7 +21,7 @@ ALL = LossOptions(label_smoothing=0.1, z_loss=1e-2, scale=0.5, softcap=5.0)
 @pytest.fixture(autouse=True)
 def _small_first_part(monkeypatch):
     """The part that is queued before the token count is known, at the size of these problems."""
-    monkeypatch.setattr(operands, "FIRST_ROWS", 8)
+    monkeypatch.setattr(linear_head, "FIRST_ROWS", 8)
 
 
 def problem(device, dtype=torch.float32, ignored=3, tokens=TOKENS):
@@ -267,7 +266,7 @@ def test_compiles_once_for_all_lengths_with_the_default_workspace(device):
 
 def test_workspaces_are_of_one_size_and_within_the_limit():
     for tokens, limit in [(1, 256), (256, 256), (257, 256), (32768, 8900), (16384, 7760), (5, 3)]:
-        plan = chunks.Plan((True,), (True,), False, True, rows=limit, first=0)
+        plan = linear_head.Plan((True,), (True,), False, True, rows=limit, first=0)
         rows = plan.workspace(tokens)
         assert rows <= limit
         parts = -(-tokens // rows)

@@ -14,7 +14,7 @@ from distillation import (
     reduced,
 )
 
-from liger_trainer.kernels.linear import operands as head_operands
+from liger_trainer.kernels.linear import head as linear_head
 from liger_trainer.kernels.linear.divergence import (
     linear_divergence,
     linear_divergence_reference,
@@ -25,7 +25,7 @@ from liger_trainer.kernels.logits.jensen_shannon import DivergenceOptions
 @pytest.fixture(autouse=True)
 def _small_first_part(monkeypatch):
     """The part that is queued before the token count is known, at the size of these problems."""
-    monkeypatch.setattr(head_operands, "FIRST_ROWS", 2)
+    monkeypatch.setattr(linear_head, "FIRST_ROWS", 2)
 
 
 @pytest.mark.parametrize("beta", BETAS)

@@ -7,7 +7,7 @@ from shapes import Shapes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_trainer.kernels.linear import divergence as module
-from liger_trainer.kernels.linear import operands as head_operands
+from liger_trainer.kernels.linear import head as linear_head
 from liger_trainer.kernels.linear.divergence import (
     linear_divergence,
     linear_divergence_reference,
@@ -34,7 +34,7 @@ def test_never_builds_all_logits(device, reduction):
 
 
 def test_tokens_left_out_cost_nothing(device, monkeypatch):
-    monkeypatch.setattr(head_operands, "FIRST_ROWS", 4)
+    monkeypatch.setattr(linear_head, "FIRST_ROWS", 4)
     student, teacher, mask = problem(device)
     mask[:] = False
     mask[5:9] = True
@@ -53,7 +53,9 @@ def test_two_workspaces_share_the_budget_of_one():
     for student, teacher in itertools.product((torch.float32, torch.bfloat16), repeat=2):
         hidden, weight = tensor(tokens, 8, dtype=student), tensor(vocab, 8, dtype=student)
         alone = workspace_rows(tokens, vocab, 8, hidden) * hidden.element_size()
-        rows = module._shared_rows(hidden, [weight], tensor(tokens, 8, dtype=teacher))
+        other = tensor(tokens, 8, dtype=teacher)
+        heads = (linear_head.LinearHead([x], [weight]) for x in (hidden, other))
+        rows = module._shared_rows(tokens, *heads)
         both = rows * (student.itemsize + teacher.itemsize)
         assert 0.95 * alone < both <= alone
 

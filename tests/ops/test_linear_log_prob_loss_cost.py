@@ -17,7 +17,7 @@ from group_losses import (
 from heads import FIRST, VOCAB, WIDTH, Products, leaves_of
 from shapes import Shapes
 
-from liger_trainer.kernels.linear import operands
+from liger_trainer.kernels.linear import head as linear_head
 from liger_trainer.kernels.linear.log_prob_loss import linear_log_prob_loss, pairs
 
 small_first_part = heads.small_first_part  # a fixture
@@ -148,7 +148,7 @@ def test_an_empty_batch_has_loss_zero(place):
 @pytest.mark.parametrize("rows", [4096, 300], ids=["groups fit", "groups do not fit"])
 def test_host_never_waits_for_an_idle_device(rows, monkeypatch):
     """No synchronizing call; the counts arrive by event, behind queued work."""
-    monkeypatch.setattr(operands, "FIRST_ROWS", 256)
+    monkeypatch.setattr(linear_head, "FIRST_ROWS", 256)
     batch, length, width, vocab = 16, 512, 512, 32000
     hidden = torch.randn(batch, length, width, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16)

@@ -4,7 +4,7 @@ import torch
 from heads import FIRST, TOKENS, VOCAB, WIDTH, assert_all_close, every_rows, leaves_of, problem
 from oracle import assert_matches
 
-from liger_trainer.kernels.linear import operands
+from liger_trainer.kernels.linear import head as linear_head
 from liger_trainer.kernels.linear.log_probs import (
     linear_log_probs,
     linear_log_probs_reference,
@@ -307,7 +307,7 @@ def test_refuses_operands_that_do_not_fit():
 @pytest.mark.parametrize("weighting", [None, "uniform"])
 def test_host_never_waits_for_an_idle_device(weighting, monkeypatch):
     """No synchronizing call; the count arrives by event, behind queued work."""
-    monkeypatch.setattr(operands, "FIRST_ROWS", 1024)
+    monkeypatch.setattr(linear_head, "FIRST_ROWS", 1024)
     tokens, width, vocab = 8192, 512, 32000
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)

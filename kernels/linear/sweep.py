@@ -1,0 +1,191 @@
+"""The chunk loop of a linear head: logits a workspace at a time, and three GEMMs.
+
+A step turns logits into values of each token, and where it can into the gradient of the logits, in
+place. What the step is differs between the operations: `cross_entropy.py`, `divergence.py`, and
+`scoring.py` for log-probabilities.
+
+Legend: N tokens, V vocabulary, H_t width of term t, g the gradient that backward receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ..logits.reduction import masked_scale, scale_rows
+from ..logits.transform import accumulate_dtype
+from .head import LinearHead, Plan, split
+from .supervised import Tokens
+from .workspace import grown, rounded, spans, spans_last_full, sum_dtype
+
+Step = Callable[[torch.Tensor, int, int], None]
+"""step(logits, start, stop): use the logits of these rows, a part of the workspace."""
+
+
+class Sweep:
+    """One head, its tokens, its workspace of logits, and the gradients so far, before g."""
+
+    def __init__(self, head: LinearHead, tokens: Tokens, plan: Plan, logits=None):
+        self.head, self.dtypes = head.cast(), head.dtypes
+        self.sums = self.dtypes  # in which d weight is summed
+        self.tokens, self.plan = tokens, plan
+        self.logits = self.new_logits(0) if logits is None else logits  # [rows, V]
+        self.dhidden: list[torch.Tensor | None] = [None] * len(head.hidden)
+        self.dweight: list[torch.Tensor | None] = [None] * len(head.weight)
+        self.dbias: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the workspace that there is."""
+        return max(self.logits.shape[0], 1)
+
+    def new_logits(self, rows: int) -> torch.Tensor:
+        return self.head.hidden[0].new_empty((rows, self.head.rows))
+
+    def make_room(self, rows: int) -> None:
+        if rows > self.logits.shape[0]:
+            self.logits = grown(self.logits, rows)
+
+    def fill_(self, out: torch.Tensor, start: int, stop: int) -> None:
+        """Fill `out` [stop - start, V] with the logits of these rows."""
+        head = self.head
+        for t, (hidden, weight) in enumerate(zip(head.hidden, head.weight, strict=True)):
+            x = self.tokens.pick(hidden, start, stop)
+            if t > 0:
+                out.addmm_(x, weight.t())
+            elif head.bias is not None:
+                torch.addmm(head.bias, x, weight.t(), out=out)
+            else:
+                torch.mm(x, weight.t(), out=out)
+
+    def workspaces(
+        self, step: Step, rows: int, last_full: bool = False
+    ) -> Iterator[tuple[int, int]]:
+        """Take all rows through `step`, and yield (begin, stop) of each workspace that is full.
+
+        `self.logits[: stop - begin]` then is what the step left of the logits. The last workspace
+        has no rows if no token is supervised. With `last_full` it is as full as it can be.
+        """
+        n = self.tokens.labels.shape[0]
+        limits = n, rows, self.plan.first, self.tokens.supervised
+        parts = spans_last_full(*limits) if last_full else (
+            (start - start % rows, start, stop) for start, stop in spans(*limits)
+        )  # fmt: skip
+        begin = stop = 0
+        for new_begin, start, new_stop in parts:
+            if new_begin > begin:
+                yield begin, stop
+            begin, stop = new_begin, new_stop
+            if stop - begin > self.logits.shape[0]:
+                self.make_room(
+                    stop if start == 0 else rounded(self.tokens.supervised(), min(n, rows))
+                )
+            part = self.logits[start - begin : stop - begin]
+            self.fill_(part, start, stop)
+            step(part, start, stop)
+        yield begin, stop
+
+    def again(self, start: int, stop: int, step: Step | None = None) -> Iterator[tuple[int, int]]:
+        """Like `workspaces`, for rows whose number is known, in the workspace that there is."""
+        for begin in range(start, stop, self.rows):
+            end = min(begin + self.rows, stop)
+            part = self.logits[: end - begin]
+            self.fill_(part, begin, end)
+            if step is not None:
+                step(part, begin, end)
+            yield begin, end
+
+    def sum_over(self, few: bool) -> None:
+        """Choose the dtypes in which d weight is summed over several workspaces, `few` if two."""
+        self.sums = [sum_dtype(dtype, few) for dtype in self.dtypes]
+
+    def add_hidden(self, begin: int, stop: int) -> None:
+        """Finish d hidden of the rows whose dlogits the workspace holds; left-out rows are zero."""
+        dlogits, ordered = self.logits[: stop - begin], self.tokens.order.numel() > 0
+        for t, (hidden, weight) in enumerate(zip(self.head.hidden, self.head.weight, strict=True)):
+            if not self.plan.want_hidden[t]:
+                continue
+            out = self.dhidden[t]
+            if out is None:
+                new = hidden.new_zeros if ordered else hidden.new_empty
+                out = self.dhidden[t] = new(hidden.shape)
+            if ordered:
+                self.tokens.put(out, torch.mm(dlogits, weight), begin, stop)
+            else:
+                torch.mm(dlogits, weight, out=out[begin:stop])
+
+    def add_head(self, begin: int, stop: int, scale_N: torch.Tensor | None = None) -> None:
+        """Add d weight and d bias of these rows, each row times its scale."""
+        dlogits = self.logits[: stop - begin]
+        scale = None if scale_N is None else self.tokens.pick(scale_N, begin, stop)
+        for t, (hidden, weight) in enumerate(zip(self.head.hidden, self.head.weight, strict=True)):
+            if not self.plan.want_weight[t]:
+                continue
+            first = self.dweight[t] is None
+            if first:
+                self.dweight[t] = weight.new_empty(weight.shape, dtype=self.sums[t])
+            x = scale_rows(self.tokens.pick(hidden, begin, stop), scale)
+            _add_product_(self.dweight[t], dlogits, x, first)
+        if self.plan.want_bias:
+            if self.dbias is None:
+                dtype = accumulate_dtype(dlogits)
+                self.dbias = dlogits.new_zeros(self.head.rows, dtype=dtype)
+            self.dbias += _column_sums(dlogits, scale)
+
+    def finished(self) -> tuple[torch.Tensor, ...]:
+        """(d bias, *d hidden, *d weight), for `scaled`; what is not there has no elements."""
+        found = self.dbias, *self.dhidden, *self.dweight
+        return tuple(self.logits.new_empty(0) if d is None else d for d in found)
+
+    def gradients(self):
+        """(d hidden, d weight in the dtypes of the weights, d bias), as `finished`."""
+        dbias, dhidden, dweight = split(self.finished())
+        return dhidden, [d.to(t) for d, t in zip(dweight, self.dtypes, strict=True)], dbias
+
+
+def _add_product_(buffer: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor, first: bool):
+    """buffer [V, H] = dlogits^T x, or += unless `first`, summed in the precision of `buffer`."""
+    beta = 0 if first else 1
+    if buffer.dtype == dlogits.dtype:
+        torch.addmm(buffer, dlogits.t(), x, beta=beta, out=buffer)
+    elif buffer.is_cuda and buffer.dtype == torch.float32:
+        torch.ops.aten.addmm.dtype_out(buffer, dlogits.t(), x, torch.float32, beta=beta, out=buffer)
+    elif first:
+        buffer.copy_(torch.mm(dlogits.t(), x))
+    else:
+        buffer += torch.mm(dlogits.t(), x)
+
+
+def _column_sums(dlogits: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Sum over rows of scale_n * dlogits_n.
+
+    The scale is normalized by its largest magnitude: a common factor is then exact in 16 bits.
+    """
+    if scale is None:
+        return torch.mv(dlogits.t(), dlogits.new_ones(dlogits.shape[0]))
+    largest = torch.linalg.vector_norm(scale, float("inf")) if scale.numel() else scale.sum()
+    largest = largest.clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.mv(dlogits.t(), (scale / largest).to(dlogits.dtype)) * largest
+
+
+def scaled(
+    finished: Sequence[torch.Tensor], g: torch.Tensor, supervised_N: torch.Tensor,
+    dtypes: Sequence[torch.dtype], scale_N: torch.Tensor | None = None,
+):  # fmt: skip
+    """(d hidden, d weight in `dtypes`, d bias), from (d bias, *d hidden, *d weight) before g.
+
+    d hidden is scaled by `scale_N`, by default g, which is 0 for ignored rows; d weight and d bias
+    by g, a scalar if they are known yet, and by 0 if all rows are ignored: whatever g is.
+    """
+    dbias, dhidden, dweight = split(finished)
+    scale_N = masked_scale(g, supervised_N) if scale_N is None else scale_N
+    dhidden = [scale_rows(d, scale_N) if d.numel() else torch.empty_like(d) for d in dhidden]
+    if dbias.numel() or any(d.numel() for d in dweight):
+        g = masked_scale(g, supervised_N.any())
+        dbias = dbias * g
+        dweight = [
+            torch.mul(d, g, out=torch.empty_like(d, dtype=dtype))
+            for d, dtype in zip(dweight, dtypes, strict=True)
+        ]
+    return dhidden, dweight, dbias

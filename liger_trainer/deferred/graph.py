@@ -1,0 +1,189 @@
+"""The place of deferred logits in the autograd graph: gradients that reach the logits themselves.
+
+A consumer sends its gradients to the head's operands directly, and along the logits themselves a
+`DeferredGradient`, which is computed if somebody looks: hooks, `retain_grad` and
+`torch.autograd.grad` see what they would see of plain logits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+
+from liger_trainer.deferred.head_call import Results, plain_call
+from liger_trainer.deferred.origin import WAY_OUT
+from liger_trainer.deferred.tensor import Deferred
+from liger_trainer.kernels.autograd import forbid_derivative
+
+if TYPE_CHECKING:
+    from liger_trainer.deferred.logits import DeferredLogits
+
+
+class _Like(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class DeferredGradient(Deferred):
+    """The gradient of a consumer's results in the logits, which the operands have already got.
+
+    `_extra` is the part that came otherwise and is still to be sent on.
+    """
+
+    handlers: ClassVar[dict[Callable, Callable]] = {}
+    _make: Callable[[], torch.Tensor]
+    _extra: torch.Tensor | None = None
+    _create_graph: bool  # its own derivative, which there is none of, may be asked for
+
+    @classmethod
+    def of(
+        cls, like, make: Callable[[], torch.Tensor], extra=None, create_graph=None
+    ) -> DeferredGradient:
+        gradient = cls(like.shape, like.dtype, like.device)
+        enabled = torch.is_grad_enabled()
+        gradient._create_graph = enabled if create_graph is None else create_graph
+        if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+            # Anomaly detection looks at every gradient, from where autograd cannot compute one.
+            make = functools.cache(make)
+            make()
+        gradient._make, gradient._extra = make, extra
+        return gradient
+
+    def compute(self) -> torch.Tensor:
+        value = self._make()
+        value = value if self._extra is None else value + self._extra
+        with torch.set_grad_enabled(self._create_graph):
+            return forbid_derivative((value,))[0]
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Stay deferred where gradients meet or are kept (`retain_grad`)."""
+        if func in (torch.ops.aten.clone.default, torch.ops.aten.detach.default):
+            (x, *_) = args
+            return cls.of(x, x._make, x._extra, x._create_graph)
+        if func is torch.ops.aten.add.Tensor and len(args) == 2 and not kwargs:
+            deferred = [x for x in args if isinstance(x, DeferredGradient)]
+            extras = [x._extra for x in deferred if x._extra is not None]
+            extras += [x for x in args if not isinstance(x, DeferredGradient)]
+            return cls.of(
+                deferred[0],
+                lambda: sum(x._make() for x in deferred),
+                sum(extras) if extras else None,
+                any(x._create_graph for x in deferred),
+            )
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class LogitsNode(torch.autograd.Function):
+    """The place of deferred logits in the autograd graph; tensors: operands or parents."""
+
+    @staticmethod
+    def forward(ctx, make, state, from_parents, *tensors):
+        ctx.set_materialize_grads(False)
+        # The logits themselves are not held here: that would be a cycle.
+        ctx.state, ctx.from_parents = state, from_parents
+        ctx.parents = tensors if from_parents else ()
+        return make()
+
+    @staticmethod
+    def backward(ctx, grad):
+        nothing = (None,) * (len(ctx.needs_input_grad) - 3)
+        if grad is None:
+            found = nothing
+        elif not ctx.parents:
+            with torch.no_grad():
+                found = _to_operands(ctx, grad) or nothing
+            found = forbid_derivative(found)
+        elif isinstance(grad, DeferredGradient):
+            found = _pass_on(ctx, grad)
+        else:
+            found = forbid_derivative(_to_parents(ctx, grad))
+        return None, None, None, *found
+
+
+def _pass_on(ctx, grad: DeferredGradient) -> list[DeferredGradient | None]:
+    extras = (None,) * len(ctx.parents)
+    if grad._extra is not None:
+        extras = _to_parents(ctx, grad._extra)
+    return [
+        DeferredGradient.of(parent, lambda i=i: _to_parents(ctx, grad._make())[i], extra)
+        if parent.requires_grad
+        else None
+        for i, (parent, extra) in enumerate(zip(ctx.parents, extras, strict=True))
+    ]
+
+
+def _to_parents(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    with torch.enable_grad():
+        values = [p.materialize().detach().requires_grad_(p.requires_grad) for p in ctx.parents]
+        value = ctx.from_parents(*values)
+        wanted = [v for v in values if v.requires_grad]
+        grads = iter(torch.autograd.grad(value, wanted, grad))
+    return tuple(next(grads) if v.requires_grad else None for v in values)
+
+
+def _to_operands(ctx, grad) -> tuple[torch.Tensor | None, ...] | None:
+    """Send a gradient that came to the logits themselves to hidden states and parameters."""
+    origin = ctx.state.origin
+    if isinstance(grad, DeferredGradient):
+        if grad._extra is None:
+            return None
+        grad = grad._extra
+    elif origin.consumers:
+        raise RuntimeError(
+            "The gradient of deferred logits was changed on its way (by a hook or an autograd "
+            "function), after the fused loss had used it. " + WAY_OUT
+        )
+    origin.check()
+    hidden = origin.hidden.detach().requires_grad_(ctx.needs_input_grad[3])
+    operands = (hidden, *origin.operands())
+    with origin.as_then(), torch.enable_grad():
+        value = plain_call(origin.head, hidden)
+    wanted = [t for t in operands if t.requires_grad]
+    grads = iter(torch.autograd.grad(value, wanted, grad, allow_unused=True))
+    return tuple(next(grads) if t.requires_grad else None for t in operands)
+
+
+class _Results(torch.autograd.Function):
+    """A consumer's results: their gradients go to the consumer, and along the logits deferred."""
+
+    @staticmethod
+    def forward(ctx, logits, true_gradient, *results):
+        ctx.set_materialize_grads(False)
+        ctx.like = _Like(logits.shape, logits.dtype, logits.device)
+        ctx.true_gradient = true_gradient
+        return tuple(
+            r.clone() for r in results
+        )  # views could not be changed in place (loss += ...)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        along = None
+        if any(g is not None for g in grads):
+            along = DeferredGradient.of(ctx.like, functools.partial(ctx.true_gradient, grads))
+        return along, None, *grads
+
+
+def joined(logits: DeferredLogits, results: Results, true_gradient: Callable) -> Results:
+    """Return `results` as autograd sees results of `logits`.
+
+    `true_gradient(grads)` computes the logits' gradient from those of the differentiable results.
+    """
+    differentiable = [r for r in results if r is not None and r.requires_grad]
+    if not differentiable:
+        return results
+    logits._state.origin.consumers.append(None)
+    seen = iter(_Results.apply(logits, true_gradient, *differentiable))
+    return tuple(next(seen) if r is not None and r.requires_grad else r for r in results)
+
+
+def gradient_through(logits: DeferredLogits, plain: Callable, grads) -> torch.Tensor:
+    with torch.enable_grad():
+        z = logits.materialize().detach().requires_grad_()
+        results = [r for r in plain(z) if r is not None and r.requires_grad]
+    used = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+    return torch.autograd.grad([r for r, _ in used], z, [g for _, g in used])[0]
