@@ -219,8 +219,11 @@ def worker(engines: list[str], columns: list[str], out: str) -> None:
     dist.destroy_process_group()
 
 
-def start(world: int, *arguments) -> None:
-    """`worker(*arguments)` in `world` processes, forked when what takes long is imported."""
+def start(world: int, worker, *arguments) -> None:
+    """`worker(*arguments)` in `world` processes, forked when what takes long is imported.
+
+    SystemExit if one of them fails; the others are ended then.
+    """
     import peft  # noqa: F401
     from transformers import LlamaForCausalLM  # noqa: F401
 
@@ -259,7 +262,7 @@ def run_matrix(engines: list[str], columns: list[str], out: str) -> dict[str, di
     """
     cells = {}
     for name in engines:
-        start(ENGINES[name].world, [name], columns, out)
+        start(ENGINES[name].world, worker, [name], columns, out)
         cells |= json.loads(Path(out).read_text())
     Path(out).write_text(json.dumps(cells, indent=1))
     return cells
