@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import accelerated
@@ -32,11 +32,11 @@ COMMON = {"gradient_accumulation_steps": 2, "use_cpu": False}
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
 
 
-def zero(stage: int) -> dict:
+def zero(stage: int, **more) -> dict:
     automatic = dict.fromkeys(
         ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
     )
-    options = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    options = {"stage": stage, "stage3_param_persistence_threshold": 0, **more}
     return {"deepspeed": {**automatic, "zero_optimization": options,
                           "zero_allow_untested_optimizer": True}}  # fmt: skip
 
@@ -122,7 +122,9 @@ def build(method: str, row: Row, folder: Path, options: dict, flag: bool):
             made.model_accepts_loss_kwargs = False
         return made
     if method == "SFT":
-        options = options | {"pad_to_multiple_of": 4}
+        options |= {"pad_to_multiple_of": 4}  # a length that ranks can share
+    if method == "GRPO":
+        options |= {"num_generations": 4, "max_completion_length": 6}
     return trl_parity.trainer(method, folder, lambda: arguments_of(method, row), options, flag)
 
 
@@ -140,35 +142,40 @@ def arguments_of(method: str, row: Row) -> dict:
     else:
         rows = [{"prompt": question, **pair} for question in questions]
     found = {"model": row.load(trl_parity.policy), "train_dataset": Dataset.from_list(rows)}
+    if method == "GRPO":
+        found["train_dataset"] = Dataset.from_dict({"prompt": questions})
+        found["reward_funcs"] = [different_characters]
     if method in ("DPO", "KTO"):
         found["ref_model"] = row.load(lambda: trl_parity.policy(seed=1))
     return found
 
 
+def different_characters(completions, **_) -> list[float]:
+    return [len(set(text)) / max(1, len(text)) for text in completions]
+
+
 def train(engine: str, method: str, flag: bool, alone: bool, out: str) -> None:
     """What each process runs; the first writes what the run left."""
+    with told(out):
+        _train(ROWS[engine], method, flag, alone, out)
+
+
+def _train(row: Row, method: str, flag: bool, alone: bool, out: str) -> None:
     from liger_trainer.deferred import logits as deferred
 
     torch.set_num_threads(1)
     accelerated.over_gloo()
     ring_on_cpu.install()
     dist.init_process_group("gloo")
-    row = ROWS[engine]
     calls, plain_call = [], deferred.plain_call
     deferred.plain_call = lambda *args: calls.append(1) or plain_call(*args)
-    try:
-        options = row.alone if alone else row.arguments()
-        if alone:
-            row = dataclasses.replace(row, load=Row.load)
-        trainer = build(method, row, Path(out).with_suffix(""), options, flag)
-        trainer.train()
-        weights = whole_weights(trainer.model_wrapped, trainer.accelerator.unwrap_model(trainer.model))
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0][:100]
-        Path(out).with_suffix(f".{dist.get_rank()}.error").write_text(f"{type(error).__name__}: {line}")
-        if os.environ.get("MATRIX_TRACE"):
-            traceback.print_exc()
-        raise SystemExit(1) from error
+    options = row.alone if alone else row.arguments()
+    if alone:
+        row = dataclasses.replace(row, load=Row.load)
+    trainer = build(method, row, Path(out).with_suffix(""), options, flag)
+    trainer.train()
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = whole_weights(trainer.model_wrapped, model)
     if dist.get_rank() == 0:
         log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
         torch.save({"log": log, "weights": weights, "calls": len(calls)}, out)
@@ -176,16 +183,32 @@ def train(engine: str, method: str, flag: bool, alone: bool, out: str) -> None:
     dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def told(out: str) -> Iterator[None]:
+    """Write an error beside `out`, for `failure`, and end the process."""
+    try:
+        yield
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [""])[0][:160]
+        rank = os.environ["RANK"]
+        Path(f"{out}.{rank}.error").write_text(f"{type(error).__name__}: {line}")
+        if os.environ.get("MATRIX_TRACE"):
+            traceback.print_exc()
+        raise SystemExit(1) from error
+
+
+def failure(out: Path) -> str:
+    """The error that came first: those of processes whose neighbor has ended say nothing."""
+    errors = [path.read_text() for path in sorted(out.parent.glob(f"{out.name}.*.error"))]
+    return next((error for error in errors if "gloo" not in error), "killed")
+
+
 def found_by(engine: str, method: str, flag: bool, folder: Path, alone: bool = False):
     """What a run left, or what it failed with."""
-    name = f"{list(ROWS).index(engine)}-{method}-{flag}-{alone}"
-    out = folder / f"{name}.pt"
+    out = folder / f"{list(ROWS).index(engine)}-{method}-{flag}-{alone}.pt"
     with contextlib.suppress(SystemExit):
         start(1 if alone else 2, train, engine, method, flag, alone, str(out))
-    if out.exists():
-        return torch.load(out)
-    errors = [path.read_text() for path in sorted(folder.glob(f"{name}.*.error"))]
-    return next((e for e in errors if "gloo" not in e), "ended")
+    return torch.load(out) if out.exists() else failure(out)
 
 
 def differences(got: dict, expected: dict) -> str:
@@ -220,6 +243,8 @@ def matrix(engines: list[str], methods: list[str], out: str) -> dict[str, dict[s
     with tempfile.TemporaryDirectory() as folder:
         for engine in engines:
             for method in methods:
+                if method != "Trainer":
+                    trl_parity.classes(method, True)  # imported once, not in every process
                 found = cell(engine, method, Path(folder))
                 cells.setdefault(engine, {})[method] = found
                 print(f"{engine} | {method} | {found}", flush=True)
