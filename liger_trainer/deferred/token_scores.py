@@ -197,12 +197,14 @@ def _means(logits, dtype: torch.dtype):
     scale, softcap = logits.state.transform
     if softcap is not None:
         return per_token(logits, lambda z: z.to(dtype).mean(-1), dtype)
+    each = scale / logits.shape[-1]
 
     def fused(operands):
-        means = sum(o.hidden.to(dtype) @ o.weight.to(dtype).mean(0) for o in operands)
+        sums = sum(o.hidden.to(dtype) @ o.weight.to(dtype).sum(0) for o in operands)
         if operands[0].bias is not None:
-            means = means + operands[0].bias.to(dtype).mean()
-        return (means * scale,)
+            sums = sums + operands[0].bias.to(dtype).sum()
+        shard = operands[0].shard
+        return ((sums if shard is None else shard.sum(sums)[0]) * each,)
 
-    results = consume_logits(logits, fused, lambda z: (z.to(dtype).mean(-1),))
+    results = consume_logits(logits, fused, lambda z: (z.to(dtype).mean(-1),), shards=True)
     return NotImplemented if results is None else results[0]

@@ -122,7 +122,7 @@ def build(method: str, row: Row, folder: Path, options: dict, flag: bool):
             made.model_accepts_loss_kwargs = False
         return made
     if method == "SFT":
-        options |= {"pad_to_multiple_of": 4}  # a length that ranks can share
+        options |= {"pad_to_multiple_of": 32}  # ranks share rows, of one length
     if method == "GRPO":
         options |= {"num_generations": 4, "max_completion_length": 6}
     return trl_parity.trainer(method, folder, lambda: arguments_of(method, row), options, flag)
