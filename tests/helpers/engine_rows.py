@@ -23,7 +23,9 @@ class Engine:
     world: int = 2  # processes
     shares: int = 1  # so many neighboring ranks see the same data
     make: Callable[[bool, str], nn.Module] = tiny  # the model, before the injection
-    rounds: bool = False  # computes in bf16: errors are compared with those of the plain model there
+    rounds: bool = (
+        False  # computes in bf16: errors are compared with those of the plain model there
+    )
     losses: dict[str, Callable] = dataclasses.field(default_factory=lambda: LOSSES)
 
 
@@ -121,7 +123,7 @@ def deepspeed(stage: int, **options):
 PARTS = {"stage3_param_persistence_threshold": 0}
 
 
-# --- models before the injection -------------------------------------------------------------------
+# --- models before the injection ------------------------------------------------------------------
 
 
 def checkpointed(tied: bool, kind: str) -> nn.Module:

@@ -34,7 +34,8 @@ FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading"
 
 def zero(stage: int, **more) -> dict:
     automatic = dict.fromkeys(
-        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+        ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        "auto",
     )
     options = {"stage": stage, "stage3_param_persistence_threshold": 0, **more}
     return {"deepspeed": {**automatic, "zero_optimization": options,

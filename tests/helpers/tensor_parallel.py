@@ -110,7 +110,9 @@ def evaluation() -> dict:
                 model(input_ids=IDS).logits.argmax(-1), expected.argmax(-1)
             )
             logits = model(input_ids=IDS).logits
-            answers["plain calls of a mean"] = plain_calls(lambda: answers.update(mean=logits.mean()))
+            answers["plain calls of a mean"] = plain_calls(
+                lambda: answers.update(mean=logits.mean())
+            )
         answers["mean"] = (answers["mean"] - expected.mean()).abs().item()
         answers["logits"] = (model(**BATCH).logits - expected).abs().max().item()
     return answers

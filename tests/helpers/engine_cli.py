@@ -1,0 +1,84 @@
+"""`liger-trainer train` on two processes under FSDP2, killed and resumed: engine_cli.py FOLDER
+
+One process is killed in the middle of the fourth step. The run is to go on from its checkpoint to
+the model that an uninterrupted run leaves, and to be refused where it could not. Prints what each
+attempt came to, as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import accelerated
+import tiny
+import torch
+from engines import start
+from transformers import Trainer
+
+ENVIRONMENT = {  # what `accelerate launch` sets
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
+def train(state: str, kill: bool, words: list[str], out: str) -> None:
+    """What each process runs; the first keeps what it says."""
+    from liger_trainer import cli
+
+    torch.set_num_threads(1)
+    accelerated.over_gloo()
+    os.environ |= ENVIRONMENT | {"FSDP_STATE_DICT_TYPE": state}
+    step = Trainer.training_step
+
+    def deadly(self, *args, **kwargs):
+        if kill and self.state.global_step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    Trainer.training_step = deadly
+    told = Path(f"{out}.{os.environ['RANK']}").open("w", buffering=1)
+    with told, contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+        code = cli.main(["train", *words])
+    raise SystemExit(code)
+
+
+def attempt(
+    folder: Path, name: str, *options: str, world=2, kill=False, state="SHARDED_STATE_DICT"
+):
+    """What the first process said at last."""
+    out = folder / f"{name}.told"
+    words = [str(folder / "recipe.yaml"), f"training.output_dir={folder / 'out'}", *options]
+    try:
+        start(world, train, state, kill, words, str(out))
+        code = "finished"
+    except SystemExit as ended:
+        code = str(ended)
+    lines = Path(f"{out}.0").read_text().strip().splitlines()
+    return code, (lines or [""])[-1]
+
+
+def main(folder: Path) -> dict:
+    values = tiny.recipe_values(
+        folder, save_strategy="steps", save_steps=2, max_steps=4, use_cpu=False,
+        use_liger_kernel=True, per_device_train_batch_size=2,
+    )  # fmt: skip
+    values["data"]["eval_fraction"] = 0
+    tiny.write_recipe(folder, values)
+    found = {"whole": attempt(folder, "whole")}
+    (folder / "out").rename(folder / "whole")
+    found["killed"] = attempt(folder, "killed", kill=True)
+    found["one process"] = attempt(folder, "one", "--resume", world=1)
+    found["full state"] = attempt(folder, "full", "--resume", state="FULL_STATE_DICT")
+    found["resumed"] = attempt(folder, "resumed", "--resume")
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))
