@@ -43,8 +43,11 @@ def train(state: str, kill: bool, words: list[str], out: str) -> None:
         return step(self, *args, **kwargs)
 
     Trainer.training_step = deadly
-    told = Path(f"{out}.{os.environ['RANK']}").open("w", buffering=1)
-    with told, contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+    with (
+        Path(f"{out}.{os.environ['RANK']}").open("w", buffering=1) as told,
+        contextlib.redirect_stderr(told),
+        contextlib.redirect_stdout(told),
+    ):
         code = cli.main(["train", *words])
     raise SystemExit(code)
 

@@ -1,4 +1,4 @@
-"""Trainers under engines: python tests/helpers/engine_trainers.py --json F --engines NAME ...
+"""Trainers under engines: python tests/helpers/engine_trainers.py --json F --cells CP,SFT ...
 
 Each cell trains with the flag off, and with it on, under an engine that accelerate sets up by its
 own code, on two CPU processes. Log (losses, metrics, gradient norms) and weights are to be those of
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import trl_parity
 from datasets import Dataset
-from engines import as_table, start, whole_weights
+from engines import start, whole_weights
 from torch import nn
 
 LENGTH = 16
@@ -239,16 +239,15 @@ def cell(engine: str, method: str, folder: Path) -> str:
     return "=, fused" if not got["calls"] else f"=, {got['calls']} plain head calls"
 
 
-def matrix(engines: list[str], methods: list[str], out: str) -> dict[str, dict[str, str]]:
+def matrix(chosen: list[tuple[str, str]], out: str) -> dict[str, dict[str, str]]:
     cells: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for engine in engines:
-            for method in methods:
-                if method != "Trainer":
-                    trl_parity.classes(method, True)  # imported once, not in every process
-                found = cell(engine, method, Path(folder))
-                cells.setdefault(engine, {})[method] = found
-                print(f"{engine} | {method} | {found}", flush=True)
+        for engine, method in chosen:
+            if method != "Trainer":
+                trl_parity.classes(method, True)  # imported once, not in every process
+            found = cell(engine, method, Path(folder))
+            cells.setdefault(engine, {})[method] = found
+            print(f"{engine} | {method} | {found}", flush=True)
     Path(out).write_text(json.dumps(cells, indent=1))
     return cells
 
@@ -258,8 +257,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--engines", nargs="+", default=list(ROWS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    every = [f"{engine},{method}" for engine in ROWS for method in METHODS]
+    parser.add_argument("--cells", nargs="+", default=every, metavar="ENGINE,METHOD")
     parser.add_argument("--json", default="engine_trainers.json")
-    chosen = parser.parse_args()
-    print(as_table(matrix(chosen.engines, chosen.methods, chosen.json)))
+    given = parser.parse_args()
+    matrix([tuple(cell.split(",")) for cell in given.cells], given.json)
