@@ -1,8 +1,8 @@
-"""`liger-trainer train` on two processes under FSDP2, killed and resumed: engine_cli.py FOLDER
+"""`liger-trainer train` on two processes under FSDP2: engine_cli.py FOLDER
 
 One process is killed in the middle of the fourth step. The run is to go on from its checkpoint to
-the model that an uninterrupted run leaves, and to be refused where it could not. Prints what each
-attempt came to, as JSON.
+the model that an uninterrupted run leaves, and to be refused where it could not. Another run shares
+every row among both. Prints what each attempt came to, as JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import accelerated
+import ring_on_cpu
 import tiny
 import torch
 from engines import start
@@ -26,15 +27,18 @@ ENVIRONMENT = {  # what `accelerate launch` sets
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+SHARDED, FULL = ({"FSDP_STATE_DICT_TYPE": f"{kind}_STATE_DICT"} for kind in ("SHARDED", "FULL"))
+SHARED_ROWS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
 
 
-def train(state: str, kill: bool, words: list[str], out: str) -> None:
+def train(environment: dict, kill: bool, words: list[str], out: str) -> None:
     """What each process runs; the first keeps what it says."""
     from liger_trainer import cli
 
     torch.set_num_threads(1)
     accelerated.over_gloo()
-    os.environ |= ENVIRONMENT | {"FSDP_STATE_DICT_TYPE": state}
+    ring_on_cpu.install()
+    os.environ |= ENVIRONMENT | environment
     step = Trainer.training_step
 
     def deadly(self, *args, **kwargs):
@@ -52,14 +56,12 @@ def train(state: str, kill: bool, words: list[str], out: str) -> None:
     raise SystemExit(code)
 
 
-def attempt(
-    folder: Path, name: str, *options: str, world=2, kill=False, state="SHARDED_STATE_DICT"
-):
+def attempt(folder: Path, name: str, *options: str, world=2, kill=False, more=SHARDED):
     """What the first process said at last."""
     out = folder / f"{name}.told"
     words = [str(folder / "recipe.yaml"), f"training.output_dir={folder / 'out'}", *options]
     try:
-        start(world, train, state, kill, words, str(out))
+        start(world, train, more, kill, words, str(out))
         code = "finished"
     except SystemExit as ended:
         code = str(ended)
@@ -78,8 +80,12 @@ def main(folder: Path) -> dict:
     (folder / "out").rename(folder / "whole")
     found["killed"] = attempt(folder, "killed", kill=True)
     found["one process"] = attempt(folder, "one", "--resume", world=1)
-    found["full state"] = attempt(folder, "full", "--resume", state="FULL_STATE_DICT")
+    found["full state"] = attempt(folder, "full", "--resume", more=FULL)
     found["resumed"] = attempt(folder, "resumed", "--resume")
+    (folder / "out").rename(folder / "resumed")
+    shared = FULL | SHARED_ROWS
+    found["packed"] = attempt(folder, "packed", "data.packing=true", more=shared)
+    found["shared"] = attempt(folder, "shared", more=shared)
     return found
 
 
