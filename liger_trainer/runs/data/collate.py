@@ -57,7 +57,8 @@ class Collator:
     Plain examples get an attention mask. Packed rows get `position_ids` and no mask; their padding
     is one more sequence. `flatten` joins packed rows to one of `[1, total]` without padding, which
     is the only packed form that FlashAttention separates. Rows whose tokens several `ranks` share
-    get positions and a length that can be split; no mask, which such ranks drop: padding comes last.
+    get positions and a length that can be split, and no mask: such ranks drop it, and padding comes
+    last.
     """
 
     pad_token_id: int
