@@ -70,6 +70,8 @@ def attempt(folder: Path, name: str, *options: str, world=2, kill=False, more=SH
 
 
 def main(folder: Path) -> dict:
+    import liger_trainer.runs.run  # noqa: F401  (once, not in every process)
+
     values = tiny.recipe_values(
         folder, save_strategy="steps", save_steps=2, max_steps=4, use_cpu=False,
         use_liger_kernel=True, per_device_train_batch_size=2,
