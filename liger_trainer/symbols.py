@@ -193,7 +193,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     *_of("transformers.activations", "swiglu and geglu: where activations are", "ACT2FN"),
     *_of("transformers", _RUNS, "Trainer._save_checkpoint", "Trainer._load_from_checkpoint"),
-    *_of("transformers", "health checks of tensor-parallel runs", "PreTrainedModel:_tp_size"),
+    *_of("transformers", "checks of tensor-parallel runs", "PreTrainedModel:_tp_size"),
     # accelerate
     *_of("accelerate.hooks", "models placed by a device_map", "AlignDevicesHook:execution_device"),
     # TRL

@@ -184,13 +184,14 @@ def _means(logits, dtype: torch.dtype):
     transform = logits.state.transform
     if transform.softcap is not None:
         return per_token(logits, lambda z: z.to(dtype).mean(-1), dtype)
+    each = transform.scale / logits.shape[-1]
 
     def fused(head: LinearHead):
         terms = zip(head.hidden, head.weight, strict=True)
-        means = sum(h.to(dtype) @ w.to(dtype).mean(0) for h, w in terms)
+        sums = sum(h.to(dtype) @ w.to(dtype).sum(0) for h, w in terms)
         if head.bias is not None:
-            means = means + head.bias.to(dtype).mean()
-        return (means * transform.scale,)
+            sums = sums + head.bias.to(dtype).sum()
+        return ((sums if head.shard is None else head.shard.sum(sums)[0]) * each,)
 
-    results = consume_logits(logits, fused, lambda z: (z.to(dtype).mean(-1),))
+    results = consume_logits(logits, fused, lambda z: (z.to(dtype).mean(-1),), shards=True)
     return NotImplemented if results is None else results[0]

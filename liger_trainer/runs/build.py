@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -17,6 +18,7 @@ from liger_trainer.runs.adapters import located
 from liger_trainer.runs.data.collate import Collator
 from liger_trainer.runs.data.prepare import Prepared, prepare
 from liger_trainer.runs.data.vision import VisionCollator
+from liger_trainer.runs.engine import ranks_of_a_row
 from liger_trainer.runs.load import load_model, load_processor, load_tokenizer
 from liger_trainer.runs.methods import trainer_class
 from liger_trainer.runs.recipe import Recipe
@@ -101,7 +103,7 @@ def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
 
         model = peft.get_peft_model(model, peft_config)
     collator = _collator(model, args, tokenizer, prepared)
-    return trainer_class(recipe.method)(
+    trainer = trainer_class(recipe.method)(
         model=model,
         args=args,
         train_dataset=prepared.train,
@@ -111,6 +113,15 @@ def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
         callbacks=[Throughput()],
         liger_kernel_config=recipe.kernels,
     )
+    ranks = ranks_of_a_row(trainer.accelerator)
+    if ranks > 1 and recipe.data.packing:
+        raise ValueError(
+            "data.packing: processes that share a row (context or sequence parallelism) let packed "
+            "examples see each other. Set data.packing to false"
+        )
+    if isinstance(collator, Collator):
+        trainer.data_collator = dataclasses.replace(collator, ranks=ranks)
+    return trainer
 
 
 def _collator(model, args, tokenizer, prepared: Prepared) -> Callable[[list], dict]:

@@ -21,6 +21,7 @@ from liger_trainer.runs.adapters import location
 from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, what_is_left
 from liger_trainer.runs.checks import require
+from liger_trainer.runs.engine import engine_of, save_whole_model
 from liger_trainer.runs.errors import RunError, SaveError, ToldElsewhere
 from liger_trainer.runs.folder import RunFolder
 from liger_trainer.runs.health import Health
@@ -164,7 +165,7 @@ class _Run:
 
     def _prepare(self) -> None:
         trainer, args, facts = self.trainer, self.args, self.facts
-        engine = trainer.accelerator.distributed_type.value
+        engine = engine_of(trainer.accelerator)
         if facts.data is not None and facts.data != self.prepared.digest:
             raise ValueError(
                 "--resume: the data is not what the run began with; put it back as it was, or "
@@ -172,8 +173,8 @@ class _Run:
             )
         if facts.engine is not None and facts.engine != engine:
             raise ValueError(
-                f"--resume: the run was {facts.engine}, this one is {engine}, which cannot read "
-                "its optimizer; start it as before"
+                f"--resume: the run was {facts.engine}, this one is {engine}, which sees other "
+                "batches or cannot read its checkpoint; start it as before"
             )
         if trainer.injection_report is not None:
             self._say([f"\n{trainer.injection_report}\n"])
@@ -240,6 +241,7 @@ class _Run:
                     staging = [str(stack.enter_context(self.folder.staging()))]
                 if self.args.world_size > 1:
                     broadcast_object_list(staging)
+                save_whole_model(self.trainer.accelerator)
                 self.trainer.save_model(staging[0])
                 self.trainer.accelerator.wait_for_everyone()
                 if self.folder is not None:

@@ -29,7 +29,7 @@ from liger_trainer.injection.walk import inject, injected_config, restore_for
 from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.request import FLAG, Asked, asked, config_of, hidden
 from liger_trainer.trainer_hook import handled_for, without_request
-from liger_trainer.trl.checks import check_examples, check_options, check_reference
+from liger_trainer.trl.checks import check_examples, check_options, check_ranks, check_reference
 from liger_trainer.trl.fused_head import attach_fused_head, check_adapter
 from liger_trainer.trl.overrides import override_rows, overrides
 
@@ -106,6 +106,7 @@ class FusedTrainer:
             setattr(self.args, FLAG, True)
         self._set_kernels()
         self._report(override_rows(self))
+        check_ranks(self)
         check_examples(self)
 
     def _set_kernels(self) -> None:

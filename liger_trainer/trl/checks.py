@@ -86,6 +86,24 @@ def _lengths(dataset: Dataset, column: str) -> Iterator[int]:
         yield from pc.list_value_length(table[column]).to_pylist()
 
 
+_SAMPLING = {"GRPOTrainer", "RLOOTrainer", "DistillationTrainer"}
+
+
+def check_ranks(trainer: Trainer) -> None:
+    """Raise ValueError for a trainer that samples from a model which several processes share.
+
+    TRL seeds every process differently, so that completions differ. Ranks of one model would then
+    compute with tensors of different completions, added up.
+    """
+    sampling = _SAMPLING & {cls.__name__ for cls in type(trainer).__mro__}
+    if sampling and (getattr(trainer.model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"{sampling.pop()} samples other completions in every process, and the processes that "
+            "share a model by tensor parallelism need the same ones: use FSDP2 or ZeRO-3, or train "
+            "on a fixed data set (SFT, DPO)."
+        )
+
+
 def check_reference(model: nn.Module, reference: nn.Module) -> None:
     """Raise ValueError for a reference whose head scores another vocabulary."""
     sizes = [_vocabulary(m) for m in (model, reference)]

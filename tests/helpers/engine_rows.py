@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
+import accelerated
 import context_parallel
 import torch
 import torch.distributed as dist
 from small import LOSSES, LR, MICRO, base_of, tiny, with_adapters
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,9 @@ class Engine:
     world: int = 2  # processes
     shares: int = 1  # so many neighboring ranks see the same data
     make: Callable[[bool, str], nn.Module] = tiny  # the model, before the injection
+    rounds: bool = (
+        False  # computes in bf16: errors are compared with those of the plain model there
+    )
     losses: dict[str, Callable] = dataclasses.field(default_factory=lambda: LOSSES)
 
 
@@ -30,6 +36,17 @@ def ddp(**options):
         return DistributedDataParallel(model, **options)
 
     return prepare
+
+
+def reduced_every_time(prepare):
+    """The engine reduces gradients after every micro-batch, not only after the last one."""
+
+    def prepared(model):
+        engine = prepare(model)
+        engine.no_sync = contextlib.nullcontext
+        return engine
+
+    return prepared
 
 
 def fsdp2(layout: str, **options):
@@ -76,28 +93,82 @@ def fsdp1():
     return prepare
 
 
+def zero(stage: int, **options) -> dict:
+    """DeepSpeed's configuration."""
+    return {
+        "train_micro_batch_size_per_gpu": MICRO,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, **options},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # it is to be compiled
+    }
+
+
 def deepspeed(stage: int, **options):
     def prepare(model):
         import deepspeed as ds
 
-        config = {
-            "train_micro_batch_size_per_gpu": MICRO,
-            "gradient_accumulation_steps": 2,
-            "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, **options},
-            "optimizer": {"type": "SGD", "params": {"lr": LR}},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
         wanted = [p for p in model.parameters() if p.requires_grad]
-        config.pop("optimizer")
         optimizer = torch.optim.SGD(wanted, lr=LR)
         engine, *_ = ds.initialize(
-            model=model, config=config, optimizer=optimizer, dist_init_required=False
-        )
+            model=model, config=zero(stage, **options), optimizer=optimizer,
+            dist_init_required=False,
+        )  # fmt: skip
         return engine
 
     return prepare
+
+
+PARTS = {"stage3_param_persistence_threshold": 0}
+
+
+# --- models before the injection ------------------------------------------------------------------
+
+
+def checkpointed(tied: bool, kind: str) -> nn.Module:
+    model = tiny(tied, kind)
+    model.gradient_checkpointing_enable()
+    base_of(model).enable_input_require_grads()
+    return model
+
+
+def from_one_process(tied: bool, kind: str) -> nn.Module:
+    """Only the first process has weights; the others have a model on the meta device."""
+    from accelerate import init_empty_weights
+
+    if dist.get_rank() == 0:
+        return tiny(tied, kind)
+    with init_empty_weights():
+        model = tiny(tied, kind)
+    base_of(model).tie_weights()
+    assert all(p.is_meta for p in model.parameters())
+    return model
+
+
+def built_in_parts(tied: bool, kind: str) -> nn.Module:
+    """No process ever has a whole weight: transformers builds the model within `zero.Init`."""
+    from transformers import LlamaForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    asked = HfDeepSpeedConfig(zero(3, **PARTS))  # holds as long as it is referred to
+    model = LlamaForCausalLM.from_pretrained(saved(tied)).train()
+    del asked
+    assert all(p.ds_tensor.numel() < p.ds_numel for p in model.parameters())
+    dist.barrier()
+    return with_adapters(model, kind, tied)
+
+
+def saved(tied: bool) -> str:
+    """A folder with the model's weights, for all processes."""
+    import tempfile
+
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folder)
+    if dist.get_rank() == 0:
+        tiny(tied, "full").save_pretrained(folder[0])
+    dist.barrier()
+    return folder[0]
 
 
 # --- tensor parallel ------------------------------------------------------------------------------
@@ -107,18 +178,11 @@ def loaded(**sizes: int):
     """A model that transformers loads in parts, by its own plan."""
 
     def make(tied: bool, kind: str) -> nn.Module:
-        import tempfile
-
         from transformers import LlamaForCausalLM
         from transformers.distributed import DistributedConfig
 
-        folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(folder)
-        if dist.get_rank() == 0:
-            tiny(tied, "full").save_pretrained(folder[0])
-        dist.barrier()
         config = DistributedConfig(tp_plan="auto", **sizes)
-        model = LlamaForCausalLM.from_pretrained(folder[0], distributed_config=config).train()
+        model = LlamaForCausalLM.from_pretrained(saved(tied), distributed_config=config).train()
         dist.barrier()
         return with_adapters(model, kind, tied)
 
@@ -156,6 +220,8 @@ ENGINES: dict[str, Engine] = {
     "DDP": Engine(ddp()),
     "DDP, find_unused_parameters": Engine(ddp(find_unused_parameters=True)),
     "DDP, bucket views": Engine(ddp(gradient_as_bucket_view=True)),
+    "DDP, static_graph": Engine(reduced_every_time(ddp(static_graph=True))),
+    "DDP, static_graph, no_sync": Engine(ddp(static_graph=True)),  # torch's own assertion
     "FSDP2, head with the final norm": Engine(fsdp2("tail")),
     "FSDP2, head with the final norm, layers kept": Engine(
         fsdp2("tail", reshard_after_forward=False)
@@ -163,11 +229,25 @@ ENGINES: dict[str, Engine] = {
     "FSDP2, head in the root": Engine(fsdp2("root")),
     "FSDP2, head in the root, resharded": Engine(fsdp2("root", root_resharded=True)),
     "FSDP2, head a unit": Engine(fsdp2("head")),
+    "FSDP2 by accelerate": Engine(accelerated.fsdp2()),
+    "FSDP2 by accelerate, bf16": Engine(accelerated.fsdp2("bf16"), rounds=True),
+    "FSDP2 by accelerate, checkpointed": Engine(accelerated.fsdp2(activation_checkpointing=True)),
+    "FSDP2 by accelerate, loaded by one process": Engine(
+        accelerated.fsdp2(cpu_ram_efficient_loading=True), make=from_one_process
+    ),
+    "FSDP2, checkpointed by transformers": Engine(fsdp2("tail"), make=checkpointed),
+    "FSDP2, offloaded": Engine(fsdp2("tail", offload_policy=CPUOffloadPolicy(pin_memory=False))),
     "HSDP": Engine(hybrid, world=4),
     "FSDP1": Engine(fsdp1()),
     "ZeRO-1": Engine(deepspeed(1)),
     "ZeRO-2": Engine(deepspeed(2)),
-    "ZeRO-3": Engine(deepspeed(3, stage3_param_persistence_threshold=0)),
+    "ZeRO-3": Engine(deepspeed(3, **PARTS)),
+    "ZeRO-1, offloaded": Engine(deepspeed(1, offload_optimizer={"device": "cpu"})),
+    "ZeRO-2, offloaded": Engine(deepspeed(2, offload_optimizer={"device": "cpu"})),
+    "ZeRO-3, offloaded": Engine(
+        deepspeed(3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
+    ),
+    "ZeRO-3, built in parts": Engine(deepspeed(3, **PARTS), make=built_in_parts),
     "ZeRO-3, small parameters kept": Engine(deepspeed(3, stage3_param_persistence_threshold=1000)),
     "TP": Engine(shares=2, make=loaded(tp_size=2)),
     "FSDP2 x TP": Engine(over_data, 4, shares=2, make=split),

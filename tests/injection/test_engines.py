@@ -7,6 +7,9 @@ ROWS = {
     "DDP, find_unused_parameters": "",
     "FSDP1": "",
     "FSDP2, head in the root": "",
+    "FSDP2 by accelerate, bf16": "",
+    "FSDP2 by accelerate, loaded by one process": "",
+    "FSDP2, offloaded": "",
     "FSDP2, head a unit": "tied",  # torch refuses a tied head there, without kernels too
     "TP": "LoRA",  # peft has no adapters for such a head
     "CP, ends and middle": "",

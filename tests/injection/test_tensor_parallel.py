@@ -34,6 +34,7 @@ def test_evaluation_without_gradients(answers):
     assert found["plain calls"] == 0
     assert found["argmax"]
     assert found["mean"] < 1e-6
+    assert found["plain calls of a mean"] == 0
     assert found["logits"] < 1e-5
 
 

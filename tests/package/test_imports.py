@@ -33,7 +33,17 @@ FOLDERS = {
     "injection": [["probe"], ["memory_budget"], ["rules"], ["walk"]],
     "trl": [["checks", "fused_head", "overrides"], ["__init__"]],
     "runs": [
-        ["adapters", "errors", "secrets", "parse", "packages", "signals", "health", "judge"],
+        [
+            "adapters",
+            "engine",
+            "errors",
+            "secrets",
+            "parse",
+            "packages",
+            "signals",
+            "health",
+            "judge",
+        ],
         ["memory", "shapes", "shipped", "typed"],
         ["checkpoints", "data", "methods", "plots", "sandbox", "throughput"],
         ["counts", "traffic"],

@@ -219,6 +219,18 @@ def test_padding_is_ignored_and_masked():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
+def test_rows_that_ranks_share_can_be_split_and_tell_positions():
+    batch = Collator(7, ranks=2)(
+        [
+            {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, 4, 5]},
+            {"input_ids": [4], "labels": [4]},
+        ]
+    )
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 7, 7, 7], [4] + [7] * 7]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]] * 2
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_examples_do_not_see_each_other(device, attention, flatten):

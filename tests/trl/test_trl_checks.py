@@ -7,7 +7,7 @@ import trl_parity
 from datasets import Dataset
 
 from liger_trainer.trl import ORPOConfig, ORPOTrainer
-from liger_trainer.trl.checks import check_examples, check_options
+from liger_trainer.trl.checks import check_examples, check_options, check_ranks
 
 PAIR = {"prompt": "what is two plus two ?", "chosen": " four .", "rejected": " the mat ."}
 
@@ -85,3 +85,15 @@ def test_reference_of_another_vocabulary(tmp_path):
     reference = trl_parity.tiny.model(1, vocab_size=400)
     with pytest.raises(ValueError, match="scores 320 tokens, the reference 400"):
         trl_parity.trainer("DPO", tmp_path, build([PAIR], ref_model=reference))
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO", "Distillation"])
+def test_processes_that_share_a_model_do_not_sample_from_it(method):
+    """That the completions differ is seen in two processes: tests/helpers/engine_trainers.py."""
+    cls, _ = trl_parity.classes(method, flag=True)
+    trainer = cls.__new__(cls)
+    trainer.model = SimpleNamespace(_tp_size=2)
+    with pytest.raises(ValueError, match=f"{method}Trainer samples other completions"):
+        check_ranks(trainer)
+    trainer.model = SimpleNamespace(_tp_size=None)
+    check_ranks(trainer)

@@ -56,11 +56,14 @@ class Collator:
 
     Plain examples get an attention mask. Packed rows get `position_ids` and no mask; their padding
     is one more sequence. `flatten` joins packed rows to one of `[1, total]` without padding, which
-    is the only packed form that FlashAttention separates.
+    is the only packed form that FlashAttention separates. Rows whose tokens several `ranks` share
+    get positions and a length that can be split, and no mask: such ranks drop it, and padding comes
+    last.
     """
 
     pad_token_id: int
     flatten: bool = False
+    ranks: int = 1
 
     def __call__(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         packed = "position_ids" in examples[0]
@@ -68,6 +71,8 @@ class Collator:
         if packed and self.flatten:
             return {n: torch.tensor([[i for e in examples for i in e[n]]]) for n in names}
         longest = max(len(e["input_ids"]) for e in examples)
+        if self.ranks > 1:  # two pieces each: ends and middle
+            longest += -longest % (2 * self.ranks)
         missing = [longest - len(e["input_ids"]) for e in examples]
         fill = {
             "input_ids": lambda n: [self.pad_token_id] * n,
@@ -80,6 +85,8 @@ class Collator:
             )
             for name in names
         }
-        if not packed:
+        if self.ranks > 1:
+            batch["position_ids"] = torch.arange(longest).repeat(len(examples), 1)
+        elif not packed:
             batch["attention_mask"] = torch.tensor([[1] * (longest - n) + [0] * n for n in missing])
         return batch

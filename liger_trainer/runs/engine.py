@@ -1,0 +1,32 @@
+"""What the engine of a run, which accelerate sets up, means for its checkpoints and its model."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+
+
+def engine_of(accelerator: Accelerator) -> str:
+    """Return how the processes share the work, as far as a run that is resumed must do the same."""
+    found = [accelerator.distributed_type.value]
+    deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
+    if deepspeed is not None:
+        found.append(f"ZeRO-{deepspeed.zero_stage}")
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None:
+        found.append(str(fsdp.state_dict_type).rpartition(".")[2])
+    parallel = getattr(accelerator, "parallelism_config", None)
+    sizes = {name: getattr(parallel, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
+    return ", ".join([*found, *(f"{name} {size}" for name, size in sizes.items() if size > 1)])
+
+
+def ranks_of_a_row(accelerator: Accelerator) -> int:
+    """Return how many processes share the tokens of every row."""
+    parallel = getattr(accelerator, "parallelism_config", None)
+    return getattr(parallel, "cp_size", 1) * getattr(parallel, "sp_size", 1)
+
+
+def save_whole_model(accelerator: Accelerator) -> None:
+    """Let the trainer save a model as one: of a sharded state it would save nothing, silently."""
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None:
+        fsdp.set_state_dict_type("FULL_STATE_DICT")

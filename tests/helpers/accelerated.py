@@ -1,0 +1,46 @@
+"""accelerate's own preparation of a model for several devices, on CPU processes.
+
+accelerate offers FSDP, context and sequence parallelism on accelerators only. `over_gloo` makes it
+take that way for the CPU; everything behind it is accelerate's own code.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+
+def over_gloo() -> None:
+    """Answer accelerate's question for the device: several, of the CPU, that talk through gloo."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+
+
+def accelerator(precision: str = "no", **plugin):
+    """accelerate's front with FSDP2, afresh; `plugin` are options of its plugin."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, GradientState
+
+    over_gloo()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    options = {"cpu_ram_efficient_loading": False, **plugin}
+    fsdp = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options
+    )
+    return Accelerator(mixed_precision=precision, fsdp_plugin=fsdp)
+
+
+def fsdp2(precision: str = "no", **plugin):
+    """How a row of the engine matrix wraps a model by accelerate."""
+
+    def prepare(model: nn.Module) -> nn.Module:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # accelerate wants both
+        return accelerator(precision, **plugin).prepare(model, optimizer)[0]
+
+    return prepare

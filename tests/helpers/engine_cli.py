@@ -1,0 +1,95 @@
+"""`liger-trainer train` on two processes under FSDP2: engine_cli.py FOLDER
+
+One process is killed in the middle of the fourth step. The run is to go on from its checkpoint to
+the model that an uninterrupted run leaves, and to be refused where it could not. Another run shares
+every row among both. Prints what each attempt came to, as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import accelerated
+import ring_on_cpu
+import tiny
+import torch
+from engines import start
+from transformers import Trainer
+
+ENVIRONMENT = {  # what `accelerate launch` sets
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+SHARDED, FULL = ({"FSDP_STATE_DICT_TYPE": f"{kind}_STATE_DICT"} for kind in ("SHARDED", "FULL"))
+SHARED_ROWS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": "2"}
+
+
+def train(environment: dict, kill: bool, words: list[str], out: str) -> None:
+    """What each process runs; the first keeps what it says."""
+    from liger_trainer import cli
+
+    torch.set_num_threads(1)
+    accelerated.over_gloo()
+    ring_on_cpu.install()
+    os.environ |= ENVIRONMENT | environment
+    step = Trainer.training_step
+
+    def deadly(self, *args, **kwargs):
+        if kill and self.state.global_step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    Trainer.training_step = deadly
+    with (
+        Path(f"{out}.{os.environ['RANK']}").open("w", buffering=1) as told,
+        contextlib.redirect_stderr(told),
+        contextlib.redirect_stdout(told),
+    ):
+        code = cli.main(["train", *words])
+    raise SystemExit(code)
+
+
+def attempt(folder: Path, name: str, *options: str, world=2, kill=False, more=SHARDED):
+    """What the first process said at last."""
+    out = folder / f"{name}.told"
+    words = [str(folder / "recipe.yaml"), f"training.output_dir={folder / 'out'}", *options]
+    try:
+        start(world, train, more, kill, words, str(out))
+        code = "finished"
+    except SystemExit as ended:
+        code = str(ended)
+    lines = Path(f"{out}.0").read_text().strip().splitlines()
+    return code, (lines or [""])[-1]
+
+
+def main(folder: Path) -> dict:
+    import liger_trainer.runs.run  # noqa: F401  (once, not in every process)
+
+    values = tiny.recipe_values(
+        folder, save_strategy="steps", save_steps=2, max_steps=4, use_cpu=False,
+        use_liger_kernel=True, per_device_train_batch_size=2,
+    )  # fmt: skip
+    values["data"]["eval_fraction"] = 0
+    tiny.write_recipe(folder, values)
+    found = {"whole": attempt(folder, "whole")}
+    (folder / "out").rename(folder / "whole")
+    found["killed"] = attempt(folder, "killed", kill=True)
+    found["one process"] = attempt(folder, "one", "--resume", world=1)
+    found["full state"] = attempt(folder, "full", "--resume", more=FULL)
+    found["resumed"] = attempt(folder, "resumed", "--resume")
+    (folder / "out").rename(folder / "resumed")
+    shared = FULL | SHARED_ROWS
+    found["packed"] = attempt(folder, "packed", "data.packing=true", more=shared)
+    found["shared"] = attempt(folder, "shared", more=shared)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -1,0 +1,57 @@
+"""A run on two processes whose state is sharded; tests/helpers/engine_cli.py is what they run."""
+
+import json
+import subprocess
+import sys
+
+import engine_cli
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def told(folder):
+    command = [sys.executable, engine_cli.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert not done.returncode, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_killed_run_goes_on_to_the_model_of_one_that_was_not(folder, told):
+    assert told["killed"][0].endswith("-9]")  # SIGKILL; the other is ended, or ends by itself
+    assert told["resumed"][0] == told["whole"][0] == "finished"
+    expected, got = (
+        load_file(folder / name / "model.safetensors") for name in ("whole", "resumed")
+    )
+    assert got.keys() == expected.keys() == tiny.model().state_dict().keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    log = json.loads((folder / "resumed/checkpoint-4/trainer_state.json").read_text())[
+        "log_history"
+    ]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+
+
+def test_rows_of_any_length_are_shared(folder, told):
+    assert told["shared"][0] == "finished"
+    assert json.loads((folder / "out/run.json").read_text())["engine"].endswith("cp_size 2")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        ("one process", "had 2 processes, this one has 1, which would see other batches"),
+        ("packed", "data.packing: processes that share a row"),
+        ("full state", "was FSDP, SHARDED_STATE_DICT, this one is FSDP, FULL_STATE_DICT"),
+    ],
+)
+def test_what_could_not_go_on_is_refused(told, attempt, message):
+    code, sentence = told[attempt]
+    assert code.startswith("exit codes [2")
+    assert message in sentence
