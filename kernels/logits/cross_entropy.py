@@ -12,7 +12,7 @@ import math
 import torch
 
 from ..autograd import first_derivative_only
-from ..runtime import block_sizes, register_op, runs_in_triton, tl, triton
+from ..runtime import block_sizes, cdiv, register_op, runs_in_triton, tl, triton
 from .loss import LossOptions, cross_entropy_reference
 from .reduction import REDUCTIONS, check_labels, checked_weights, mean_denominator, reduce_loss
 from .transform import accumulate_dtype, chain, transform
@@ -230,7 +230,7 @@ def _launch_bwd(
     dlogits = torch.empty((n, vocab), dtype=logits.dtype, device=logits.device)
     sizes = block_sizes(vocab, _BWD)
     if n:
-        _cross_entropy_bwd_kernel[(n, triton.cdiv(vocab, sizes["BLOCK"]))](
+        _cross_entropy_bwd_kernel[(n, cdiv(vocab, sizes["BLOCK"]))](
             logits, logits.stride(0), labels, class_weight, _total_weight(class_weight), lse,
             dloss, dlogits, vocab, ignore_index, eps, z_loss, scale, softcap or 1.0,
             HAS_CLASS_WEIGHT=class_weight is not None, HAS_SOFTCAP=softcap is not None, **sizes,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..autograd import first_derivative_only
-from ..runtime import block_sizes, on_device, runs_in_triton, tl, triton
+from ..runtime import block_sizes, cdiv, on_device, runs_in_triton, tl, triton
 from .reduction import check_labels
 from .scores import (
     ScoreGradients,
@@ -217,7 +217,7 @@ def score_gradient_(
     scale, softcap, has_softcap = options.transform.arguments
     sizes = block_sizes(vocab, _GRADIENT)
     if n:
-        _score_gradient_kernel[(n, triton.cdiv(vocab, sizes["BLOCK"]))](
+        _score_gradient_kernel[(n, cdiv(vocab, sizes["BLOCK"]))](
             logits_NV, logits_NV.stride(0), labels_N, scores.log_sum_exp, scores.entropy,
             grads.log_probs, grads.entropy, grads.log_sum_exp, vocab, options.ignore_index,
             scale, softcap,
