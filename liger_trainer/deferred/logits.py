@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_trainer.deferred.head_call import Operands, Results, Term, consume
-from liger_trainer.deferred.origin import WAY_OUT, Origin, device_of, seen_in
+from liger_trainer.deferred.origin import WAY_OUT, Origin, device_of, seen_in, stamp_of
 from liger_trainer.deferred.scope import RECORDED, Scope
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.deferred.vocab_parallel import (
@@ -70,7 +69,10 @@ class State:
 
 
 def as_scale_and_softcap(ops) -> tuple[float, float | None] | None:
-    """(scale, softcap) such that the ops are softcap * tanh(scale * z / softcap); else None."""
+    """(scale, softcap) such that the ops are softcap * tanh(scale * z / softcap); else None.
+
+    None also for factors that are so large or small that a step between them might overflow.
+    """
     inner, outer = 1.0, None
     for name, argument in ops:
         if name == "move":
@@ -81,13 +83,19 @@ def as_scale_and_softcap(ops) -> tuple[float, float | None] | None:
                 inner *= factor
             else:
                 outer *= factor
+            product = abs(inner if outer is None else inner * outer)
+            if product and not 1 / _LARGE < product < _LARGE:
+                return None
         elif name == "tanh":
             if outer is not None:
                 return None
             outer = 1.0
     if outer is None:
-        return (inner, None) if math.isfinite(inner) else None
-    return (inner * outer, outer) if outer > 0 and math.isfinite(inner * outer) else None
+        return inner, None
+    return (inner * outer, outer) if outer > 0 else None
+
+
+_LARGE = 2.0**32
 
 
 OPS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
@@ -114,19 +122,19 @@ class DeferredLogits(Deferred):
     _state: State
     _parents: tuple[DeferredLogits, ...] = ()
     _from_parents: Callable  # the value, from the parents' values
+    _is_view = False  # of its parent's memory: what is written there is seen here
     _with_grad: bool
     _node: object = None  # the grad_fn that it was made with
-    _replaced_by: torch.Tensor | None = None  # after an in-place operation
-    _has_views = False
     _direct: torch.Tensor | None = None  # the value without the detour by `_Results`
+    _version_then = 0  # of that value, when it was computed
+    _is_exposed = False  # to writes that no version counter tells of
 
     @property
     def state(self) -> State | None:
-        """How to compute the logits; None once their value exists."""
-        if self._replaced_by is not None:
-            other = self._replaced_by
-            return other.state if isinstance(other, DeferredLogits) else None
-        return self._state if self._value is None else None
+        """How to compute the logits; None once their value, or that whose view they are, exists:
+        it may have been written to."""
+        exists = self._value is not None or self._base_logits()._direct is not None
+        return None if exists else self._state
 
     @property
     def linear_terms(self) -> tuple[Term, ...] | None:
@@ -139,21 +147,40 @@ class DeferredLogits(Deferred):
         return self.requires_grad and self._with_grad and self._state.origin.with_grad
 
     def compute(self) -> torch.Tensor:
+        if self._is_view:
+            return self._of(p.direct() for p in self._parents)
+        return self._compute_anew()
+
+    def _compute_anew(self) -> torch.Tensor:
         if self._parents:
-            with torch.set_grad_enabled(self._with_grad):
-                return self._from_parents(*(p.direct() for p in self._parents))
+            return self._of(p.unwritten() for p in self._parents)
         origin = self._state.origin
         origin.check()
         with origin.as_then():
             return plain_call(origin.head, origin.hidden)
 
+    def _of(self, values: Iterable[torch.Tensor]) -> torch.Tensor:
+        with torch.set_grad_enabled(self._with_grad):
+            return self._from_parents(*values)
+
     def direct(self) -> torch.Tensor:
-        if self._replaced_by is not None:
-            other = self._replaced_by
-            return other.direct() if isinstance(other, DeferredLogits) else other
         if self._direct is None:
             self._direct = self.compute()
+            self._version_then = self._direct._version
         return self._direct
+
+    def unwritten(self) -> torch.Tensor:
+        """Return the value as it was when others were derived from it, before any write to it."""
+        base = self._base_logits()
+        written = base._direct is not None and base._direct._version != base._version_then
+        return self._compute_anew() if written or base._is_exposed else self.direct()
+
+    def _base_logits(self) -> DeferredLogits:
+        """Return the logits in whose memory these are."""
+        base = self
+        while base._is_view:
+            (base,) = base._parents
+        return base
 
     def materialize(self) -> torch.Tensor:
         value = self._value
@@ -170,10 +197,12 @@ class DeferredLogits(Deferred):
         return value
 
     def detached_value(self) -> torch.Tensor:
-        if self._replaced_by is not None or self._direct is not None:
-            return self.direct().detach()
-        if self._parents:
+        if self._direct is not None:
+            return self._direct.detach()
+        if self._is_view:
             return self._from_parents(*(p.detached_value() for p in self._parents))
+        if self._parents:
+            return self._from_parents(*(p.unwritten().detach() for p in self._parents))
         return super().detached_value()
 
     def _is_observed(self) -> bool:
@@ -210,7 +239,7 @@ def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bo
         with_grad=torch.is_grad_enabled(),
         autocast=autocast,
         seen=() if scope is RECORDED else seen_in(head),
-        hidden_version=hidden._version,
+        hidden_stamp=None if scope is RECORDED else stamp_of(hidden),
     )
     shape = (*hidden.shape[:-1], vocabulary)
     like = torch.empty(shape, dtype=origin.dtype, device="meta")
@@ -222,9 +251,14 @@ def derive(parents, state: State, from_parents, like=None) -> DeferredLogits:
 
     `like` has their shape, strides and dtype (by default from a dry run on the meta device).
     """
+    is_view = False
     if like is None:
-        like = from_parents(*(as_meta(p) for p in parents))
-    return _make(state, like, parents=tuple(parents), from_parents=from_parents)
+        metas = [as_meta(p) for p in parents]
+        like = from_parents(*metas)
+        is_view = like.untyped_storage()._cdata == metas[0].untyped_storage()._cdata
+    made = _make(state, like, parents=tuple(parents), from_parents=from_parents)
+    made._is_view = is_view
+    return made
 
 
 def as_meta(logits: Deferred) -> torch.Tensor:
@@ -349,7 +383,7 @@ def _pass_on(ctx, grad: DeferredGradient) -> list[DeferredGradient | None]:
 
 def _to_parents(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     with torch.enable_grad():
-        values = [p.materialize().detach().requires_grad_(p.requires_grad) for p in ctx.parents]
+        values = [p.unwritten().detach().requires_grad_(p.requires_grad) for p in ctx.parents]
         value = ctx.from_parents(*values)
         wanted = [v for v in values if v.requires_grad]
         grads = iter(torch.autograd.grad(value, wanted, grad))
@@ -413,7 +447,7 @@ def _joined(logits: DeferredLogits, results: Results, true_gradient: Callable) -
 
 def _gradient_through(logits: DeferredLogits, plain: Callable, grads) -> torch.Tensor:
     with torch.enable_grad():
-        z = logits.materialize().detach().requires_grad_()
+        z = logits.unwritten().detach().requires_grad_()
         results = [r for r in plain(z) if r is not None and r.requires_grad]
     used = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
     return torch.autograd.grad([r for r, _ in used], z, [g for _, g in used])[0]

@@ -22,6 +22,28 @@ def foreign_hooks(module: nn.Module) -> bool:
     return any(not _is_an_engines(hook) for table in tables for hook in table.values())
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a backward hook is on `module`, or on every module."""
+    return bool(
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or _global_hooks._global_backward_hooks
+        or _global_hooks._global_backward_pre_hooks
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its forward (engines gather, offload, observe)."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or _global_hooks._global_forward_hooks
+        or _global_hooks._global_forward_pre_hooks
+        or has_backward_hooks(module)
+        or "forward" in vars(module)
+    )
+
+
 def _is_an_engines(hook: object) -> bool:
     while isinstance(hook, functools.partial):
         hook = hook.func

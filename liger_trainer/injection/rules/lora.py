@@ -19,6 +19,7 @@ from torch import nn
 
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.finding import SWITCHED_OFF, Finding, Search
+from liger_trainer.injection.rules.hooks import is_hooked
 from liger_trainer.kernels.layers.lora_linear import (
     MIN_ELEMENTS,
     Adapter,
@@ -31,6 +32,7 @@ from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
 _PLAIN = (torch.Tensor, nn.Parameter)
+_PLAIN_FORWARD = nn.Linear.forward  # which somebody may replace for the whole process
 _WIDTHS = 24, 40  # of the copy that is probed
 _TOLERANCE_FP64 = 1e-10
 
@@ -69,7 +71,7 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
         if _variant(layer, name) is not None:
             return None
         down, up, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-        if _is_hooked(down) or _is_hooked(up) or _is_hooked(dropout):
+        if is_hooked(down) or is_hooked(up) or is_hooked(dropout):
             return None
         A, B, scale = down.weight, up.weight, layer.scaling[name]
         if type(A) not in _PLAIN or type(B) not in _PLAIN or not isinstance(scale, (int, float)):
@@ -93,7 +95,7 @@ def _unfit(layer: nn.Module) -> str | None:
         if (variant := _variant(layer, name)) is not None:
             return f"not plain LoRA: {variant}"
         parts = (layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name])
-        if any(map(_is_hooked, parts)):
+        if any(map(is_hooked, parts)):
             return "hooks on the adapter"
     return "its base layer lies in shards" if _is_sharded(layer.base_layer) else None
 
@@ -118,19 +120,8 @@ def _variant(layer: nn.Module, name: str) -> str | None:
     return None
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does more than its forward (engines that gather, offload, observe)."""
-    return bool(
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
-
-
 def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> bool:
-    if type(base).forward is not nn.Linear.forward or _is_hooked(base):
+    if type(base).forward is not _PLAIN_FORWARD or is_hooked(base):
         return False
     weight = base.weight
     if type(weight) not in _PLAIN or not weight.is_floating_point() or weight.dim() != 2:
