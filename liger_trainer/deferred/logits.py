@@ -122,7 +122,7 @@ class DeferredLogits(Deferred):
     _state: State
     _parents: tuple[DeferredLogits, ...] = ()
     _from_parents: Callable  # the value, from the parents' values
-    _is_view = False  # of its parent's memory: what is written there is seen here
+    _shares_memory = False  # with its parent: what is written there is seen here
     _with_grad: bool
     _node: object = None  # the grad_fn that it was made with
     _direct: torch.Tensor | None = None  # the value without the detour by `_Results`
@@ -147,7 +147,7 @@ class DeferredLogits(Deferred):
         return self.requires_grad and self._with_grad and self._state.origin.with_grad
 
     def compute(self) -> torch.Tensor:
-        if self._is_view:
+        if self._shares_memory:
             return self._of(p.direct() for p in self._parents)
         return self._compute_anew()
 
@@ -178,7 +178,7 @@ class DeferredLogits(Deferred):
     def _base_logits(self) -> DeferredLogits:
         """Return the logits in whose memory these are."""
         base = self
-        while base._is_view:
+        while base._shares_memory:
             (base,) = base._parents
         return base
 
@@ -199,7 +199,7 @@ class DeferredLogits(Deferred):
     def detached_value(self) -> torch.Tensor:
         if self._direct is not None:
             return self._direct.detach()
-        if self._is_view:
+        if self._shares_memory:
             return self._from_parents(*(p.detached_value() for p in self._parents))
         if self._parents:
             return self._from_parents(*(p.unwritten().detach() for p in self._parents))
@@ -251,13 +251,13 @@ def derive(parents, state: State, from_parents, like=None) -> DeferredLogits:
 
     `like` has their shape, strides and dtype (by default from a dry run on the meta device).
     """
-    is_view = False
+    shares = False
     if like is None:
         metas = [as_meta(p) for p in parents]
         like = from_parents(*metas)
-        is_view = like.untyped_storage()._cdata == metas[0].untyped_storage()._cdata
+        shares = like.untyped_storage()._cdata == metas[0].untyped_storage()._cdata
     made = _make(state, like, parents=tuple(parents), from_parents=from_parents)
-    made._is_view = is_view
+    made._shares_memory = shares
     return made
 
 
