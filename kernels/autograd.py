@@ -19,11 +19,21 @@ def first_derivative_only(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
+        if not torch.compiler.is_compiling() and any(map(_is_batched, grads)):
+            raise RuntimeError(
+                "liger_trainer's kernels take one gradient at a time. For is_grads_batched=True "
+                "(a jacobian with vectorize=True), set use_liger_kernel=False or call "
+                "restore(model)."
+            )
         with torch.no_grad():
             found = backward(ctx, *grads)
         return forbid_derivative(found if isinstance(found, tuple) else (found,))
 
     return wrapper
+
+
+def _is_batched(grad) -> bool:
+    return isinstance(grad, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def forbid_derivative(grads: tuple) -> tuple:

@@ -18,7 +18,7 @@ from liger_trainer.injection.walk import inject, restore_for
 from liger_trainer.request import config_of
 
 _original: trainer_hook.Hook | None = None
-_METHODS = {name: getattr(Trainer, name) for name in ("train", "evaluation_loop")}
+_METHODS = {name: getattr(Trainer, name) for name in ("train", "evaluation_loop", "compute_loss")}
 
 
 def enable() -> None:
@@ -31,7 +31,8 @@ def enable() -> None:
         _original = trainer_hook.current()
         trainer_hook.replace(inject)
         for name, method in _METHODS.items():
-            setattr(Trainer, name, _plain_without_flag(method))
+            around = _without_request if name == "compute_loss" else _plain_without_flag
+            setattr(Trainer, name, around(method))
         if importlib.util.find_spec("trl") is not None:
             trl.redirect()
 
@@ -46,6 +47,16 @@ def disable() -> None:
             setattr(Trainer, name, method)
         if importlib.util.find_spec("trl") is not None:
             trl.undo_redirect()
+
+
+def _without_request(compute_loss):
+    @functools.wraps(compute_loss)
+    def run(self, model, inputs, *args, **kwargs):
+        if "skip_logits" in inputs and config_of(self) is not None:
+            inputs = trainer_hook.without_request(inputs)  # the model need not take it
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    return run
 
 
 def _plain_without_flag(method):

@@ -119,7 +119,7 @@ def _pass_on(ctx, grad: DeferredGradient) -> list[DeferredGradient | None]:
 
 def _to_parents(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     with torch.enable_grad():
-        values = [p.materialize().detach().requires_grad_(p.requires_grad) for p in ctx.parents]
+        values = [p.unwritten().detach().requires_grad_(p.requires_grad) for p in ctx.parents]
         value = ctx.from_parents(*values)
         wanted = [v for v in values if v.requires_grad]
         grads = iter(torch.autograd.grad(value, wanted, grad))
@@ -183,7 +183,7 @@ def joined(logits: DeferredLogits, results: Results, true_gradient: Callable) ->
 
 def gradient_through(logits: DeferredLogits, plain: Callable, grads) -> torch.Tensor:
     with torch.enable_grad():
-        z = logits.materialize().detach().requires_grad_()
+        z = logits.unwritten().detach().requires_grad_()
         results = [r for r in plain(z) if r is not None and r.requires_grad]
     used = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
     return torch.autograd.grad([r for r, _ in used], z, [g for _, g in used])[0]

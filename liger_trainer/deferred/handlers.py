@@ -52,7 +52,10 @@ def _record(logits, name, argument=None):
 def _cast(logits, dtype):
     if logits.state is None or not dtype.is_floating_point:
         return NotImplemented
-    return logits if dtype == logits.dtype else _record(logits, "cast", dtype)
+    if dtype == logits.dtype:
+        return logits
+    # Who asks for fp64 is to have it, and kernels compute a loss of narrower logits in fp32.
+    return NotImplemented if dtype == torch.float64 else _record(logits, "cast", dtype)
 
 
 implements(_Tensor.float)(lambda x: _cast(x, torch.float32))
@@ -149,28 +152,6 @@ def _add(a, b):
         return NotImplemented
     state = base.__class__(base.origin, (*base.terms, *terms))
     return derive([a, b], state, lambda x, y: x + y)
-
-
-def _in_place(functional):
-    """x op= c is recorded, unless a view of x would miss it: then the value is changed."""
-
-    def handler(logits, *args):
-        if not isinstance(logits, DeferredLogits) or logits.state is None or logits._has_views:
-            return NotImplemented
-        before = derive([logits], logits.state, lambda z: z)
-        before._parents, before._from_parents = logits._parents, logits._from_parents
-        result = functional(before, *args)
-        if result is NotImplemented or result.dtype != logits.dtype:
-            return NotImplemented
-        logits._replaced_by = result
-        return result
-
-    return handler
-
-
-implements(_Tensor.mul_, _Tensor.multiply_, _Tensor.__imul__)(_in_place(_mul))
-implements(_Tensor.div_, _Tensor.divide_, _Tensor.__itruediv__)(_in_place(_div))
-implements(torch.tanh_, _Tensor.tanh_)(_in_place(_tanh))
 
 
 # --- consumers ------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from torch import nn
 
 from liger_trainer.deferred.graph import LogitsNode, gradient_through, joined
 from liger_trainer.deferred.head_call import Results, Term, consume, plain_call
-from liger_trainer.deferred.origin import Origin, device_of, seen_in
+from liger_trainer.deferred.origin import Origin, device_of, seen_in, stamp_of
 from liger_trainer.deferred.scope import RECORDED, Scope
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.head import LinearHead
@@ -66,7 +65,10 @@ class State:
 
 
 def as_scale_and_softcap(ops) -> tuple[float, float | None] | None:
-    """(scale, softcap) such that the ops are softcap * tanh(scale * z / softcap); else None."""
+    """(scale, softcap) such that the ops are softcap * tanh(scale * z / softcap); else None.
+
+    None also for factors that are so large or small that a step between them might overflow.
+    """
     inner, outer = 1.0, None
     for name, argument in ops:
         if name == "move":
@@ -77,13 +79,19 @@ def as_scale_and_softcap(ops) -> tuple[float, float | None] | None:
                 inner *= factor
             else:
                 outer *= factor
+            product = abs(inner if outer is None else inner * outer)
+            if product and not 1 / _LARGE < product < _LARGE:
+                return None
         elif name == "tanh":
             if outer is not None:
                 return None
             outer = 1.0
     if outer is None:
-        return (inner, None) if math.isfinite(inner) else None
-    return (inner * outer, outer) if outer > 0 and math.isfinite(inner * outer) else None
+        return inner, None
+    return (inner * outer, outer) if outer > 0 else None
+
+
+_LARGE = 2.0**32
 
 
 OPS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
@@ -110,19 +118,19 @@ class DeferredLogits(Deferred):
     _state: State
     _parents: tuple[DeferredLogits, ...] = ()
     _from_parents: Callable  # the value, from the parents' values
+    _shares_memory = False  # with its parent: what is written there is seen here
     _with_grad: bool
     _node: object = None  # the grad_fn that it was made with
-    _replaced_by: torch.Tensor | None = None  # after an in-place operation
-    _has_views = False
     _direct: torch.Tensor | None = None  # the value without the detour by `Results` of `graph.py`
+    _version_then = 0  # of that value, when it was computed
+    _is_exposed = False  # to writes that no version counter tells of
 
     @property
     def state(self) -> State | None:
-        """How to compute the logits; None once their value exists."""
-        if self._replaced_by is not None:
-            other = self._replaced_by
-            return other.state if isinstance(other, DeferredLogits) else None
-        return self._state if self._value is None else None
+        """How to compute the logits; None once their value, or that whose view they are, exists:
+        it may have been written to."""
+        exists = self._value is not None or self._base_logits()._direct is not None
+        return None if exists else self._state
 
     @property
     def linear_terms(self) -> tuple[Term, ...] | None:
@@ -135,21 +143,40 @@ class DeferredLogits(Deferred):
         return self.requires_grad and self._with_grad and self._state.origin.with_grad
 
     def compute(self) -> torch.Tensor:
+        if self._shares_memory:
+            return self._of(p.direct() for p in self._parents)
+        return self._compute_anew()
+
+    def _compute_anew(self) -> torch.Tensor:
         if self._parents:
-            with torch.set_grad_enabled(self._with_grad):
-                return self._from_parents(*(p.direct() for p in self._parents))
+            return self._of(p.unwritten() for p in self._parents)
         origin = self._state.origin
         origin.check()
         with origin.as_then():
             return plain_call(origin.head, origin.hidden)
 
+    def _of(self, values: Iterable[torch.Tensor]) -> torch.Tensor:
+        with torch.set_grad_enabled(self._with_grad):
+            return self._from_parents(*values)
+
     def direct(self) -> torch.Tensor:
-        if self._replaced_by is not None:
-            other = self._replaced_by
-            return other.direct() if isinstance(other, DeferredLogits) else other
         if self._direct is None:
             self._direct = self.compute()
+            self._version_then = self._direct._version
         return self._direct
+
+    def unwritten(self) -> torch.Tensor:
+        """Return the value as it was when others were derived from it, before any write to it."""
+        base = self._base_logits()
+        written = base._direct is not None and base._direct._version != base._version_then
+        return self._compute_anew() if written or base._is_exposed else self.direct()
+
+    def _base_logits(self) -> DeferredLogits:
+        """Return the logits in whose memory these are."""
+        base = self
+        while base._shares_memory:
+            (base,) = base._parents
+        return base
 
     def materialize(self) -> torch.Tensor:
         value = self._value
@@ -166,10 +193,12 @@ class DeferredLogits(Deferred):
         return value
 
     def detached_value(self) -> torch.Tensor:
-        if self._replaced_by is not None or self._direct is not None:
-            return self.direct().detach()
-        if self._parents:
+        if self._direct is not None:
+            return self._direct.detach()
+        if self._shares_memory:
             return self._from_parents(*(p.detached_value() for p in self._parents))
+        if self._parents:
+            return self._from_parents(*(p.unwritten().detach() for p in self._parents))
         return super().detached_value()
 
     def _is_observed(self) -> bool:
@@ -193,7 +222,7 @@ def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bo
         with_grad=torch.is_grad_enabled(),
         autocast=autocast,
         seen=() if scope is RECORDED else seen_in(head),
-        hidden_version=hidden._version,
+        hidden_stamp=None if scope is RECORDED else stamp_of(hidden),
     )
     shape = (*hidden.shape[:-1], vocabulary)
     like = torch.empty(shape, dtype=origin.dtype, device="meta")
@@ -205,9 +234,14 @@ def derive(parents, state: State, from_parents, like=None) -> DeferredLogits:
 
     `like` has their shape, strides and dtype (by default from a dry run on the meta device).
     """
+    shares = False
     if like is None:
-        like = from_parents(*(as_meta(p) for p in parents))
-    return _make(state, like, parents=tuple(parents), from_parents=from_parents)
+        metas = [as_meta(p) for p in parents]
+        like = from_parents(*metas)
+        shares = like.untyped_storage()._cdata == metas[0].untyped_storage()._cdata
+    made = _make(state, like, parents=tuple(parents), from_parents=from_parents)
+    made._shares_memory = shares
+    return made
 
 
 def as_meta(logits: Deferred) -> torch.Tensor:

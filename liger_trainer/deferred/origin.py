@@ -24,6 +24,7 @@ class Seen(NamedTuple):
     layer: nn.Module
     name: str
     tensor: torch.Tensor
+    requires_grad: bool
     stamp: tuple | None
 
     @property
@@ -40,7 +41,7 @@ class Seen(NamedTuple):
         current = _tensor_of(self.layer, self.name)
         if current is not self.tensor and type(current) is not DTensor and not self.was_exchanged:
             return True
-        return self.stamp is not None and _in_memory(self.tensor) and _differs(self)
+        return _differs(self.tensor, self.stamp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Origin:
     with_grad: bool
     autocast: tuple[bool, torch.dtype]
     seen: tuple[Seen, ...] = dataclasses.field(repr=False)
-    hidden_version: int
+    hidden_stamp: tuple | None
     consumers: list = dataclasses.field(default_factory=list)  # who got gradients past the logits
 
     @contextlib.contextmanager
@@ -93,12 +94,19 @@ class Origin:
         """Raise RuntimeError if the logits would not be those of the time of the call.
 
         While the scope is open nothing can have changed. Afterwards version counters tell of
-        in-place changes, and a sample of the weights of those that these miss (fused optimizers,
+        in-place changes, and elements of each row of those that these miss (fused optimizers,
         writes to `.data`).
         """
         if self.scope.open:
             return
-        if self.hidden._version != self.hidden_version or any(s.was_changed for s in self.seen):
+        tracked = self.with_grad and torch.is_grad_enabled()
+        if tracked and any(s.tensor.requires_grad != s.requires_grad for s in self.seen):
+            raise RuntimeError(
+                "These logits were not computed during the forward, and weights of the output head "
+                "have been frozen or unfrozen since. Read outputs.logits before that. " + WAY_OUT
+            )
+        hidden_differs = _differs(self.hidden, self.hidden_stamp)
+        if hidden_differs or any(s.was_changed for s in self.seen):
             raise RuntimeError(
                 "These logits were not computed during the forward, and the weights or hidden "
                 "states that they are made of have changed since (an optimizer step?). Read "
@@ -130,7 +138,7 @@ def seen_in(head: nn.Module) -> tuple[Seen, ...]:
             for name in ("weight", "bias"):
                 tensor = _tensor_of(layer, name)
                 if tensor is not None:
-                    found.append(Seen(layer, name, tensor, _stamp(tensor)))
+                    found.append(Seen(layer, name, tensor, tensor.requires_grad, stamp_of(tensor)))
     return tuple(found)
 
 
@@ -150,17 +158,32 @@ def _tensor_of(layer: nn.Linear, name: str) -> torch.Tensor | None:
     return vars(layer).get(name) if found is None else found
 
 
-def _stamp(tensor: torch.Tensor) -> tuple | None:
-    """Version, address and a sample; None for shards and what is offloaded."""
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FEW = 4
+
+
+def stamp_of(tensor: torch.Tensor) -> tuple | None:
+    """Return version, address and a few elements of each row and column; None for shards and what
+    is offloaded.
+
+    Reading all elements would cost a pass over the head in every forward, and what changes them
+    behind autograd's back (fused optimizers, writes to `.data`) changes whole rows.
+    """
     if not tensor.numel() or tensor.is_meta or isinstance(tensor, DTensor):
         return None
-    steps = tuple(slice(None, None, max(1, n // 32)) for n in tensor.shape)
-    return tensor._version, tensor.data_ptr(), tensor.detach()[steps].clone()
+    bits = tensor.detach().view(_BITS[tensor.element_size()])
+    if bits.dim() < 2:
+        return tensor._version, tensor.data_ptr(), (bits.clone(),)
+    rows, columns = (max(1, n // _FEW) for n in bits.shape[-2:])
+    samples = bits[..., ::columns].clone(), bits[..., ::rows, :].clone()
+    return tensor._version, tensor.data_ptr(), samples
 
 
-def _differs(seen: Seen) -> bool:
-    (*before, sample), (*after, sample_now) = seen.stamp, _stamp(seen.tensor)
-    return before != after or not sample.equal(sample_now)
+def _differs(tensor: torch.Tensor, stamp: tuple | None) -> bool:
+    if stamp is None or not _in_memory(tensor):
+        return False
+    (*before, samples), (*after, samples_now) = stamp, stamp_of(tensor)
+    return before != after or not all(map(torch.equal, samples, samples_now))
 
 
 def _in_memory(tensor: torch.Tensor) -> bool:

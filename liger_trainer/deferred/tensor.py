@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
 from liger_trainer.kernels.autograd import first_derivative_only
@@ -73,6 +74,7 @@ class Deferred(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        func = _as_torch_has_it(func)
         handler = cls.handlers.get(func)
         if handler is not None:
             answer = _call(handler, args, kwargs)
@@ -103,6 +105,21 @@ class Deferred(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         return self.materialize().__reduce_ex__(protocol)
+
+
+_FUNCTIONAL = {name: f for name, f in vars(F).items() if inspect.isfunction(f)}
+_ORIGINAL = frozenset(_FUNCTIONAL.values())
+
+
+def _as_torch_has_it(func: Callable) -> Callable:
+    """Return the function of torch that asks for an answer.
+
+    `F.cross_entropy` looks its own name up to say who asks. If somebody put a function around it in
+    its place, that is found, and calling it would apply what it adds a second time.
+    """
+    if func in _ORIGINAL or not inspect.isfunction(func):
+        return func
+    return next((f for name, f in _FUNCTIONAL.items() if vars(F).get(name) is func), func)
 
 
 def as_wrapper(func: Callable, *args, **kwargs):

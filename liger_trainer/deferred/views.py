@@ -7,16 +7,14 @@ import math
 import torch
 
 from liger_trainer.deferred.handlers import implements
-from liger_trainer.deferred.logits import as_meta, derive
+from liger_trainer.deferred.logits import DeferredLogits, as_meta, derive
 
 _Tensor = torch.Tensor
 
 
 def _rows(logits, fn, like=None):
     """`fn` acts on the tokens of hidden states and logits alike."""
-    made = derive([logits], logits.state.map_hidden(fn), fn, like)
-    made._has_views = logits._has_views = True
-    return made
+    return derive([logits], logits.state.map_hidden(fn), fn, like)
 
 
 @implements(_Tensor.contiguous)
@@ -41,14 +39,18 @@ def _clone(logits, memory_format=torch.preserve_format):
 def _detach(logits):
     if logits.state is None:
         return NotImplemented
-    logits._has_views = True
     if not torch.is_grad_enabled():
-        made = _adoptable(logits, lambda z: z.view_as(z))
-    else:
-        with torch.no_grad():
-            made = derive([logits], logits.state, lambda z: z.detach())
-    made._has_views = True
-    return made
+        return _adoptable(logits, lambda z: z.view_as(z))
+    with torch.no_grad():
+        return derive([logits], logits.state, lambda z: z.detach())
+
+
+@implements(_Tensor.data.__get__, _Tensor.numpy)
+def _expose(logits, *args, **kwargs):
+    """Note that a write is possible which shows in no version counter."""
+    if isinstance(logits, DeferredLogits):
+        logits._base_logits()._is_exposed = True
+    return NotImplemented
 
 
 def _adoptable(logits, copy):

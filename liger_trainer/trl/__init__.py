@@ -233,7 +233,7 @@ def _replaced(module, name: str, value: object) -> Iterator[None]:
 
 
 def _training_arguments(args: tuple, kwargs: dict) -> TrainingArguments | None:
-    candidates = [kwargs.get("args"), *args]
+    candidates = [kwargs.get("args"), *args, *kwargs.values()]  # a subclass names it as it likes
     return next((a for a in candidates if isinstance(a, TrainingArguments)), None)
 
 

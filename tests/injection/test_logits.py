@@ -6,48 +6,16 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from deferred_head import TOKENS, VOCAB, deferred, labels, linear, operands, plain
 from torch import nn
 
 from liger_trainer.deferred import scope
 from liger_trainer.deferred.logits import DeferredLogits, as_scale_and_softcap
-from liger_trainer.injection.rules.head import DeferredHead
-from liger_trainer.swap import swap
-
-TOKENS, WIDTH, VOCAB = (2, 5), 8, 11
 
 
 @pytest.fixture
 def head():
-    torch.manual_seed(0)
-    hidden = torch.randn(*TOKENS, WIDTH, requires_grad=True)
-    weight = nn.Parameter(torch.randn(VOCAB, WIDTH))
-    bias = nn.Parameter(torch.randn(VOCAB))
-    return hidden, weight, bias
-
-
-def deferred(head, fused=True) -> DeferredLogits:
-    """The logits that such a layer returns in a forward with labels."""
-    hidden, weight, bias = head
-    layer = linear(weight, bias, fused)
-    with scope.deferring(layer):
-        return layer(hidden)
-
-
-def linear(weight, bias, fused=True) -> nn.Linear:
-    layer = nn.Linear(*reversed(weight.shape), bias=bias is not None)
-    layer.weight, layer.bias = weight, bias
-    swap(layer, DeferredHead, fused)
-    return layer
-
-
-def plain(head):
-    return F.linear(*head)
-
-
-def labels():
-    wanted = torch.arange(10).reshape(TOKENS) % VOCAB
-    wanted[0, :2] = -100
-    return wanted
+    return operands()
 
 
 # What happens between a head and its loss, in the wild.
@@ -56,8 +24,6 @@ PIPELINES = {
     "scale": lambda z: (z * 0.25).float(),
     "scale from the left": lambda z: 0.25 * z,
     "divide": lambda z: (z / 8.0).float(),
-    "divide in place": lambda z: z.__itruediv__(8.0),
-    "multiply in place": lambda z: z.mul_(0.5),
     "softcap": lambda z: torch.tanh(z / 3.0) * 3.0,
     "scaled softcap": lambda z: (3.0 * torch.tanh(z * 0.1 / 3.0)).to(torch.float32),
     "shift": lambda z: torch.cat([z[..., :-1, :], z[..., -1:, :]], 1).contiguous(),
@@ -233,21 +199,71 @@ def test_in_place_change_reaches_the_views(head):
         torch.testing.assert_close(a, b)
 
 
-def test_logits_read_after_the_weights_changed_are_refused(head):
-    changes = [
-        lambda: head[1].add_(1.0),
-        lambda: head[1].data.add_(1.0),
-        lambda: setattr(head[1], "data", head[1] + 1.0),
-        lambda: head[0].mul_(2.0),
-    ]
-    for change in changes:
-        logits = deferred(head)
-        with torch.no_grad():
-            change()
-        with pytest.raises(RuntimeError, match="have changed since"):
-            logits.sum()
-        with pytest.raises(RuntimeError, match="have changed since"):
-            F.cross_entropy(logits.view(-1, VOCAB), labels().view(-1))
+CHANGES = {
+    "in place": lambda hidden, weight, _: weight.add_(1.0),
+    "through data": lambda hidden, weight, _: weight.data.add_(1.0),
+    "one row through data": lambda hidden, weight, _: weight.data[7].add_(1.0),
+    "one column through data": lambda hidden, weight, _: weight.data[:, 3].add_(1.0),
+    "two rows exchanged": lambda hidden, weight, _: weight.data.copy_(
+        weight[[1, 0, *range(2, 11)]]
+    ),
+    "one bias through data": lambda hidden, _, bias: bias.data[3].add_(1.0),
+    "data exchanged": lambda hidden, weight, _: setattr(weight, "data", weight + 1.0),
+    "hidden states": lambda hidden, *_: hidden.mul_(2.0),
+    "hidden states through data": lambda hidden, *_: hidden.data[1, 2].mul_(2.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_logits_read_after_the_weights_changed_are_refused(head, change):
+    logits = deferred(head)
+    with torch.no_grad():
+        change(*head)
+    with pytest.raises(RuntimeError, match="have changed since"):
+        logits.sum()
+    with pytest.raises(RuntimeError, match="have changed since"):
+        F.cross_entropy(logits.view(-1, VOCAB), labels().view(-1))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_logits_read_after_the_weights_were_frozen_or_unfrozen(head, before):
+    """Their gradient would not be that of the forward; their values are."""
+    head[1].requires_grad_(before)
+    logits = deferred(head)
+    head[1].requires_grad_(not before)
+    with pytest.raises(RuntimeError, match="frozen or unfrozen since"):
+        logits.sum()
+    with torch.no_grad():
+        assert torch.equal(logits + 0, plain(head))
+
+
+def test_fp64_is_given_to_whoever_asks_for_it(head):
+    def loss(logits):
+        return F.cross_entropy(logits.double().view(-1, VOCAB), labels().view(-1))
+
+    got, expected = loss(deferred(head)), loss(plain(head))
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    "factors", [(1e30,), (1e30, 1e30, 1e-30, 1e-30), (1e-30, 1e-30, 1e30, 1e30)]
+)
+def test_factors_that_overflow_do_so_where_they_do_in_torch(head, factors):
+    def loss(logits):
+        for factor in factors:
+            logits = logits * factor
+        return F.cross_entropy(logits.view(-1, VOCAB), labels().view(-1))
+
+    torch.testing.assert_close(loss(deferred(head)), loss(plain(head)), equal_nan=True)
+
+
+def test_a_function_around_torchs_own_is_applied_once(head, monkeypatch):
+    """As by a profiler, which replaces `F.cross_entropy` by one that calls it."""
+    original = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args: 2 * original(*args))
+    got, expected = (F.cross_entropy(z.view(-1, VOCAB), labels().view(-1))
+                     for z in (deferred(head), plain(head)))  # fmt: skip
+    torch.testing.assert_close(got, expected)
 
 
 def test_low_rank_adapter_joins_the_head(head):
@@ -285,6 +301,9 @@ def test_copies_and_pickles_are_ordinary_tensors(head):
         ((("mul", 0.5), ("tanh", None)), (0.5, 1.0)),
         ((("tanh", None), ("tanh", None)), None),
         ((("tanh", None), ("mul", -2.0)), None),
+        ((("mul", 1e30),), None),
+        ((("mul", 1e30), ("mul", 1e30), ("div", 1e30), ("div", 1e30)), None),
+        ((("mul", 0.0),), (0.0, None)),
     ],
 )
 def test_summary_of_what_happened_to_logits(ops, expected):

@@ -126,3 +126,24 @@ def test_hyperparameter_search_injects_every_model(tmp_path, monkeypatch):
     trainer.model = trainer.call_model_init(SimpleNamespace(params={}))
     trainer.train()
     assert is_injected(trainer.model)
+
+
+class WithoutKeywords(torch.nn.Module):
+    """No output head, and a forward that takes what it names."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(128, 8)
+        self.norm = torch.nn.LayerNorm(8)
+
+    def forward(self, input_ids, labels=None):
+        hidden = self.norm(self.embedding(input_ids))
+        return {"loss": hidden.square().mean(), "hidden": hidden}
+
+
+def test_a_module_that_takes_no_other_arguments_is_evaluated(tmp_path):
+    with enabled():
+        trainer = build(Trainer, tmp_path, model=WithoutKeywords(), use_liger_kernel=True)
+        trainer.train()
+        assert is_injected(trainer.model)
+        assert trainer.evaluate()["eval_loss"] > 0

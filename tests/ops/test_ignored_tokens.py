@@ -137,3 +137,17 @@ def test_a_common_offset_costs_no_precision(place, offset):
         grads.append(x.grad)
         torch.testing.assert_close(linear, loss, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(*grads, rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+def test_one_class(place, loss):
+    """Every row's loss is zero, and so is each gradient."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(s).to(place).requires_grad_() for s in [(B, T, H), (1, H), (1,)]]
+    y = torch.zeros(B, T, dtype=torch.long, device=place)
+    y[:, ::2] = -100
+    value = loss(*leaves, y)
+    value.backward()
+    torch.testing.assert_close(value.detach(), torch.zeros_like(value))
+    for leaf in leaves:
+        assert leaf.grad is None or torch.equal(leaf.grad, torch.zeros_like(leaf))

@@ -214,3 +214,16 @@ def test_enabled_for_the_stock_classes(method, arguments, tmp_path, enabled):
     assert is_injected(got.trainer.model)
     trl_parity.assert_same(got, expected)
     assert trl.SFTTrainer is trl_parity.classes("SFT", flag=False)[0]
+
+
+def test_a_config_under_another_name(arguments, tmp_path, enabled):
+    class Mine(trl.SFTTrainer):
+        def __init__(self, model, cfg, data):
+            tokenizer = trl_parity.tiny.tokenizer()
+            super().__init__(model, cfg, train_dataset=data, processing_class=tokenizer)
+
+    made = arguments("SFT")()
+    options = {**trl_parity.COMMON, **config("SFT", use_liger_kernel=True)}
+    cfg = trl.SFTConfig(str(tmp_path), **options)
+    trainer = Mine(made["model"], cfg=cfg, data=made["train_dataset"])
+    assert trainer.injection_report.coverage["rms_norm"] == (5, 5)

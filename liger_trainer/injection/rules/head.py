@@ -18,7 +18,7 @@ from liger_trainer.deferred.logits import defer_call
 from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.activation_memory import LeanModel
-from liger_trainer.injection.rules.hooks import foreign_hooks
+from liger_trainer.injection.rules.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection.rules.proposal import (
     OVERRIDDEN,
     Proposal,
@@ -219,13 +219,14 @@ def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
+_PLAIN_FORWARD = nn.Linear.forward  # which somebody may replace for the whole process
 _WEIGHTS = (torch.Tensor, nn.Parameter, DTensor)
 
 
 def _unfit(layer: nn.Module, is_head: bool) -> str | None:
     """Why the calls of one layer of a head cannot be taken over."""
     own = getattr(type(layer), "_liger_base", type(layer)).forward
-    if isinstance(layer, nn.Linear) and own is not nn.Linear.forward:
+    if isinstance(layer, nn.Linear) and own is not _PLAIN_FORWARD:
         return f"{type(layer).__name__} is not a plain linear layer"
     if not is_head and is_wrapped_shard(layer):
         return "an adapter on a head that is split over ranks"
@@ -233,7 +234,7 @@ def _unfit(layer: nn.Module, is_head: bool) -> str | None:
         return OVERRIDDEN
     if foreign_hooks(layer):
         return "it has forward hooks, which would not see the logits"
-    if layer._backward_hooks or layer._backward_pre_hooks:
+    if has_backward_hooks(layer):
         return "it has backward hooks, which would not see the gradient of the logits"
     if hasattr(layer, "parametrizations"):
         return "it is parametrized"

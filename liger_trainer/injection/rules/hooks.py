@@ -29,6 +29,32 @@ def foreign_hooks(module: nn.Module) -> bool:
     return any(not _is_an_engines(hook) for table in tables for hook in table.values())
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a backward hook is on `module`, or on every module."""
+    return bool(
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or _global_hooks._global_backward_hooks
+        or _global_hooks._global_backward_pre_hooks
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its forward (engines gather, offload, observe)."""
+    own = vars(module)  # looking four names up by attribute would take three times as long
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or _global_hooks._global_forward_hooks
+        or _global_hooks._global_forward_pre_hooks
+        or _global_hooks._global_backward_hooks
+        or _global_hooks._global_backward_pre_hooks
+    )
+
+
 def _is_an_engines(hook: object) -> bool:
     while isinstance(hook, functools.partial):
         hook = hook.func

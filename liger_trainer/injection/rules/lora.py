@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from liger_trainer.injection import probe
+from liger_trainer.injection.rules.hooks import is_hooked
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.lora_linear import (
     MIN_ELEMENTS,
@@ -31,6 +32,7 @@ from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
 _PLAIN = (torch.Tensor, nn.Parameter)
+_PLAIN_FORWARD = nn.Linear.forward  # which somebody may replace for the whole process
 _WIDTHS = 24, 40  # of the copy that is probed
 _TOLERANCE_FP64 = 1e-10
 
@@ -67,7 +69,7 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
         parts = _parts_of(layer, name)
         if parts is None:
             continue
-        if _variant(layer, name, parts) is not None or any(map(_is_hooked, parts)):
+        if _variant(layer, name, parts) is not None or any(map(is_hooked, parts)):
             return None
         down, up, dropout = parts
         A, B, scale = down.weight, up.weight, layer.scaling[name]
@@ -101,7 +103,7 @@ def _unfit(layer: nn.Module) -> str | None:
     for name, parts in active.items():
         if (variant := _variant(layer, name, parts)) is not None:
             return f"not plain LoRA: {variant}"
-        if any(map(_is_hooked, parts)):
+        if any(map(is_hooked, parts)):
             return "hooks on the adapter"
     return "its base layer lies in shards" if _is_sharded(layer.base_layer) else None
 
@@ -126,20 +128,8 @@ def _variant(layer: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> str |
     return None
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does more than its forward (engines that gather, offload, observe)."""
-    own = module.__dict__  # looking five names up by attribute would take three times as long
-    return bool(
-        own["_forward_pre_hooks"]
-        or own["_forward_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
-
-
 def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> bool:
-    if type(base).forward is not nn.Linear.forward or _is_hooked(base):
+    if type(base).forward is not _PLAIN_FORWARD or is_hooked(base):
         return False
     weight = base.weight
     if type(weight) not in _PLAIN or not weight.is_floating_point() or weight.dim() != 2:

@@ -1,0 +1,98 @@
+"""A linear layer and its adapters as one operation: values, every gradient, and dropout."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_matches, run
+
+from liger_trainer.kernels.layers import lora_linear as kernel
+from liger_trainer.kernels.layers.lora_linear import Adapter, add_adapters, lora_linear
+
+bf16, fp32 = torch.bfloat16, torch.float32
+pytestmark = pytest.mark.usefixtures("every_size")
+
+
+def operands(device, dtype, adapter_dtype, rows=(3, 17), width=48, out=40):
+    torch.manual_seed(0)
+    shapes = {
+        "x": (*rows, width), "weight": (out, width), "bias": (out,),
+        "A": (5, width), "B": (out, 5), "A2": (3, width), "B2": (out, 3),
+    }  # fmt: skip
+    return {
+        name: (torch.randn(shape, device=device) * shape[-1] ** -0.5).to(
+            adapter_dtype if name[0] in "AB" else dtype
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def two_adapters(function):
+    def called(x, weight, bias, A, B, A2, B2):
+        return function(x, weight, bias, [Adapter(A, B, 0.7), Adapter(A2, B2, 1.5)])
+
+    return called
+
+
+def around(x, weight, bias, adapters):
+    return add_adapters(F.linear(x, weight, bias), x, adapters)
+
+
+@pytest.mark.parametrize("function", [lora_linear, around])
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(fp32, fp32), (bf16, bf16), (bf16, fp32), (torch.float16, fp32)],
+)
+def test_as_exact_as_peft_s_formula(kernel_device, function, dtype, adapter_dtype):
+    assert_matches(
+        two_adapters(function),
+        two_adapters(kernel.lora_linear_reference),
+        operands(kernel_device, dtype, adapter_dtype),
+    )
+
+
+def test_no_rows(kernel_device):
+    tensors = operands(kernel_device, bf16, fp32, rows=(2, 0))
+    outputs, grads, _ = run(two_adapters(lora_linear), tensors)
+    assert outputs[0].shape == (2, 0, 40)
+    assert not any(grads[name].any() for name in ("A", "B", "weight"))
+
+
+def test_three_parts_hold_every_bit(kernel_device):
+    matrix = torch.randn(5, 70, device=kernel_device) * torch.logspace(-6, 6, 70).to(kernel_device)
+    other = torch.randn(33, 5, device=kernel_device)
+    first, second = kernel._split_pair(matrix, other.t())
+    parts = first.double().view(3, 5, 70).sum(0)
+    torch.testing.assert_close(parts, matrix.double(), rtol=2**-24, atol=0)
+    columns = second.double().view(4, 5, 33)
+    assert torch.equal(columns[0], columns[1])
+    assert torch.equal(columns[0], columns[2])
+    torch.testing.assert_close(columns[0] + columns[3], other.double().t(), rtol=2**-15, atol=0)
+
+
+@pytest.mark.parametrize("adapter_dtype", [bf16, fp32])
+def test_dropout_is_its_mask(device, monkeypatch, adapter_dtype):
+    monkeypatch.setattr(kernel, "_draw_seed", lambda: 7)
+    tensors = operands(device, bf16, adapter_dtype)
+    del tensors["A2"], tensors["B2"]
+    keep = kernel.dropout_mask(tensors["x"], 7, 0.3)
+    assert 0 < keep.sum() < keep.numel()
+    assert_matches(
+        lambda x, weight, bias, A, B: lora_linear(x, weight, bias, [Adapter(A, B, 0.7, 0.3)]),
+        lambda x, weight, bias, A, B: kernel.lora_linear_reference(
+            x, weight, bias, [Adapter(A, B, 0.7, 0.3)], keeps=[keep]
+        ),
+        tensors,
+    )
+
+
+def test_dropout_masks_are_fair_and_follow_the_seed(device):
+    x = torch.empty(200, 500, device=device)
+    one, again, other = (kernel.dropout_mask(x, seed, 0.25) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert abs(one.float().mean().item() - 0.75) < 0.01
+    assert abs((one == other).float().mean().item() - (0.75**2 + 0.25**2)) < 0.01
+    torch.manual_seed(3)
+    drawn = [kernel._draw_seed() for _ in range(2)]
+    torch.manual_seed(3)
+    assert [kernel._draw_seed() for _ in range(2)] == drawn
+    assert drawn[0] != drawn[1]
