@@ -85,7 +85,7 @@ def _split_pair_kernel(
         mask = col < K1
         m = tl.load(first_ptr + row * stride_r1 + wide * stride_k1, mask=mask, other=0.0)
         hi, mid, lo = _split(m)
-        out_ptrs, part = first_out + row * K1 + col, R.to(tl.int64) * K1
+        out_ptrs, part = first_out + row * K1 + col, tl.cast(R, tl.int64) * K1
         tl.store(out_ptrs, hi, mask=mask)
         tl.store(out_ptrs + part, mid, mask=mask)
         tl.store(out_ptrs + 2 * part, lo, mask=mask)
@@ -94,7 +94,7 @@ def _split_pair_kernel(
         mask = col < K2
         m = tl.load(second_ptr + row * stride_r2 + wide * stride_k2, mask=mask, other=0.0)
         hi, mid, lo = _split(m)
-        out_ptrs, part = second_out + row * K2 + col, R.to(tl.int64) * K2
+        out_ptrs, part = second_out + row * K2 + col, tl.cast(R, tl.int64) * K2
         tl.store(out_ptrs, hi, mask=mask)
         tl.store(out_ptrs + part, hi, mask=mask)
         tl.store(out_ptrs + 2 * part, hi, mask=mask)

@@ -125,7 +125,7 @@ def _token_loss_kernel(
         tl.load(logits_ptr + safe_label).to(tl.float32), scale, softcap, HAS_SOFTCAP
     )
     hard = 1.0 - eps
-    total_weight = V.to(tl.float32)
+    total_weight = tl.cast(V, tl.float32)
     if HAS_CLASS_WEIGHT:
         hard *= tl.load(class_weight_ptr + safe_label).to(tl.float32)
         total_weight = tl.load(total_weight_ptr)
@@ -166,7 +166,7 @@ def _cross_entropy_bwd_kernel(
         return
     lse = tl.load(lse_ptr + row)
     hard = 1.0 - eps
-    total_weight = V.to(tl.float32)
+    total_weight = tl.cast(V, tl.float32)
     if HAS_CLASS_WEIGHT:
         in_range = (label >= 0) & (label < V)
         hard *= tl.load(class_weight_ptr + tl.where(in_range, label, 0)).to(tl.float32)
