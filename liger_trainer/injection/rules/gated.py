@@ -22,7 +22,7 @@ from torch import nn
 
 from liger_trainer.deferred import Attach, Deferred
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.hooks import foreign_hooks
+from liger_trainer.injection.rules.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, fingerprint
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
 from liger_trainer.kernels.runtime import PLAIN, pays
@@ -121,7 +121,7 @@ class FusedActivation(Swapped):
         return super().__call__(*args, **kwargs)
 
     def _liger_may_defer(self, x: torch.Tensor) -> bool:
-        hooked = self._backward_hooks or self._backward_pre_hooks or foreign_hooks(self)
+        hooked = has_backward_hooks(self) or foreign_hooks(self)
         recorded = torch.is_grad_enabled() and x.requires_grad and not torch.is_inference(x)
         if hooked:
             note(self, "a hook was put on it after the injection")

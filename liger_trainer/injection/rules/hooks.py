@@ -30,12 +30,12 @@ def foreign_hooks(module: nn.Module) -> bool:
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether a backward hook is on `module`, or on every module."""
+    """Whether a backward hook is on `module`, or on every module one that is not an engine's."""
+    tables = (_global_hooks._global_backward_hooks, _global_hooks._global_backward_pre_hooks)
     return bool(
         module._backward_hooks
         or module._backward_pre_hooks
-        or _global_hooks._global_backward_hooks
-        or _global_hooks._global_backward_pre_hooks
+        or any(not _is_an_engines(hook) for table in tables for hook in table.values())
     )
 
 
