@@ -36,6 +36,11 @@ def main(options: argparse.Namespace) -> int:
     from liger_trainer.runs.load import load_tokenizer
     from liger_trainer.runs.samples import shown
 
+    output = Path(options.output).expanduser() if options.output else None
+    if output is not None and output.exists() and not output.is_file():
+        raise ValueError(f"--output: {output} is there, and is no regular file")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"--output: there is no folder {str(output.parent)!r}")
     run = open_run(options.run)
     prompts = read_prompts(Path(options.prompts).expanduser())
     if options.new_tokens < 1:
@@ -48,10 +53,9 @@ def main(options: argparse.Namespace) -> int:
     rows = [
         {"prompt": p, "base": b, "tuned": t} for p, b, t in zip(prompts, base, tuned, strict=True)
     ]
-    if options.output:
-        path = Path(options.output).expanduser()
-        write_whole(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-        print(f"{len(rows)} rows in {path}")
+    if output is not None:
+        write_whole(output, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        print(f"{len(rows)} rows in {output}")
         return 0
     for row in rows:
         print_titled("prompt", shown(row["prompt"]))

@@ -9,6 +9,7 @@ from typing import Any
 
 # Fields of the section `model` that say which weights are meant; the others say how to load them.
 LOCATION = ("name_or_path", "package", "gguf_file", "revision", "subfolder", "variant", "config")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODEL_FILES = ("config.json", "adapter_config.json")
 
 
@@ -30,11 +31,19 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
         )
     if not (folder / "adapter_config.json").is_file():
         return arguments, None
+    if not any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
+        raise ValueError(
+            f"model.name_or_path: {folder} has an adapter_config.json, but no "
+            f"{_ADAPTER_WEIGHTS[0]}: put the adapter's weights there, or train it again"
+        )
     base = run.get("base")
     if base is None:
         name = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
         if not name:
-            raise ValueError(f"model.name_or_path: {folder}/adapter_config.json names no base")
+            raise ValueError(
+                f"model.name_or_path: {folder}/adapter_config.json names no base: "
+                "write the hub name or the folder of its base into base_model_name_or_path"
+            )
         base = {"name_or_path": name}
     chosen = {key: base.get(key) for key in LOCATION}
     if arguments.config:

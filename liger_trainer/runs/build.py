@@ -19,7 +19,7 @@ from liger_trainer.runs.data.collate import Collator
 from liger_trainer.runs.data.prepare import Prepared, prepare
 from liger_trainer.runs.data.vision import VisionCollator
 from liger_trainer.runs.engine import ranks_of_a_row
-from liger_trainer.runs.load import load_model, load_processor, load_tokenizer
+from liger_trainer.runs.load import load_model, load_processor, load_tokenizer, one_line
 from liger_trainer.runs.methods import trainer_class
 from liger_trainer.runs.recipe import Recipe
 from liger_trainer.runs.rewards import columns_of, guarded, row_check
@@ -75,7 +75,8 @@ def load_trained(recipe: Recipe, trained: Path):
     """Return the trainer of a recipe, with the trained weights or adapter of a folder, and its
     data."""
     trainer, prepared = build_trainer(recipe, recipe.training_arguments())
-    trainer._load_from_checkpoint(str(trained))
+    with one_line(str(trained)):
+        trainer._load_from_checkpoint(str(trained))
     return trainer, prepared
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.adapters import LOCATION
+from liger_trainer.runs.adapters import LOCATION, located
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.recipe import Recipe, recipe_of
 from liger_trainer.runs.secrets import HIDDEN
@@ -37,18 +37,27 @@ class FinishedRun:
 
 
 def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
-    """Return the finished run in a folder. Raises ValueError when there is none, in one line."""
+    """Return the finished run in a folder. Raises ValueError when there is none, or not
+    all of it, in one line."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"there is no folder {str(path)!r}")
     record = run_folder.read(path)
     if record is None:
-        raise ValueError(f"{path} holds no run: it has no {run_folder.RUN_FILE}")
+        raise ValueError(
+            f"{path} holds no run: it has no {run_folder.RUN_FILE}. Name the folder that "
+            "training.output_dir was"
+        )
     if record["state"] != "finished":
-        raise ValueError(f"the run in {path} is {record['state']}, not finished")
+        raise ValueError(
+            f"the run in {path} is {record['state']}, not finished: finish it with "
+            "`liger-trainer train`, its recipe and --resume"
+        )
     values = {section: _known(keys) for section, keys in record["recipe"].items()}
     values["training"]["output_dir"] = str(path)
-    return FinishedRun(path, record, recipe_of(values, path / "run.yaml", overrides))
+    run = FinishedRun(path, record, recipe_of(values, path / "run.yaml", overrides))
+    located(run.tuned)  # raises if the model is no longer there
+    return run
 
 
 def _known(keys: Any) -> Any:

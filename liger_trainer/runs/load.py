@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ def folder(arguments: ModelArguments) -> str:
 def load_config(arguments: ModelArguments):
     """Return the model's configuration alone; no weights are read."""
     arguments, _ = located(arguments)
-    with _one_line(arguments):
+    with one_line(arguments.label):
         config = AutoConfig.from_pretrained(folder(arguments), **_given(arguments, _LOADING_KEYS))
     for key, value in (arguments.config or {}).items():
         if not hasattr(config, str(key)):
@@ -162,7 +163,7 @@ def _read_beside(arguments: ModelArguments, cls: type):
     if arguments.tokenizer:
         source = arguments.tokenizer
         keys = ("cache_dir", "token", "local_files_only", "trust_remote_code")
-    with _one_line(arguments):
+    with one_line(arguments.label):
         return cls.from_pretrained(source, **_given(base, keys))
 
 
@@ -190,7 +191,7 @@ def load_model(arguments: ModelArguments, *, scores: bool = False):
     config = load_config(base)
     if scores:
         config.num_labels = 1
-    with _one_line(base):
+    with one_line(base.label):
         kind = _auto_class(config, scores)
         model = kind.from_pretrained(folder(base), config=config, **kwargs)
     return model if adapter is None else _with_adapter(model, arguments, adapter)
@@ -203,7 +204,7 @@ def _with_adapter(model, arguments: ModelArguments, adapter: Path):
         raise ValueError(
             f"model.name_or_path: {adapter} is an adapter, which needs `pip install peft`"
         ) from error
-    with _one_line(arguments):
+    with one_line(str(adapter)):
         return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
 
 
@@ -229,7 +230,7 @@ def meta_model(arguments: ModelArguments, *, scores: bool = False):
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # flash attention on a "CPU" model, and such
     try:
-        with torch.device("meta"), _one_line(arguments):
+        with torch.device("meta"), one_line(arguments.label):
             return _auto_class(config, scores).from_config(config, **kwargs)
     finally:
         transformers_logging.set_verbosity(level)
@@ -247,14 +248,20 @@ def _auto_class(config, scores: bool):
 
 
 @contextmanager
-def _one_line(arguments: ModelArguments) -> Iterator[None]:
+def one_line(label: str) -> Iterator[None]:
     """Raise ValueError with the model's name for files that are cut off, do not fit each other or
     need what is not installed."""
     try:
         yield
     except (SafetensorError, RuntimeError, ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"model: {arguments.label} cannot be loaded: {reason}") from error
+        mismatch = _MISMATCH.search(reason)
+        if mismatch is not None:
+            reason = f"its weights are those of another model ({mismatch[0]}, and maybe others)"
+        raise ValueError(f"model: {label} cannot be loaded: {reason}") from error
+
+
+_MISMATCH = re.compile(r"size mismatch for [^:]*: .*?in current model is [^.]*(?=\.)")
 
 
 def _given(arguments: ModelArguments, keys: tuple[str, ...]) -> dict[str, Any]:
