@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 import torch
 
-from .runtime import pays
+from .runtime import PLAIN, pays
 from .second_derivative import gradients
 
 _MARK = "_liger_recipe"
@@ -116,14 +116,14 @@ class Recipe:
     """How a tensor was made. What it needs is packed when the first reader is."""
 
     __slots__ = (
-        "__weakref__", "autocast", "casts", "function", "output", "packed", "parameters", "readers",
-        "sources", "stream", "unread", "value", "version",
+        "__weakref__", "autocast", "casts", "dtype", "function", "output", "packed", "parameters",
+        "readers", "sources", "stream", "unread", "value", "version",
     )  # fmt: skip
 
     def __init__(self, y, function, sources, parameters=()):
         self.function, self.parameters = function, parameters
         self.sources = tuple((t, t._version) for t in sources)
-        self.output, self.version = weakref.ref(y), y._version
+        self.output, self.version, self.dtype = weakref.ref(y), y._version, y.dtype
         self.autocast = _autocast_state(y)
         self.packed, self.value, self.stream = None, None, None
         self.readers = self.unread = 0
@@ -177,7 +177,8 @@ def _nothing() -> None:
 
 
 def _mark(y: torch.Tensor, recipe: Recipe) -> None:
-    setattr(y, _MARK, recipe)
+    # On the memory, not on the tensor: an engine's hooks hand its readers another tensor of it.
+    setattr(y.untyped_storage(), _MARK, recipe)
     # Casts find it by the node that made their source. Weakly: nodes outlive what they keep.
     y.grad_fn.metadata[_MARK] = weakref.ref(recipe)
 
@@ -193,11 +194,12 @@ def _stream(packed: tuple) -> int | None:
 
 
 def _pack(t: torch.Tensor) -> tuple:
-    """(recipe, view or None) or (tensor, version)."""
-    base = t._base if t._is_view() else t
-    recipe = getattr(base, _MARK, None) or _recipe_of_cast(base)
-    if recipe is not None and t.dtype == base.dtype and recipe.accepts(base):
-        return recipe, None if t is base else (t.shape, t.stride(), t.storage_offset())
+    """(recipe, shape, strides and offset) or (tensor, version)."""
+    if type(t) in PLAIN:
+        base = t._base if t._is_view() else t
+        recipe = getattr(t.untyped_storage(), _MARK, None) or _recipe_of_cast(base)
+        if recipe is not None and t.dtype == recipe.dtype and recipe.accepts(base):
+            return recipe, (t.shape, t.stride(), t.storage_offset())
     # Detached, or a node that saves its own output would keep itself alive.
     return t if t.grad_fn is None else t.detach(), t._version
 
@@ -206,7 +208,7 @@ def _unpack(packed: tuple) -> torch.Tensor:
     kept, state = packed
     if isinstance(kept, Recipe):
         value = kept.read()
-        return value if state is None else value.as_strided(*state)
+        return value.as_strided(*state)
     if kept._version != state:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
@@ -231,7 +233,7 @@ def _recipe_of_cast(y: torch.Tensor) -> Recipe | None:
     else:
         recipe = None
     if recipe is not None:
-        setattr(y, _MARK, recipe)
+        setattr(y.untyped_storage(), _MARK, recipe)
     return recipe
 
 

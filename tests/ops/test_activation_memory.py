@@ -147,7 +147,7 @@ def test_readers_share_one_computation_and_it_is_dropped_after_the_last():
     with recomputing():
         y = marked(x, calls)
         total = sum(F.linear(y, w).square().sum() for w in weights)
-        recipe = getattr(y, recompute._MARK)
+        recipe = getattr(y.untyped_storage(), recompute._MARK)
     assert recipe.readers == 3
     total.backward(retain_graph=True)
     assert len(calls) == 1
@@ -157,6 +157,34 @@ def test_readers_share_one_computation_and_it_is_dropped_after_the_last():
     assert len(calls) == 2
     for w, once in zip(weights, first, strict=True):
         torch.testing.assert_close(w.grad, 2 * once)
+
+
+class Alias(torch.autograd.Function):
+    """Another tensor of the same memory, as an engine's hooks hand it on."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_another_tensor_of_the_same_memory(changed):
+    x, calls = torch.randn(4, 8, requires_grad=True), []
+    w = torch.randn(3, 8, requires_grad=True)
+    with recomputing():
+        y = marked(x, calls)
+        alias = Alias.apply(y)
+        if changed:
+            alias = alias.mul_(2.0)
+        F.linear(alias, w).sum().backward()
+    expected = (4.0 if changed else 2.0) * x.detach()
+    torch.testing.assert_close(w.grad, expected.sum(0).expand(3, 8))
+    torch.testing.assert_close(x.grad, (4.0 if changed else 2.0) * w.detach().sum(0).expand(4, 8))
+    assert len(calls) == (not changed)
 
 
 def test_views_of_a_marked_tensor():

@@ -72,6 +72,13 @@ def test_peak_under_fsdp2_and_with_a_reference_model():
     assert peak(dpo).total / GIB == pytest.approx(30.9, rel=0.1)
 
 
+@pytest.mark.parametrize(("gpus", "measured"), [(1, 61.4), (2, 32.3), (4, 17.8)])
+def test_peak_of_an_8b_model_over_gpus(gpus, measured):
+    given = {"engine": "fsdp2", "gpus": gpus, "memory": 141, **CHECKPOINTED}
+    run = named("llama-8b", tokens=4096, **given)
+    assert peak(run).total / GIB == pytest.approx(measured, rel=0.05)
+
+
 def test_kib_kept_per_token_and_layer():
     """STEP's census of Llama-8B: 138 measured with everything kept, 92 that kernels need."""
     run = named("llama-8b")
