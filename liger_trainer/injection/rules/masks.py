@@ -218,6 +218,9 @@ def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     return Proposal.swapped(site, "attention", "no masks for causal rows", swap)
 
 
+_CACHES = ("cache", "past_key_values")  # of transformers 5.24, and before
+
+
 def difference(makers: list[FunctionType], config) -> str | None:
     """Where lean masks are not those of the installed transformers; None if nowhere."""
     config = copy.copy(config)
@@ -230,9 +233,9 @@ def difference(makers: list[FunctionType], config) -> str | None:
                 "config": config,
                 "inputs_embeds": torch.zeros(2, 7, 4),
                 "attention_mask": None,
-                "past_key_values": None,
                 "position_ids": position_ids,
             }
+            batch |= {n: None for n in _CACHES if n in inspect.signature(maker).parameters}
             try:
                 expected = maker(**batch)
             except TypeError as error:  # a release that takes other arguments
