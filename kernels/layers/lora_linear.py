@@ -33,10 +33,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..runtime import as_rows, cdiv, next_power_of_2, on_device, tl, triton, use_triton
+from ..runtime import as_rows, on_device
+from .lora_products import products_for
 
 MIN_ELEMENTS = 1 << 22  # of x: below, the launches take longer than the products
-_BLOCK = 1024
 
 
 class Adapter(NamedTuple):
@@ -58,207 +58,6 @@ def lora_linear_reference(x, weight, bias, adapters, *, keeps=None):
             x_in = x_in * keeps[i] / (1.0 - dropout)
         total = total + F.linear(F.linear(x_in, A), B) * scale
     return total.to(y.dtype)
-
-
-# --- three bf16 parts of an fp32 number ---------------------------------------------------------
-
-
-@triton.jit
-def _split(x):
-    """hi + mid + lo == x, each with the 8 bits of a bf16."""
-    hi = x.to(tl.bfloat16)
-    rest = x - hi.to(tl.float32)
-    mid = rest.to(tl.bfloat16)
-    return hi, mid, (rest - mid.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def _split_pair_kernel(
-    first_ptr, second_ptr, first_out, second_out, stride_r1, stride_k1, stride_r2, stride_k2,
-    R, K1, K2, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """first [R, K1] to [3R, K1] (hi, mid, lo), second [R, K2] to [4R, K2] (hi, hi, hi, mid)."""
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wide = col.to(tl.int64)
-    if row < R:
-        mask = col < K1
-        m = tl.load(first_ptr + row * stride_r1 + wide * stride_k1, mask=mask, other=0.0)
-        hi, mid, lo = _split(m)
-        out_ptrs, part = first_out + row * K1 + col, tl.cast(R, tl.int64) * K1
-        tl.store(out_ptrs, hi, mask=mask)
-        tl.store(out_ptrs + part, mid, mask=mask)
-        tl.store(out_ptrs + 2 * part, lo, mask=mask)
-    else:
-        row -= R
-        mask = col < K2
-        m = tl.load(second_ptr + row * stride_r2 + wide * stride_k2, mask=mask, other=0.0)
-        hi, mid, lo = _split(m)
-        out_ptrs, part = second_out + row * K2 + col, tl.cast(R, tl.int64) * K2
-        tl.store(out_ptrs, hi, mask=mask)
-        tl.store(out_ptrs + part, hi, mask=mask)
-        tl.store(out_ptrs + 2 * part, hi, mask=mask)
-        tl.store(out_ptrs + 3 * part, mid, mask=mask)
-
-
-@triton.jit
-def _store_parts(parts_ptr, h, row, col, R, mask):
-    """One of [N, 4R] (hi, mid, lo, hi)."""
-    hi, mid, lo = _split(h)
-    parts_ptrs = parts_ptr + row * (4 * R) + col
-    tl.store(parts_ptrs, hi, mask=mask)
-    tl.store(parts_ptrs + R, mid, mask=mask)
-    tl.store(parts_ptrs + 2 * R, lo, mask=mask)
-    tl.store(parts_ptrs + 3 * R, hi, mask=mask)
-
-
-@triton.jit
-def _gather_parts_kernel(
-    sums_ptr, parts_ptr, h_ptr, h_parts_ptr, scale, N, R,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scale the sum of sums [N, 3R] and split it; forward keeps it as h [N, R], and backward splits
-    the h that was kept, too."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < N * R
-    row, col = i // R, i % R
-    sums_ptrs = sums_ptr + row * (3 * R) + col
-    total = tl.load(sums_ptrs, mask=mask, other=0.0)
-    total += tl.load(sums_ptrs + R, mask=mask, other=0.0)
-    total += tl.load(sums_ptrs + 2 * R, mask=mask, other=0.0)
-    total *= scale
-    _store_parts(parts_ptr, total, row, col, R, mask)
-    if FORWARD:
-        tl.store(h_ptr + i, total, mask=mask)
-    if BACKWARD:
-        kept = tl.load(h_ptr + i, mask=mask, other=0.0)
-        _store_parts(h_parts_ptr, kept, row, col, R, mask)
-
-
-def _split_pair(first_RK: torch.Tensor, second_RK: torch.Tensor):
-    """Split the first into three parts that hold all of its bits, and the second into two that
-    hold 16, of which the larger stands there thrice."""
-    (R, K1), K2 = first_RK.shape, second_RK.shape[1]
-    like = {"dtype": torch.bfloat16, "device": first_RK.device}
-    first, second = torch.empty(3 * R, K1, **like), torch.empty(4 * R, K2, **like)
-    widest = max(K1, K2)
-    block = min(_BLOCK, next_power_of_2(widest))
-    _split_pair_kernel[(2 * R, cdiv(widest, block))](
-        first_RK,
-        second_RK,
-        first,
-        second,
-        *first_RK.stride(),
-        *second_RK.stride(),
-        R,
-        K1,
-        K2,
-        block,
-    )
-    return first, second
-
-
-def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a b in fp32 for 16-bit a and b."""
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-# --- products of a wide operand, of many rows and columns, and a narrow one -----------------------
-# `prepared` is the pair of matrices that the wide operand is multiplied with and that the result
-# is: (A, Bᵀ) in the forward pass and (Bᵀ, A) in the backward pass, as the products take them.
-
-
-class _OneDtype:
-    """All in one dtype."""
-
-    @staticmethod
-    def prepared(first_RK, second_RK):
-        return first_RK, second_RK
-
-    @staticmethod
-    def narrow(x_NK, first, scale):
-        """h = scale x firstᵀ [N, R], once to be kept and once as the functions below take it."""
-        h = torch.addmm(x_NK.new_empty(1), x_NK, first.t(), beta=0, alpha=scale)
-        return h, h
-
-    @classmethod
-    def narrow_again(cls, dy_NK, first, scale, h):
-        """`narrow` in the backward pass: the second of it, and that of the h that was kept."""
-        return cls.narrow(dy_NK, first, scale)[1], h
-
-    @staticmethod
-    def add(y_NK, h_NR, second, beta=1):
-        """y = beta y + h second, in place."""
-        y_NK.addmm_(h_NR, second, beta=beta)
-
-    @staticmethod
-    def over_rows(h_NR, x_NK):
-        """hᵀ x [R, K]; of 16-bit operands in fp32 where the device can."""
-        if x_NK.is_cuda and x_NK.element_size() == 2:
-            return _mm32(h_NR.t(), x_NK)
-        return torch.mm(h_NR.t(), x_NK)
-
-
-class _Widened(_OneDtype):
-    """The wide one is cast to the narrow one's dtype."""
-
-    @staticmethod
-    def narrow(x_NK, first, scale):
-        return _OneDtype.narrow(x_NK.to(first.dtype), first, scale)
-
-    @staticmethod
-    def add(y_NK, h_NR, second, beta=1):
-        product = h_NR @ second
-        y_NK.add_(product) if beta else y_NK.copy_(product)
-
-    @staticmethod
-    def over_rows(h_NR, x_NK):
-        return torch.mm(h_NR.t(), x_NK.to(h_NR.dtype))
-
-
-class _Split(_OneDtype):
-    """The wide one bf16, the narrow one fp32, in bf16 parts."""
-
-    prepared = staticmethod(_split_pair)
-
-    @staticmethod
-    def narrow(x_NK, first, scale):
-        N, R = len(x_NK), len(first) // 3
-        sums = _mm32(x_NK, first.t())
-        h, parts = sums.new_empty(N, R), x_NK.new_empty(N, 4 * R)
-        _gather_parts_kernel[(cdiv(N * R, _BLOCK),)](
-            sums, parts, h, parts, scale, N, R, True, False, _BLOCK
-        )
-        return h, parts
-
-    @classmethod
-    def narrow_again(cls, dy_NK, first, scale, h):
-        N, R = len(dy_NK), len(first) // 3
-        sums = _mm32(dy_NK, first.t())
-        parts = dy_NK.new_empty(N, 4 * R)
-        h_parts = parts if h is None else torch.empty_like(parts)
-        _gather_parts_kernel[(cdiv(N * R, _BLOCK),)](
-            sums, parts, h, h_parts, scale, N, R, False, h is not None, _BLOCK
-        )
-        return parts, h_parts
-
-    @staticmethod
-    def add(y_NK, parts, second, beta=1):
-        y_NK.addmm_(parts, second, beta=beta)
-
-    @staticmethod
-    def over_rows(parts, x_NK):
-        R = parts.shape[1] // 4
-        return _mm32(parts[:, : 3 * R].t(), x_NK).view(3, R, -1).sum(0)
-
-
-def _products(x_NI: torch.Tensor, y_NO: torch.Tensor, A: torch.Tensor):
-    if x_NI.dtype == y_NO.dtype == A.dtype:
-        return _OneDtype
-    splits = x_NI.dtype == y_NO.dtype == torch.bfloat16 and A.dtype == torch.float32
-    return _Split if splits and use_triton(x_NI) and x_NI.numel() else _Widened
 
 
 def dropout_mask(x: torch.Tensor, seed: int, probability: float) -> torch.Tensor:
@@ -311,7 +110,7 @@ class _LoRALinear(torch.autograd.Function):
         with _without_autocast(x), on_device(x):
             for i, (scale, dropout) in enumerate(settings):
                 A, B = _cast(matrices[2 * i : 2 * i + 2], dtype)
-                products = _products(x_NI, y_NO, A)
+                products = products_for(x_NI, y_NO, A)
                 seed = _draw_seed() if dropout else None
                 D_NI = x_NI * dropout_mask(x_NI, seed, dropout) if dropout else x_NI
                 scale = scale / (1.0 - dropout)

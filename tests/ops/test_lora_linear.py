@@ -7,6 +7,7 @@ from oracle import assert_matches, run
 
 from liger_trainer.kernels.layers import lora_linear as kernel
 from liger_trainer.kernels.layers.lora_linear import Adapter, add_adapters, lora_linear
+from liger_trainer.kernels.layers.lora_products import split_pair
 
 bf16, fp32 = torch.bfloat16, torch.float32
 pytestmark = pytest.mark.usefixtures("every_size")
@@ -60,7 +61,7 @@ def test_no_rows(kernel_device):
 def test_three_parts_hold_every_bit(kernel_device):
     matrix = torch.randn(5, 70, device=kernel_device) * torch.logspace(-6, 6, 70).to(kernel_device)
     other = torch.randn(33, 5, device=kernel_device)
-    first, second = kernel._split_pair(matrix, other.t())
+    first, second = split_pair(matrix, other.t())
     parts = first.double().view(3, 5, 70).sum(0)
     torch.testing.assert_close(parts, matrix.double(), rtol=2**-24, atol=0)
     columns = second.double().view(4, 5, 33)
