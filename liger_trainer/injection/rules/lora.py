@@ -85,13 +85,15 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
     return found
 
 
-def _parts_of(layer: nn.Module, name: str) -> tuple[nn.Module, nn.Module, nn.Module] | None:
+_TABLES = ("lora_A", "lora_B", "lora_dropout")
+
+
+def _parts_of(layer: nn.Module, name: str) -> tuple[nn.Module, ...] | None:
     """Return A, B and the dropout of an adapter, if the layer has it."""
-    modules = layer._modules  # three look-ups of attributes would take 2 us
-    down = modules["lora_A"]._modules.get(name)
-    if down is None:
+    modules = layer._modules  # looking the tables up as attributes would take 2 us
+    if name not in modules["lora_A"]._modules:
         return None
-    return down, modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
+    return tuple(modules[table]._modules[name] for table in _TABLES)  # pyright: ignore[reportReturnType]
 
 
 def _unfit(layer: nn.Module) -> str | None:
@@ -167,7 +169,7 @@ def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
 
 
 def _looks_like_lora(module: nn.Module) -> bool:
-    tables = (getattr(module, name, None) for name in ("lora_A", "lora_B", "lora_dropout"))
+    tables = (getattr(module, name, None) for name in _TABLES)
     return (
         isinstance(getattr(module, "base_layer", None), nn.Module)
         and all(isinstance(table, nn.ModuleDict) and len(table) > 0 for table in tables)
