@@ -197,8 +197,10 @@ def _pack(t: torch.Tensor) -> tuple:
     """(recipe, shape, strides and offset) or (tensor, version)."""
     if type(t) in PLAIN:
         base = t._base if t._is_view() else t
-        recipe = getattr(t.untyped_storage(), _MARK, None) or _recipe_of_cast(base)
+        recipe = _marked_on(t.untyped_storage()) or _recipe_of_cast(base)
         if recipe is not None and t.dtype == recipe.dtype and recipe.accepts(base):
+            # Held by its readers from here on: who keeps the memory is not to keep the sources.
+            setattr(t.untyped_storage(), _MARK, weakref.ref(recipe))
             return recipe, (t.shape, t.stride(), t.storage_offset())
     # Detached, or a node that saves its own output would keep itself alive.
     return t if t.grad_fn is None else t.detach(), t._version
@@ -216,6 +218,11 @@ def _unpack(packed: tuple) -> torch.Tensor:
             f"version {state}. Change it after backward, or change a copy."
         )
     return kept
+
+
+def _marked_on(storage: torch.UntypedStorage) -> Recipe | None:
+    found = getattr(storage, _MARK, None)
+    return found() if isinstance(found, weakref.ref) else found
 
 
 def _recipe_of_cast(y: torch.Tensor) -> Recipe | None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_readers_share_one_computation_and_it_is_dropped_after_the_last():
     with recomputing():
         y = marked(x, calls)
         total = sum(F.linear(y, w).square().sum() for w in weights)
-        recipe = getattr(y.untyped_storage(), recompute._MARK)
+        recipe = recompute._marked_on(y.untyped_storage())
     assert recipe.readers == 3
     total.backward(retain_graph=True)
     assert len(calls) == 1
@@ -185,6 +186,23 @@ def test_another_tensor_of_the_same_memory(changed):
     torch.testing.assert_close(w.grad, expected.sum(0).expand(3, 8))
     torch.testing.assert_close(x.grad, (4.0 if changed else 2.0) * w.detach().sum(0).expand(4, 8))
     assert len(calls) == (not changed)
+
+
+def test_who_keeps_the_output_does_not_keep_its_sources():
+    x = torch.randn(4, 8, requires_grad=True)
+    w = torch.randn(3, 8, requires_grad=True)
+    with recomputing():
+        source = x * 1.0
+        memory = weakref.ref(source.untyped_storage())
+        y = recomputable(source * 2.0, lambda t: t * 2.0, (source,))
+        loss = F.linear(y, w).sum()
+    kept = y.detach()
+    del source, y
+    assert memory() is not None
+    loss.backward()
+    del loss
+    assert memory() is None
+    torch.testing.assert_close(kept, 2.0 * x.detach())
 
 
 def test_views_of_a_marked_tensor():
