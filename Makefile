@@ -3,6 +3,7 @@
 # make lint   ruff alone
 # make types  pyright on the package
 # make test-oldest, test-newest   all tests with the oldest and newest supported versions
+# make try-wheel   from a wheel, in an environment of its own, to a trained and merged model
 # make docs   build the documentation into site/
 # make clean  remove the environments and the demo's output
 #
@@ -19,7 +20,7 @@ HAS_GPU := $(shell command -v nvidia-smi 2>/dev/null)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 TORCH := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' $(CONSTRAINTS))
 
-.PHONY: demo test test-oldest test-newest pytest lint format docs clean types
+.PHONY: demo test test-oldest test-newest try-wheel pytest lint format docs clean types
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -29,6 +30,9 @@ test: lint pytest
 
 test-oldest test-newest: test-%:
 	$(MAKE) pytest VENV=.venv-$* CONSTRAINTS=constraints-$*.txt
+
+try-wheel:
+	PYTHON=$(PYTHON) bash tests/helpers/try_wheel.sh
 
 pytest: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
