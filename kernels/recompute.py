@@ -195,7 +195,7 @@ def _stream(packed: tuple) -> int | None:
 
 def _pack(t: torch.Tensor) -> tuple:
     """(recipe, shape, strides and offset) or (tensor, version)."""
-    if type(t) in PLAIN:
+    if type(t) in PLAIN and t.layout is torch.strided:  # others have no memory of their own
         base = t._base if t._is_view() else t
         recipe = _marked_on(t.untyped_storage()) or _recipe_of_cast(base)
         if recipe is not None and t.dtype == recipe.dtype and recipe.accepts(base):

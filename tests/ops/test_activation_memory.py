@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from alias import Alias
 from census import kept_bytes, kept_bytes_per_token_and_layer
 from families import batch, tiny_model
 from torch.utils.checkpoint import checkpoint
@@ -160,18 +161,6 @@ def test_readers_share_one_computation_and_it_is_dropped_after_the_last():
         torch.testing.assert_close(w.grad, 2 * once)
 
 
-class Alias(torch.autograd.Function):
-    """Another tensor of the same memory, as an engine's hooks hand it on."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
-
-
 @pytest.mark.parametrize("changed", [False, True])
 def test_another_tensor_of_the_same_memory(changed):
     x, calls = torch.randn(4, 8, requires_grad=True), []
@@ -186,6 +175,15 @@ def test_another_tensor_of_the_same_memory(changed):
     torch.testing.assert_close(w.grad, expected.sum(0).expand(3, 8))
     torch.testing.assert_close(x.grad, (4.0 if changed else 2.0) * w.detach().sum(0).expand(4, 8))
     assert len(calls) == (not changed)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_tensors_are_kept_as_they_are(layout):
+    matrix = torch.eye(4).to_sparse(layout=layout)
+    x = torch.randn(4, 3, requires_grad=True)
+    with recomputing():
+        (matrix @ x).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2.0 * x.detach())
 
 
 def test_who_keeps_the_output_does_not_keep_its_sources():
