@@ -301,6 +301,20 @@ def test_packed_rows_on_the_gpu(family, attended, made):
     assert error <= 1.3 * allowed
 
 
+@pytest.fixture
+def recorded():
+    """Return a list, and a backend of torch.compile that puts every graph there."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    yield graphs, backend
+    torch._dynamo.reset()
+
+
 def attention_masks(graph) -> list:
     """Of every sdpa call in a graph: (whether it has a mask, is_causal)."""
     return [
@@ -311,15 +325,9 @@ def attention_masks(graph) -> list:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_compiled_models_attend_without_mask_break_or_recompilation(family):
+def test_compiled_models_attend_without_mask_break_or_recompilation(family, recorded):
     """One graph for the first length and one for all others, sdpa told that it is causal."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, backend = recorded
     model = tiny_model(family)
     model.loss_type = "ForCausalLM"  # gpt2 has none, and warns in the middle of the graph
     inject(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
@@ -329,18 +337,11 @@ def test_compiled_models_attend_without_mask_break_or_recompilation(family):
     assert len(graphs) == 2
     for graph in graphs:
         assert attention_masks(graph) == [(False, True)] * 2
-    torch._dynamo.reset()
 
 
-def test_compiled_models_are_told_that_a_batch_has_no_padding():
+def test_compiled_models_are_told_that_a_batch_has_no_padding(recorded):
     """What the collator makes, a mask of ones, cannot be read by a graph; `note_full` reads it."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, backend = recorded
     model = tiny_model("llama")
     inject(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
     compiled = torch.compile(model, backend=backend, fullgraph=True)
@@ -350,19 +351,14 @@ def test_compiled_models_are_told_that_a_batch_has_no_padding():
         masks.note_full(mask)
         compiled(**batch(attention_mask=mask))
         assert attention_masks(graphs[-1]) == [expected] * 2
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("compiles", [True, False], ids=["torch_compile", "compiled by hand"])
-def test_a_trainer_that_compiles_spares_the_mask_of_batches_without_padding(tmp_path, compiles):
+def test_a_trainer_that_compiles_spares_the_mask_of_batches_without_padding(
+    tmp_path, compiles, recorded
+):
     """A batch with padding still gets its mask; either loss and gradient is the plain model's."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    graphs, backend = recorded
     model = tiny_model("llama")
     plain = copy.deepcopy(model)
     args = TrainingArguments(
@@ -386,4 +382,3 @@ def test_a_trainer_that_compiles_spares_the_mask_of_batches_without_padding(tmp_
         for name, parameter in model.named_parameters():
             error = (parameter.grad - expected[name]).norm()
             assert error <= 1e-5 * expected[name].norm(), name
-    torch._dynamo.reset()
