@@ -25,37 +25,38 @@ def _split(x):
 
 
 @triton.jit
-def _split_pair_kernel(
-    first_ptr, second_ptr, first_out, second_out, stride_r1, stride_k1, stride_r2, stride_k2,
-    R, K1, K2, BLOCK: tl.constexpr,
+def _split_row(
+    m_ptr, out_ptr, stride_r, stride_k, row, col, R, K, EXACT: tl.constexpr
 ):  # fmt: skip
-    """first [R, K1] to [3R, K1] (hi, mid, lo), second [R, K2] to [4R, K2] (hi, hi, hi, mid)."""
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    wide = col.to(tl.int64)
-    if row < R:
-        mask = col < K1
-        m = tl.load(first_ptr + row * stride_r1 + wide * stride_k1, mask=mask, other=0.0)
-        hi, mid, lo = _split(m)
-        out_ptrs, part = first_out + row * K1 + col, tl.cast(R, tl.int64) * K1
-        tl.store(out_ptrs, hi, mask=mask)
-        tl.store(out_ptrs + part, mid, mask=mask)
-        tl.store(out_ptrs + 2 * part, lo, mask=mask)
-    else:
-        row -= R
-        mask = col < K2
-        m = tl.load(second_ptr + row * stride_r2 + wide * stride_k2, mask=mask, other=0.0)
-        hi, mid, lo = _split(m)
-        out_ptrs, part = second_out + row * K2 + col, tl.cast(R, tl.int64) * K2
-        tl.store(out_ptrs, hi, mask=mask)
-        tl.store(out_ptrs + part, hi, mask=mask)
-        tl.store(out_ptrs + 2 * part, hi, mask=mask)
+    """One row of m [R, K] to [3R, K] (hi, mid, lo) if EXACT, else to [4R, K] (hi, hi, hi, mid)."""
+    mask = col < K
+    m = tl.load(m_ptr + row * stride_r + col.to(tl.int64) * stride_k, mask=mask, other=0.0)
+    hi, mid, lo = _split(m)
+    out_ptrs, part = out_ptr + row * K + col, tl.cast(R, tl.int64) * K
+    tl.store(out_ptrs, hi, mask=mask)
+    tl.store(out_ptrs + part, mid if EXACT else hi, mask=mask)
+    tl.store(out_ptrs + 2 * part, lo if EXACT else hi, mask=mask)
+    if not EXACT:
         tl.store(out_ptrs + 3 * part, mid, mask=mask)
 
 
 @triton.jit
+def _split_pair_kernel(
+    first_ptr, second_ptr, first_out, second_out, stride_r1, stride_k1, stride_r2, stride_k2,
+    R, K1, K2, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Split first [R, K1] exactly, and second [R, K2] not."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if row < R:
+        _split_row(first_ptr, first_out, stride_r1, stride_k1, row, col, R, K1, True)
+    else:
+        _split_row(second_ptr, second_out, stride_r2, stride_k2, row - R, col, R, K2, False)
+
+
+@triton.jit
 def _store_parts(parts_ptr, h, row, col, R, mask):
-    """One of [N, 4R] (hi, mid, lo, hi)."""
+    """Store the parts of h in [N, 4R] (hi, mid, lo, hi)."""
     hi, mid, lo = _split(h)
     parts_ptrs = parts_ptr + row * (4 * R) + col
     tl.store(parts_ptrs, hi, mask=mask)
