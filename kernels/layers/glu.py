@@ -23,6 +23,7 @@ import functools
 
 import torch
 
+from ..launch import launch
 from ..recompute import by_torch, recomputable
 from ..runtime import as_rows, cdiv, pays, register_op, tl, triton, use_triton
 from ..second_derivative import twice_differentiable
@@ -118,7 +119,8 @@ def _launch(kernel, inputs, outputs, activation) -> None:
     else:
         inputs = [as_rows(t) for t in inputs]
         (rows, cols), strides = inputs[0].shape, [t.stride(0) for t in inputs]
-    kernel[(rows * cdiv(cols, _BLOCK),)](
+    launch(
+        kernel, (rows * cdiv(cols, _BLOCK),),
         *inputs, *outputs, *strides, cols,
         ACTIVATION=activation, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
     )  # fmt: skip

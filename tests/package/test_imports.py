@@ -24,7 +24,7 @@ LAYERS = [
 # Within a folder, likewise.
 FOLDERS = {
     "kernels": [
-        ["runtime", "autograd", "second_derivative"],
+        ["runtime", "launch", "autograd", "second_derivative"],
         ["recompute"],
         ["layers", "logits", "losses"],
         ["linear"],

@@ -1,0 +1,55 @@
+"""Launch the kernels that run many times in a step with half of the host's work.
+
+At each launch Triton works out which of its compiled variants fits the arguments, which takes 5 to
+20 us. It depends on the tensors' dtypes and alignment, on whether an integer is 1, divisible by 16
+or wider than 32 bits, and on the constants. The same variant fits whenever all dtypes, alignments,
+integers and constants are those of an earlier launch, which is quicker to see.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MOST = 1024  # lengths differ from batch to batch; then the oldest entries are of no use
+_variants: dict[tuple, tuple] = {}
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
+    """Run `kernel[grid](*arguments, **constants)`.
+
+    Args:
+        kernel: a function decorated with `triton.jit`.
+        grid: one to three sizes.
+        arguments: those that come first in the kernel's signature; the first one is a tensor, on
+            the current device.
+        constants: the rest of the signature, and options of the compiler.
+    """
+    key = _key(kernel, arguments, constants)
+    found = _variants.get(key)
+    if found is None:
+        variant = kernel[grid](*arguments, **constants)
+        if _is_reusable(variant):
+            if len(_variants) >= _MOST:
+                _variants.clear()
+            rest = kernel.arg_names[len(arguments) :]
+            _variants[key] = variant, tuple(constants[name] for name in rest)
+        return
+    variant, rest = found
+    variant[(*grid, 1, 1)[:3]](*arguments, *rest)
+
+
+def _key(kernel, arguments: tuple, constants: dict) -> tuple:
+    key = [kernel, arguments[0].device]
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            key += argument.dtype, argument.data_ptr() % 16 == 0
+        elif type(argument) is float:
+            key.append(float)  # its value does not matter
+        else:
+            key += type(argument), argument  # True is not 1
+    return (*key, *constants.values())
+
+
+def _is_reusable(variant) -> bool:
+    """Whether it is a compiled kernel; the interpreter has none, and on AMD sizes matter, too."""
+    return hasattr(variant, "packed_metadata") and torch.version.hip is None
