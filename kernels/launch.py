@@ -32,21 +32,23 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **constants) -> None:
             if len(_variants) >= _MOST:
                 _variants.clear()
             rest = kernel.arg_names[len(arguments) :]
-            _variants[key] = variant, tuple(constants[name] for name in rest)
+            _variants[key] = kernel, variant, tuple(constants[name] for name in rest)
         return
-    variant, rest = found
+    _, variant, rest = found
     variant[(*grid, 1, 1)[:3]](*arguments, *rest)
 
 
 def _key(kernel, arguments: tuple, constants: dict) -> tuple:
-    key = [kernel, arguments[0].device]
+    # The id, for Triton's own hash is slow; the entry holds the kernel, so that the id stays its.
+    key = [id(kernel), arguments[0].device]
     for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            key += argument.dtype, argument.data_ptr() % 16 == 0
-        elif type(argument) is float:
-            key.append(float)  # its value does not matter
+        kind = type(argument)
+        if kind is int or kind is bool or argument is None:
+            key += kind, argument  # True is not 1
+        elif kind is float:
+            key.append(kind)  # its value does not matter
         else:
-            key += type(argument), argument  # True is not 1
+            key += argument.dtype, argument.data_ptr() % 16
     return (*key, *constants.values())
 
 
