@@ -29,7 +29,7 @@ from ..runtime import as_rows, cdiv, pays, register_op, tl, triton, use_triton
 from ..second_derivative import twice_differentiable
 
 # One 16-byte load of bf16 per thread and tensor: enough programs are resident to fill the bus.
-MIN_ELEMENTS = 1 << 25  # below, torch's four kernels take less time (H200, host included)
+MIN_ELEMENTS = 20_000_000  # below, torch's four kernels take less time (H200, host included)
 _BLOCK = 1024
 _NUM_WARPS = 4
 

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from ..runtime import as_rows, on_device
 from .lora_products import products_for
 
-MIN_ELEMENTS = 1 << 24  # of x: below, the launches take longer than the products
+MIN_ELEMENTS = 10_000_000  # of x: below, the launches take longer than the products
 
 
 class Adapter(NamedTuple):
