@@ -74,7 +74,7 @@ def _gather_parts_kernel(
     """Scale the sum of sums [N, 3R] and split it; forward keeps it as h [N, R], and backward splits
     the h that was kept, too."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < N * R
+    mask = i < tl.cast(N, tl.int64) * R
     row, col = i // R, i % R
     sums_ptrs = sums_ptr + row * (3 * R) + col
     total = tl.load(sums_ptrs, mask=mask, other=0.0)

@@ -203,6 +203,37 @@ def test_who_keeps_the_output_does_not_keep_its_sources():
     torch.testing.assert_close(kept, 2.0 * x.detach())
 
 
+def test_who_keeps_an_output_that_nobody_saved_does_not_keep_the_graph():
+    x = torch.randn(4, 8, requires_grad=True)
+    with recomputing():
+        source = x * 1.0
+        memory = weakref.ref(source.untyped_storage())
+        kept = marked(source, []).detach()
+        del source
+        assert memory() is not None  # it might still be saved
+    assert memory() is None
+    weight = torch.randn(3, 8, requires_grad=True)
+    with recomputing():  # which does not know the recipe any more
+        F.linear(kept, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, kept.sum(0).expand(3, 8))
+
+
+def test_a_cast_that_lays_memory_out_anew():
+    results = []
+    for scope in (recomputing, recompute.contextlib.nullcontext):
+        torch.manual_seed(0)
+        x = torch.randn(4, 6, 8).transpose(0, 1).requires_grad_()
+        w = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+        with scope():
+            y = rms_norm(x, eps=1e-6)
+            total = (y.to(torch.float64) @ w).sum()
+            anew = y.to(torch.float64, memory_format=torch.contiguous_format)
+            total = total + (anew @ w).square().sum()
+        total.backward()
+        results.append((x.grad, w.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_views_of_a_marked_tensor():
     x, calls = torch.randn(4, 8, requires_grad=True), []
     w = torch.randn(4, 4, requires_grad=True)
