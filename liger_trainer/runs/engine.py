@@ -19,12 +19,6 @@ def engine_of(accelerator: Accelerator) -> str:
     return ", ".join([*found, *(f"{name} {size}" for name, size in sizes.items() if size > 1)])
 
 
-def ranks_of_a_row(accelerator: Accelerator) -> int:
-    """Return how many processes share the tokens of every row."""
-    parallel = getattr(accelerator, "parallelism_config", None)
-    return getattr(parallel, "cp_size", 1) * getattr(parallel, "sp_size", 1)
-
-
 def save_whole_model(accelerator: Accelerator) -> None:
     """Let the trainer save a model as one: of a sharded state it would save nothing, silently."""
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)

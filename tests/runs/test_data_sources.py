@@ -18,6 +18,7 @@ from liger_trainer.runs import html
 from liger_trainer.runs.data.arguments import DataArguments, Source
 from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.data.sources import load_source
+from liger_trainer.runs.methods import METHODS
 from liger_trainer.runs.recipe import load_recipe
 from liger_trainer.runs.throughput import Throughput
 
@@ -301,11 +302,12 @@ def test_a_stream_without_a_number_of_steps_is_refused(recipe, capsys):
     assert "set training.max_steps" in capsys.readouterr().out
 
 
-def test_a_stream_is_not_for_methods_that_check_whole_data(tmp_path, capsys):
-    values = tiny.alignment_values(tmp_path, "dpo")
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "sft"])
+def test_a_stream_is_not_for_methods_that_check_whole_data(tmp_path, capsys, method):
+    values = tiny.alignment_values(tmp_path, method)
     values["data"]["streaming"] = True
     assert train(tiny.write_recipe(tmp_path, values)) == 2
-    assert "data.streaming: not for dpo" in capsys.readouterr().err
+    assert f"data.streaming: not for {method}; remove the key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("streaming", ["true", "false"])
