@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+HELP = "talk with the model of a run"
 EXAMPLES = """examples:
   liger-trainer chat runs/smollm2-135m
 
@@ -11,12 +12,10 @@ EXAMPLES = """examples:
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("chat", help="talk with the model of a run", **shared)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--new-tokens", type=int, default=256, metavar="N")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:

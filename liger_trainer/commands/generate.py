@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+HELP = "completions of the base and the trained model, side by side"
 EXAMPLES = """examples:
   liger-trainer generate runs/smollm2-135m --prompts questions.txt
   liger-trainer generate runs/mine --prompts rows.jsonl --new-tokens 256 --output answers.jsonl
@@ -16,16 +17,12 @@ A line of a text file is a prompt; a row of a .jsonl file has `prompt` (text or 
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser(
-        "generate", help="completions of the base and the trained model, side by side", **shared
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt or .jsonl")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write there, not to the terminal")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:

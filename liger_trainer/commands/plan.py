@@ -14,6 +14,7 @@ from liger_trainer.runs.shapes import CONFIGS
 if TYPE_CHECKING:
     from liger_trainer.runs.estimate import Estimate
 
+HELP = "memory and communication on N GPUs"
 EXAMPLES = """examples:
   liger-trainer plan sft/llama-3.1-8b-full --gpus 8 --memory 80
   liger-trainer plan mine.yaml --gpus 64 --memory 80 --bandwidth 50
@@ -24,9 +25,8 @@ they compare with measured steps.
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("plan", help="memory and communication on N GPUs", **shared)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     train.add_recipe(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--memory", type=float, required=True, metavar="GiB", help="of each GPU")
@@ -46,7 +46,6 @@ def add_to(commands, **shared) -> None:
         metavar="TFLOP/s",
         help="that one GPU sustains, for times (default: %(default)g)",
     )
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from liger_trainer.runs.run import RunResult
 
 
+HELP = "run a recipe"
 EXAMPLES = """examples:
   liger-trainer train sft/smollm2-135m
   liger-trainer train mine.yaml training.learning_rate=2e-5 data.path=train.jsonl
@@ -23,13 +24,6 @@ EXAMPLES = """examples:
   liger-trainer train mine.yaml --resume
   liger-trainer train mine.yaml --resume training.num_train_epochs=3
 """
-
-
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("train", help="run a recipe", **shared)
-    add_arguments(parser)
-    parser.set_defaults(main=main)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

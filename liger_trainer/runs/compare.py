@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from liger_trainer.runs.recipe import Recipe, defaults
+from liger_trainer.runs.recipe import SECTIONS, Recipe, defaults
 
 # Values that change neither the model that comes out nor the order of what is drawn at random. The
 # data's place is among them: its contents are compared, when they are there.
@@ -51,7 +51,7 @@ def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = Fals
     now, found = json.loads(json.dumps(recipe.shown)), []  # as the earlier one was written
     if before.get("method") != now["method"]:
         return [f"method: {before.get('method')} -> {now['method']}"]
-    for section in ("model", "data", "training", "peft", "reward", "teacher"):
+    for section in SECTIONS:
         old, new = before.get(section), now.get(section)
         if (old is None) != (new is None):
             found.append(f"{section}: {_shown(old)} -> {_shown(new)}")

@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from run_folders import state
 
 from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.runs import plots as plots_module
@@ -202,3 +203,9 @@ def test_there_is_a_plot_for_what_was_logged(monkeypatch, metrics, expected):
         for points, label, _ in lines:
             assert len(points) == 2
             assert ("held out" in label) == (points[0][0] == 0)
+
+
+def test_the_report_tells_when_and_how(original):
+    page = (original / "out" / "report.html").read_text()
+    assert f"begun {state(original / 'out')['started']}" in page
+    assert "liger-trainer train" in page
