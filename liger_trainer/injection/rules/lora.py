@@ -84,8 +84,6 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Active] | None:
     if type(x) not in _PLAIN or not x.is_floating_point() or _is_sharded(layer.base_layer):
         return None
     autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast and x.dtype == torch.float64:  # which autocast leaves alone
-        return None
     found = []
     for name in layer.active_adapters:
         parts = _parts_of(layer, name)
@@ -99,6 +97,8 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Active] | None:
         if type(A) not in _PLAIN or type(B) not in _PLAIN or not isinstance(scale, (int, float)):
             return None
         if A.dtype != B.dtype or A.device != x.device or not (A.numel() or hooked):
+            return None
+        if autocast and torch.float64 in (x.dtype, A.dtype):  # which autocast leaves alone
             return None
         if not autocast and A.dtype != x.dtype:
             widens = torch.promote_types(A.dtype, x.dtype) == A.dtype
