@@ -135,6 +135,19 @@ class Recipe:
         except (ValueError, TypeError) as error:
             raise ValueError(f"peft: {' '.join(str(error).split())}") from error
 
+    def adapted(self, model):
+        """Return a model with the adapter of the section `peft`, where there is one. Raises
+        ValueError for a section that does not fit the model."""
+        config = self.peft_config()
+        if config is None:
+            return model
+        import peft
+
+        try:
+            return peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise ValueError(f"peft: {' '.join(str(error).split())}") from error
+
 
 def native_bf16() -> bool:
     """Whether there is an accelerator that computes bf16 at full speed."""
