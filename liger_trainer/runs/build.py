@@ -98,11 +98,7 @@ def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     model = load_model(recipe.model)
     if recipe.data.packing:
         _require_separation(model, args)
-    peft_config = recipe.peft_config()
-    if peft_config is not None:
-        import peft
-
-        model = peft.get_peft_model(model, peft_config)
+    model = recipe.adapted(model)
     collator = _collator(model, args, tokenizer, prepared)
     trainer = trainer_class(recipe.method)(
         model=model,
@@ -143,8 +139,8 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     precomputed log-probabilities come from the policy before
     its first step.
     """
-    for conflict in generations_conflict(args) if prepared.eval is not None else ():
-        raise ValueError(conflict)
+    if prepared.eval is not None:
+        check_generations(args)
     given = {"reward_funcs": [guarded(reward) for reward in rewards]} if rewards else {}
     if recipe.teacher is not None:
         given["teacher_model"] = load_model(recipe.teacher)
@@ -195,17 +191,16 @@ def _require_separation(model, args) -> None:
         )
 
 
-def generations_conflict(args) -> list[str]:
-    """Return what stands against evaluating completions in groups, at most one sentence.
+def check_generations(args) -> None:
+    """Raise ValueError where completions cannot be evaluated in groups.
 
     TRL checks this only for a recipe that evaluates on the way; every run does at its ends.
     """
     count = getattr(args, "num_generations_eval", None) or getattr(args, "num_generations", None)
     batch = args.per_device_eval_batch_size * args.world_size
-    if not count or batch % count == 0:
-        return []
-    return [
-        f"training.per_device_eval_batch_size: the {batch} completions of a batch are not a "
-        f"multiple of the {count} that each held-out prompt gets; change it, or "
-        "training.num_generations_eval"
-    ]
+    if count and batch % count:
+        raise ValueError(
+            f"training.per_device_eval_batch_size: the {batch} completions of a batch are not a "
+            f"multiple of the {count} that each held-out prompt gets; change it, or "
+            "training.num_generations_eval"
+        )

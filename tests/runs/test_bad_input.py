@@ -194,4 +194,5 @@ def test_a_dry_run_looks_at_generations(tmp_path):
     pytest.importorskip("trl")
     recipe = tiny.write_recipe(tmp_path, tiny.alignment_values(tmp_path, "grpo"))
     loaded = load_recipe(recipe, ["training.num_generations_eval=3"])
-    assert "not a multiple of the 3" in checks.training_problems(loaded)[0]
+    with pytest.raises(ValueError, match="not a multiple of the 3"):
+        checks.check_training(loaded)

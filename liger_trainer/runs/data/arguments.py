@@ -114,6 +114,11 @@ class DataArguments:
             self._check_stream()
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out examples."""
+        return bool(self.eval_path or self.eval_split or self.eval_fraction)
+
+    @property
     def sources(self) -> list[Source]:
         """The data sets that are trained on."""
         if self.mix is None:
