@@ -22,7 +22,7 @@ from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, what_is_left
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.engine import engine_of, save_whole_model
-from liger_trainer.runs.errors import RunError, SaveError, ToldElsewhere
+from liger_trainer.runs.errors import RunError, ToldElsewhere
 from liger_trainer.runs.folder import RunFolder
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.html import write_report
@@ -56,8 +56,8 @@ def run(
 
     Raises ValueError, before the output folder is touched, for a folder that holds another run,
     data that cannot be trained on, options that cannot work, packages that are missing;
-    FileNotFoundError for missing files; RunError when weights became NaN; SaveError for a full
-    disk; KeyboardInterrupt when it was interrupted twice.
+    FileNotFoundError for missing files; RunError when weights became NaN, and for a full disk;
+    KeyboardInterrupt when it was interrupted twice.
     """
     require(recipe)
     args = recipe.training_arguments()
@@ -247,7 +247,7 @@ class _Run:
                 if self.folder is not None:
                     self.folder.publish(Path(staging[0]))
         except SAVE_ERRORS as error:
-            raise SaveError(
+            raise RunError(
                 f"the model could not be saved in {self.recipe.output_dir}: "
                 f"{' '.join(str(error).split())}. "
                 + what_is_left(self.recipe.output_dir, self.facts.run)
