@@ -173,7 +173,7 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
 
 def _summary(result: RunResult) -> str:
     """Return the closing lines of a run."""
-    from liger_trainer.runs.html import telling
+    from liger_trainer.runs.summary import telling
 
     numbers = result.summary
     lines = [(f"held-out {name}", f"{b} before, {a} after") for name, b, a in telling(numbers)]

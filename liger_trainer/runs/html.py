@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about a run. It knows the module `plots` and no other."""
+"""`report.html`: one self-contained page about a run."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ from typing import Any
 import yaml
 
 from liger_trainer.runs.plots import plots
-
-_TELLING = (
-    ("loss", "loss", "{:.3f}"),
-    ("reward", "reward", "{:.3f}"),
-    ("rewards/margins", "reward margin", "{:.3f}"),
-    ("rewards/accuracies", "reward accuracy", "{:.0%}"),
-    ("margin", "margin of scores", "{:.3f}"),
-    ("accuracy", "accuracy", "{:.0%}"),
-    ("kl", "KL", "{:.4f}"),
-)
+from liger_trainer.runs.summary import telling
 
 _STYLE = """
 :root { color-scheme: light; --line: #e2e8f0; --soft: #64748b; --ink: #0f172a; }
@@ -110,17 +101,6 @@ def _cards(summary: dict[str, Any]) -> str:
         f"<div class=card><b>{b}</b><span>{s}</span></div>" for b, s in filter(None, cards)
     )
     return f"<div class=cards>{tiles}</div>"
-
-
-def telling(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return name, first and last value of the headline held-out metrics, formatted."""
-    held_out, found = summary["held_out"], []
-    for key, name, text in _TELLING:
-        # Where there is a reward, the loss is that of a policy gradient, near 0 at any quality.
-        if key in held_out and not (key == "loss" and "reward" in held_out):
-            first, last = held_out[key]
-            found.append((name, text.format(first), text.format(last)))
-    return found
 
 
 def _samples(samples: list[dict[str, Any]]) -> list[str]:

@@ -8,9 +8,9 @@ from run_folders import state
 
 from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.runs import plots as plots_module
-from liger_trainer.runs.html import telling, write_report
+from liger_trainer.runs.html import write_report
 from liger_trainer.runs.plots import plots
-from liger_trainer.runs.summary import summarize
+from liger_trainer.runs.summary import summarize, telling
 
 LOG = [
     {"step": 0, "eval_loss": 2.0},
