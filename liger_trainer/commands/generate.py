@@ -88,12 +88,9 @@ def read_prompts(path: Path) -> list[Any]:
 
 
 def _completions(arguments, tokenizer, prompts: list[Any], new_tokens: int) -> list[str]:
-    import torch
+    from liger_trainer.runs.data.conversation import prompt_ids
+    from liger_trainer.runs.load import load_for_generation
+    from liger_trainer.runs.samples import complete
 
-    from liger_trainer.runs.load import load_model
-    from liger_trainer.runs.samples import complete, prompt_ids
-
-    model = load_model(arguments)
-    if torch.accelerator.is_available() and arguments.device_map is None:
-        model = model.to(torch.accelerator.current_accelerator())
+    model = load_for_generation(arguments)
     return [complete(model, tokenizer, prompt_ids(p, tokenizer), new_tokens) for p in prompts]
