@@ -160,14 +160,14 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
             print("nothing: training.use_liger_kernel is off")
     except (OSError, ValueError) as error:  # a hub that cannot be reached, a file that is broken
         print("not known: the model's configuration could not be loaded")
-        found.append(f"model: {' '.join(str(error).split())}")
+        found.append(f"model: {error}")
     for check in (checks.check_training, checks.check_data):
         try:
             check(recipe)
         except (OSError, ValueError) as error:
-            found.append(" ".join(str(error).split()))
+            found.append(str(error))
     print("\n# Conflicts")
-    print("\n".join(f"- {conflict}" for conflict in found) or "none")
+    print("\n".join(f"- {' '.join(conflict.split())}" for conflict in found) or "none")
     return 1 if found else 0
 
 
