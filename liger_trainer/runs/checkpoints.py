@@ -175,7 +175,9 @@ def guard_saves(trainer, run: str, *, saving: Callable[[bool], None], healthy) -
                 complete(checkpoint, run, processes=args.world_size)
                 rotate(folder, run, limit, keep=trainer.state.best_model_checkpoint)
         except SAVE_ERRORS as error:
-            raise RunError(_lost(error, checkpoint, run)) from error
+            remove(checkpoint)
+            left = what_is_left(folder, run)
+            raise RunError(f"{checkpoint} could not be saved: {error}. {left}") from error
         finally:
             saving(False)
 
@@ -191,12 +193,6 @@ def rotate(folder: Path, run: str, limit: int | None, keep: str | None) -> None:
     surplus = len(ours) - max(limit, len(kept))
     for checkpoint in [c for c in ours if c not in kept][: max(surplus, 0)]:
         remove(checkpoint)
-
-
-def _lost(error: Exception, checkpoint: Path, run: str) -> str:
-    remove(checkpoint)
-    reason = " ".join(str(error).split())
-    return f"{checkpoint} could not be saved: {reason}. {what_is_left(checkpoint.parent, run)}"
 
 
 def _files(checkpoint: Path) -> list[Path]:

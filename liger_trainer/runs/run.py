@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ class RunResult:
     output_dir: Path
     interrupted: bool
     summary: dict[str, Any]
-    report: Path | None = None
-    warnings: list[str] = field(default_factory=list)
-    is_main: bool = True  # whether this process is the one that speaks and writes
+    report: Path | None
+    warnings: list[str]
+    is_main: bool  # whether this process is the one that speaks and writes
 
 
 def run(
@@ -71,9 +71,7 @@ class _Facts:
 
     checkpoint: str | None
     run: str
-    finished: bool
-    data: str | None
-    engine: str | None
+    earlier: dict[str, Any]  # run.json of the run that is resumed
 
 
 @contextlib.contextmanager
@@ -85,7 +83,8 @@ def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None
             try:
                 held = run_folder.held(recipe, processes=args.world_size, **options)
                 folder = stack.enter_context(held)
-                outcome = [_facts(folder)]
+                checkpoint = str(folder.checkpoint) if folder.checkpoint else None
+                outcome = [_Facts(checkpoint, folder.id, folder.resumed)]
             except (ValueError, OSError) as error:
                 if args.world_size == 1:
                     raise
@@ -95,17 +94,6 @@ def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None
         if isinstance(outcome[0], Exception):
             raise outcome[0] if args.process_index == 0 else ToldElsewhere
         yield folder, outcome[0]
-
-
-def _facts(folder: RunFolder) -> _Facts:
-    earlier = folder.earlier if folder.resumes else {}
-    return _Facts(
-        str(folder.checkpoint) if folder.checkpoint else None,
-        folder.id,
-        earlier.get("state") == "finished",
-        earlier.get("data"),
-        earlier.get("engine"),
-    )
 
 
 class _NothingLeft(Exception):  # noqa: N818 (it is no error)
@@ -124,7 +112,7 @@ class _Start(TrainerCallback):
             state.best_model_checkpoint = str(best)  # the folder was moved
         if self.facts.checkpoint is None or state.global_step < state.max_steps:
             return
-        if self.facts.finished or state.global_step > state.max_steps:
+        if self.facts.earlier.get("state") == "finished" or state.global_step > state.max_steps:
             raise ValueError(
                 f"--resume: the run has done {state.global_step} steps, and this recipe asks for "
                 f"{state.max_steps}: set a larger training.max_steps or num_train_epochs"
@@ -166,14 +154,15 @@ class _Run:
     def _prepare(self) -> None:
         trainer, args, facts = self.trainer, self.args, self.facts
         engine = engine_of(trainer.accelerator)
-        if facts.data is not None and facts.data != self.prepared.digest:
+        if facts.earlier.get("data", self.prepared.digest) != self.prepared.digest:
             raise ValueError(
                 "--resume: the data is not what the run began with; put it back as it was, or "
                 "start another run"
             )
-        if facts.engine is not None and facts.engine != engine:
+        before = facts.earlier.get("engine", engine)
+        if before != engine:
             raise ValueError(
-                f"--resume: the run was {facts.engine}, this one is {engine}, which sees other "
+                f"--resume: the run was {before}, this one is {engine}, which sees other "
                 "batches or cannot read its checkpoint; start it as before"
             )
         if trainer.injection_report is not None:
@@ -191,8 +180,7 @@ class _Run:
         )
         if hasattr(trainer, "create_model_card"):  # TRL's overwrites README.md with every save
             trainer.create_model_card = lambda *_, **__: None
-        earlier = self.folder.earlier if self.folder is not None and self.folder.resumes else {}
-        self.samples = earlier.get("samples") or self._begin_samples()
+        self.samples = self._begin_samples()
         if self.folder is not None:
             self.folder.facts |= {
                 "samples": self.samples,
@@ -209,9 +197,12 @@ class _Run:
         trainer, count = self.trainer, self.recipe.data.samples
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         sharded |= getattr(trainer.model, "_tp_size", None) is not None
-        if self.folder is None or self.prepared.eval is None or not count or sharded:
+        if self.folder is None:
             return []
-        if self.facts.checkpoint is not None or self.recipe.kind.scores:
+        if self.facts.earlier.get("samples"):
+            return self.facts.earlier["samples"]
+        nothing_to_show = self.prepared.eval is None or not count or self.recipe.kind.scores
+        if nothing_to_show or sharded or self.facts.checkpoint is not None:
             return []
         found = samples_of(self.prepared.eval, trainer.processing_class, count)
         return [{**asdict(sample), "before": self._complete(sample.ids)} for sample in found]
@@ -248,8 +239,7 @@ class _Run:
                     self.folder.publish(Path(staging[0]))
         except SAVE_ERRORS as error:
             raise RunError(
-                f"the model could not be saved in {self.recipe.output_dir}: "
-                f"{' '.join(str(error).split())}. "
+                f"the model could not be saved in {self.recipe.output_dir}: {error}. "
                 + what_is_left(self.recipe.output_dir, self.facts.run)
             ) from error
         finally:
@@ -320,6 +310,7 @@ class _Run:
 
     def _report(self, path: Path, summary: dict[str, Any]) -> None:
         injection, prepared = self.trainer.injection_report, self.prepared
+        budget = summary.get("activation_memory")
         write_report(
             path,
             title=f"{self.recipe.path.stem}: {self.recipe.model.label}",
@@ -338,7 +329,7 @@ class _Run:
                 f"{prepared.size} training rows ({prepared.kind})",
                 *prepared.notes,
                 f"begun {self.folder.facts['started']}",
-                *_told("activation memory", summary.get("activation_memory")),
+                *([f"activation memory {budget}"] if budget else []),
                 *([self.command] if self.command else []),
             ],
         )
@@ -347,10 +338,6 @@ class _Run:
         if self.args.process_index == 0:
             for line in lines:
                 print(line, flush=True)
-
-
-def _told(name: str, value: str | None) -> list[str]:
-    return [] if value is None else [f"{name} {value}"]
 
 
 def _evaluated_now(state) -> bool:
