@@ -52,7 +52,7 @@ def prepare(
     seed: int,
     examples: str = "text",
     needed: Iterable[str] = (),
-    check: Callable[[dict], str] | None = None,
+    check: Callable[[dict], None] | None = None,
     load_processor: Callable[[], Any] | None = None,
     tools: bool = True,
 ) -> Prepared:
@@ -62,7 +62,7 @@ def prepare(
         examples: what the method trains on, `Method.examples`. All but "text" are tokenized by the
             method's trainer.
         needed: columns that have to be there besides the examples', for reward functions.
-        check: why no reward function could ever reward a row; empty if one could.
+        check: raises RowError for a row that a reward function could never reward.
         load_processor: the processor of text and images; None for a method that takes no images.
         tools: whether the method's trainer gives a column `tools` to the chat template.
 
@@ -147,7 +147,7 @@ def fit(
     *,
     seed: int,
     needed: Iterable[str] = (),
-    check: Callable[[dict], str] | None = None,
+    check: Callable[[dict], None] | None = None,
     processor: Any | None = None,
     tools: bool = True,
 ) -> Dataset | IterableDataset:
