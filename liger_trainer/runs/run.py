@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -309,14 +308,13 @@ class _Run:
         )
 
     def _report(self, path: Path, summary: dict[str, Any]) -> None:
-        injection, prepared = self.trainer.injection_report, self.prepared
-        budget = summary.get("activation_memory")
+        prepared, budget = self.prepared, summary.get("activation_memory")
         write_report(
             path,
             title=f"{self.recipe.path.stem}: {self.recipe.model.label}",
             summary=summary,
             log_history=self.trainer.state.log_history,
-            injection=injection and {"table": injection.table(), **json.loads(injection.to_json())},
+            injection=self.trainer.injection_report,
             recipe=self.recipe.shown,
             machine=machine()
             | {

@@ -68,15 +68,12 @@ class Parsed(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path):
-    import json
-
-    injection = {"table": INJECTION.table(), **json.loads(INJECTION.to_json())}
     path = write_report(
         tmp_path / "report.html",
         title="tiny <run>",
         summary=summarize(LOG) | {"steps": 2, "minutes": 0.5},
         log_history=LOG,
-        injection=injection,
+        injection=INJECTION,
         recipe={"training": {"learning_rate": 1e-4}},
         machine={"torch": "2.13.0"},
         notes=["10 rows"],
