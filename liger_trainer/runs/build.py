@@ -9,14 +9,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import ProgressCallback
 
 from liger_trainer.runs.adapters import located
 from liger_trainer.runs.data.collate import Collator
-from liger_trainer.runs.data.prepare import Prepared, prepare
+from liger_trainer.runs.data.prepare import Prepared, Purpose, prepare
 from liger_trainer.runs.data.vision import VisionCollator
 from liger_trainer.runs.engine import ranks_of_a_row
 from liger_trainer.runs.load import load_model, load_processor, load_tokenizer, one_line
@@ -51,24 +50,14 @@ def build_trainer(recipe: Recipe, args):
 
 def load_data(recipe: Recipe, tokenizer, rewards: list) -> Prepared:
     """Return the data of a recipe. Raises ValueError for what its method cannot train on."""
-    return prepare(
-        recipe.data,
-        tokenizer,
-        seed=recipe.data_seed,
-        examples=recipe.kind.examples,
-        needed=columns_of(rewards),
-        check=row_check(rewards),
-        load_processor=processor_of(recipe),
-        tools=recipe.kind.tools,
-    )
+    return prepare(recipe.data, tokenizer, purpose_of(recipe, rewards), seed=recipe.data_seed)
 
 
-def processor_of(recipe: Recipe) -> Callable[[], Any] | None:
-    """Return what loads the processor of text and images; None for a method that takes no
-    images."""
-    if not recipe.kind.images:
-        return None
-    return functools.partial(load_processor, recipe.model)
+def purpose_of(recipe: Recipe, rewards: list) -> Purpose:
+    """Return what the method of a recipe makes of its examples."""
+    kind = recipe.kind
+    processor = functools.partial(load_processor, recipe.model) if kind.images else None
+    return Purpose(kind.examples, columns_of(rewards), row_check(rewards), processor, kind.tools)
 
 
 def load_trained(recipe: Recipe, trained: Path):

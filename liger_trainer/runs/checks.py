@@ -8,7 +8,7 @@ import os
 import torch
 
 from liger_trainer.runs.adapters import located
-from liger_trainer.runs.build import check_generations, load_rewards, processor_of
+from liger_trainer.runs.build import check_generations, load_rewards, purpose_of
 from liger_trainer.runs.data.forms import form_of
 from liger_trainer.runs.data.prepare import fit, processor_for
 from liger_trainer.runs.data.rows import Sieve
@@ -17,7 +17,6 @@ from liger_trainer.runs.data.splits import part_of
 from liger_trainer.runs.load import load_config, load_tokenizer, meta_model
 from liger_trainer.runs.packages import missing
 from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.rewards import columns_of, row_check
 
 _ROWS = 100  # that a dry run looks at
 _AT_LEAST = {
@@ -155,26 +154,17 @@ def check_data(recipe: Recipe) -> None:
     sources += [(source, "held-out") for source in data.eval_sources]
     if not all(_is_local(path) for source, _ in sources for path in source.paths):
         return
-    rewards = load_rewards(recipe)
+    purpose = purpose_of(recipe, load_rewards(recipe))
     tokenizer = load_tokenizer(recipe.model)
     loaded = [
         (part_of(source, first_rows(source, _ROWS, streaming=data.streaming)), what)
         for source, what in sources
     ]
-    processor = processor_for([part for part, _ in loaded], data, processor_of(recipe))
+    processor = processor_for([part for part, _ in loaded], data, purpose)
     for part, what in loaded:
-        fit(
-            part,
-            data,
-            tokenizer,
-            form_of(part.columns, recipe.kind.examples, part.source.form),
-            Sieve(f"of the first {len(part.rows)} {what}", invalid=data.invalid),
-            seed=0,
-            needed=columns_of(rewards),
-            check=row_check(rewards),
-            processor=processor,
-            tools=recipe.kind.tools,
-        )
+        form = form_of(part.columns, purpose.examples, part.source.form)
+        sieve = Sieve(f"of the first {len(part.rows)} {what}", invalid=data.invalid)
+        fit(part, data, tokenizer, form, sieve, purpose, processor, recipe.data_seed)
 
 
 def _is_local(path: str) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 
 from datasets import Dataset, Json, Value, concatenate_datasets
 
+from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS, Conversation, pruned
 from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import (
@@ -40,15 +41,14 @@ COLUMNS = {
 
 def prepare_examples(
     dataset: Dataset,
+    data: DataArguments,
     tokenizer,
+    form: Form,
     sieve: Sieve,
     *,
-    form: Form,
-    max_length: int,
-    needed: Iterable[str] = (),
-    check: Callable[[dict], None] | None = None,
-    seed: int = 0,
-    num_proc: int | None = None,
+    needed: Iterable[str],
+    check: Callable[[dict], None] | None,
+    seed: int,
 ) -> Dataset:
     """Return the examples (`numbered`) with the columns of `form.kind`, all fit to train on.
 
@@ -59,9 +59,9 @@ def prepare_examples(
 
     Raises ValueError for missing columns, labels that are not true or false or are all the same,
     and, unless `sieve` leaves them out, for an empty or an unchanged text and for a prompt that
-    leaves its completion no room within `max_length`.
+    leaves its completion no room within `data.max_length`.
     """
-    kind = form.kind
+    kind, num_proc = form.kind, data.num_proc
     if form.convert is not None:
         desc = f"From {form.name}"
         dataset = converted(dataset, form.convert, sieve, num_proc, replaced=form.used, desc=desc)
@@ -83,7 +83,7 @@ def prepare_examples(
             "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
             "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
         )
-    dataset = judged(dataset, _judge(kind, tokenizer, max_length, check), sieve, num_proc)
+    dataset = judged(dataset, _judge(kind, tokenizer, data.max_length, check), sieve, num_proc)
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
     keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
