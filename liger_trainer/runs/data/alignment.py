@@ -281,7 +281,7 @@ def _judge_prompt(example: dict, tokenizer) -> list[str]:
     return conversation.unshown(prompting=True)
 
 
-def side_encoder(tokenizer, max_length: int | None) -> Callable[[dict], dict]:
+def side_encoder(tokenizer, max_length: int) -> Callable[[dict], dict]:
     """Return a function from one of `sides` to token ids and labels."""
     return encoder(tokenizer, kind="prompt_completion", max_length=max_length, assistant_only=True)
 

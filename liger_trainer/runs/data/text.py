@@ -37,15 +37,12 @@ def tokenized(rows: Dataset, data: DataArguments, tokenizer, form: Form, sieve: 
     """
     encoded = rows.map(
         row_encoder(data, tokenizer, form),
-        remove_columns=rows.column_names,
-        features=_ENCODED,
+        remove_columns=[name for name in rows.column_names if name != ROW],
+        features=Features({**_ENCODED, ROW: rows.features[ROW]}),
         num_proc=data.num_proc,
         desc=f"Tokenizing {sieve.what} examples",
     )
-    flaws = encoded["flaw"][:]
-    without_flawed(rows, flaws, sieve)
-    kept = [i for i, flaw in enumerate(flaws) if not flaw]
-    encoded = encoded.select(kept) if len(kept) < len(flaws) else encoded
+    encoded = without_flawed(encoded, encoded["flaw"][:], sieve)
     _note(encoded, data, sieve)
     return encoded.select_columns(list(_TOKENS))
 
