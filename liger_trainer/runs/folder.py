@@ -39,7 +39,7 @@ class RunFolder:
     checkpoint: Path | None = None
     earlier: dict[str, Any] | None = None  # run.json of the run that is resumed or replaced
     notes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=lambda: {"files": [], "replaced": []})
     begun: bool = False
 
     @property
@@ -72,12 +72,12 @@ class RunFolder:
             for name in files:
                 (self.path / name).unlink(missing_ok=True)
             files = []
-        self.write("running", files=files)
+        self.write("running", files=files, replaced=[])
 
     def write(self, state: str, **facts: Any) -> None:
         """Record the state of the run, and facts besides those recorded before."""
         assert state in _STATES
-        self.facts |= {"files": [], "replaced": [], **facts}
+        self.facts |= facts
         content = {"state": state, "id": self.id, "recipe": self.recipe.shown, **self.facts}
         checkpoints.write_whole(self.path / RUN_FILE, json.dumps(content, indent=2))
 

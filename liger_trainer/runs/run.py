@@ -273,12 +273,11 @@ class _Run:
             self._say([f"activation memory {budget}"])
         if self.folder is not None:
             self.folder.begin()
-            files = self.folder.facts["files"]
             if interrupted:
-                self.folder.write("interrupted", summary=summary, files=files)
+                self.folder.write("interrupted", summary=summary)
             else:
                 report = self.recipe.output_dir / "report.html"
-                files = sorted({*files, report.name})
+                files = sorted({*self.folder.facts["files"], report.name})
                 self.folder.write("finished", summary=summary, files=files)
                 self._report(report, summary)
         return RunResult(
@@ -300,7 +299,7 @@ class _Run:
     def _diverged(self) -> str:
         if self.folder is not None:
             self.folder.begin()
-            self.folder.write("diverged", files=self.folder.facts["files"])
+            self.folder.write("diverged")
         return (
             f"the weights became NaN or infinite by step {self.health.diverged}, and are not "
             "saved. Lower training.learning_rate, or look for examples that give no finite loss. "
