@@ -22,15 +22,16 @@ def main(options: argparse.Namespace) -> int:
     """Read a turn, write the answer, until the input ends."""
     from transformers import TextStreamer
 
+    from liger_trainer.runs.data.conversation import prompt_ids
     from liger_trainer.runs.finished import open_run
-    from liger_trainer.runs.load import load_model, load_tokenizer
-    from liger_trainer.runs.samples import complete, prompt_ids
+    from liger_trainer.runs.load import load_for_generation, load_tokenizer
+    from liger_trainer.runs.samples import complete
 
     run = open_run(options.run)
     tokenizer = load_tokenizer(run.tuned)
     if tokenizer.chat_template is None:
         raise ValueError(f"chat: the tokenizer in {run.path} has no chat template; use generate")
-    model = load_model(run.tuned)
+    model = load_for_generation(run.tuned)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     turns: list[dict[str, str]] = []
     while True:

@@ -41,7 +41,8 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--rows is {options.rows}; it must be at least 0")
     from liger_trainer.runs.build import load_data, load_rewards
     from liger_trainer.runs.checks import require
-    from liger_trainer.runs.data.view import counts, sequences, unpacked
+    from liger_trainer.runs.data.collate import unpacked
+    from liger_trainer.runs.data.view import counts, sequences
     from liger_trainer.runs.load import load_tokenizer
     from liger_trainer.runs.recipe import load_recipe
 

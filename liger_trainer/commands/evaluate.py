@@ -39,10 +39,9 @@ def main(options: argparse.Namespace) -> int:
     then = {k: v[-1] for k, v in run.record["summary"]["held_out"].items()}
     print_table(
         ["held out", "now", "after training"],
-        [[name, f"{value:.4f}", _number(then.get(name))] for name, value in now.items()],
+        [
+            [name, f"{value:.4f}", f"{then[name]:.4f}" if name in then else ""]
+            for name, value in now.items()
+        ],
     )
     return 0
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

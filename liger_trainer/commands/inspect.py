@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Print what would be swapped in a model, from its configuration alone."""
-    from liger_trainer.runs.load import ModelArguments
-    from liger_trainer.runs.plan import injection_plan
+    from liger_trainer.injection.walk import inject
+    from liger_trainer.runs.load import ModelArguments, meta_model
 
     path = Path(options.model).expanduser()
     if path.suffix == ".gguf":
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     else:
         name = str(path) if options.model.startswith("~") else options.model
         model = ModelArguments(name, trust_remote_code=options.trust_remote_code)
-    report = injection_plan(model)
+    report = inject(meta_model(model))
     print(report.to_json() if options.json else report)
     refused = sum(eligible - swapped for swapped, eligible in report.coverage.values())
     if options.strict and refused:

@@ -46,6 +46,6 @@ def main(options: argparse.Namespace) -> int:
             options.to, operations, commit_message=f"Model of {run.recipe.path.parent.name}"
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"push: {' '.join(str(error).split())}") from error
+        raise ValueError(f"push: {error}") from error
     print(f"pushed to {done.commit_url}")
     return 0

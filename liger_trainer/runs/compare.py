@@ -54,7 +54,7 @@ def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = Fals
     for section in SECTIONS:
         old, new = before.get(section), now.get(section)
         if (old is None) != (new is None):
-            found.append(f"{section}: {_shown(old)} -> {_shown(new)}")
+            found.append(f"{section}: " + ("none -> some" if old is None else "some -> none"))
             continue
         usual = defaults(section, recipe.method)
         skipped = _HARMLESS.get(section, set()) | (_LENGTH if resuming else set())
@@ -72,7 +72,3 @@ def _same(a: Any, b: Any) -> bool:
     if not (isinstance(a, str) and isinstance(b, str)):
         return False
     return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
-
-
-def _shown(section: Any) -> str:
-    return "none" if section is None else "some"

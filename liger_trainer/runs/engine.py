@@ -1,7 +1,9 @@
-"""What the engine of a run, which accelerate sets up, means for its checkpoints and its model."""
+"""What the engine of a run, which accelerate sets up, means for its checkpoints and its model, and
+how its processes agree."""
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator
 
 
@@ -24,3 +26,12 @@ def save_whole_model(accelerator: Accelerator) -> None:
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None:
         fsdp.set_state_dict_type("FULL_STATE_DICT")
+
+
+def in_any_process(found: bool, args) -> bool:
+    """Return whether any process of the run has found something; all have to ask."""
+    if args.world_size == 1:
+        return found
+    flag = torch.tensor(float(found), device=args.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)

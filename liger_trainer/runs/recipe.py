@@ -118,7 +118,7 @@ class Recipe:
         try:
             return cls(**fields)
         except (ValueError, TypeError, ImportError) as error:
-            raise ValueError(f"training: {' '.join(str(error).split())}") from error
+            raise ValueError(f"training: {error}") from error
 
     @property
     def kernels(self) -> bool | dict:
@@ -133,7 +133,20 @@ class Recipe:
         try:
             return _lora_class()(**{"task_type": "CAUSAL_LM", **self.values["peft"]})
         except (ValueError, TypeError) as error:
-            raise ValueError(f"peft: {' '.join(str(error).split())}") from error
+            raise ValueError(f"peft: {error}") from error
+
+    def adapted(self, model):
+        """Return a model with the adapter of the section `peft`, where there is one. Raises
+        ValueError for a section that does not fit the model."""
+        config = self.peft_config()
+        if config is None:
+            return model
+        import peft
+
+        try:
+            return peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise ValueError(f"peft: {error}") from error
 
 
 def native_bf16() -> bool:

@@ -49,7 +49,7 @@ FOLDERS = {
         ["counts", "traffic"],
         ["html", "load", "rewards", "samples", "summary"],
         ["recipe"],
-        ["build", "compare", "estimate", "plan"],
+        ["build", "compare", "estimate", "resolved"],
         ["checks", "folder"],
         ["finished", "run"],
         ["card"],

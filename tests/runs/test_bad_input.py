@@ -194,4 +194,16 @@ def test_a_dry_run_looks_at_generations(tmp_path):
     pytest.importorskip("trl")
     recipe = tiny.write_recipe(tmp_path, tiny.alignment_values(tmp_path, "grpo"))
     loaded = load_recipe(recipe, ["training.num_generations_eval=3"])
-    assert "not a multiple of the 3" in checks.training_problems(loaded)[0]
+    with pytest.raises(ValueError, match="not a multiple of the 3"):
+        checks.check_training(loaded)
+
+
+def test_a_reward_beside_the_recipe_is_found(tmp_path):
+    pytest.importorskip("trl")
+    values = tiny.alignment_values(tmp_path, "grpo")
+    (tmp_path / "reward_of_this_test.py").write_text("def length(completions, **_): return [1.0]")
+    values["reward"] = {"functions": ["reward_of_this_test:length"]}
+    recipe = tiny.write_recipe(tmp_path, values)
+    assert checks.conflicts(load_recipe(recipe)) == []
+    absent = load_recipe(recipe, ["reward.functions=[no_such_module:length]"])
+    assert "'no_such_module:length' cannot be imported" in checks.conflicts(absent)[0]

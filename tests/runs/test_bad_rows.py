@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.prepare import Purpose, prepare
 
 GOOD = [{"role": "user", "content": "what is two ?"}, {"role": "assistant", "content": "four ."}]
 
@@ -64,12 +64,12 @@ def test_a_pair_that_cannot_be_used_is_named(tmp_path, change, reason):
     path = tiny.pairs_file(tmp_path / "pairs.jsonl", 6)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     tiny.json_lines(path, [*rows[:4], rows[4] | change, rows[5]])
-    options = {"seed": 0, "examples": "pairs"}
+    strict = DataArguments(path=str(path), max_length=64)
     with pytest.raises(ValueError, match=r"1 of 6 training examples, the first in row 5") as error:
-        prepare(DataArguments(path=str(path), max_length=64), tiny.tokenizer(), **options)
+        prepare(strict, tiny.tokenizer(), Purpose("pairs"), seed=0)
     assert f"because {reason}" in str(error.value)
     dropping = DataArguments(path=str(path), max_length=64, invalid="drop")
-    assert len(prepare(dropping, tiny.tokenizer(), **options).train) == 5
+    assert len(prepare(dropping, tiny.tokenizer(), Purpose("pairs"), seed=0).train) == 5
 
 
 def test_what_a_template_refuses_is_a_row_that_cannot_be_used(tmp_path):

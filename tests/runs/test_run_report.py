@@ -8,9 +8,9 @@ from run_folders import state
 
 from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.runs import plots as plots_module
-from liger_trainer.runs.html import telling, write_report
+from liger_trainer.runs.html import write_report
 from liger_trainer.runs.plots import plots
-from liger_trainer.runs.summary import summarize
+from liger_trainer.runs.summary import summarize, telling
 
 LOG = [
     {"step": 0, "eval_loss": 2.0},
@@ -68,15 +68,12 @@ class Parsed(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path):
-    import json
-
-    injection = {"table": INJECTION.table(), **json.loads(INJECTION.to_json())}
     path = write_report(
         tmp_path / "report.html",
         title="tiny <run>",
         summary=summarize(LOG) | {"steps": 2, "minutes": 0.5},
         log_history=LOG,
-        injection=injection,
+        injection=INJECTION,
         recipe={"training": {"learning_rate": 1e-4}},
         machine={"torch": "2.13.0"},
         notes=["10 rows"],
