@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 from torch.nn.modules import module as _global_hooks
 
@@ -55,34 +53,6 @@ def is_hooked(module: nn.Module) -> bool:
         or _global_hooks._global_backward_hooks
         or _global_hooks._global_backward_pre_hooks
     )
-
-
-def only_engines_hook(module: nn.Module) -> bool:
-    """Whether nothing but engines' hooks is around the forward of `module`."""
-    return not (foreign_hooks(module) or has_backward_hooks(module) or "forward" in vars(module))
-
-
-def inside_calls(
-    modules: Sequence[nn.Module], x: torch.Tensor, body: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """Return `body(x)`, run inside calls of all `modules`, in place of the last one's forward.
-
-    There an engine has gathered the weights of all of them, and it gathers them again before the
-    backward of `body`. Each call gets what the one around it hands on as x.
-    """
-    if not modules:
-        return body(x)
-    module, own = modules[0], vars(modules[0])
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        del own["forward"]
-        return inside_calls(modules[1:], x, body)
-
-    own["forward"] = forward
-    try:
-        return module(x)
-    finally:
-        own.pop("forward", None)
 
 
 def _is_an_engines(hook: object) -> bool:

@@ -4,8 +4,7 @@ A layer is recognized by its tables of adapters, whose names are PEFT's interfac
 class, and proven on a small copy: the same class and settings, all its adapters active, other
 sizes. What may change between two calls (which adapters
 are active, merged, disabled, their factors, hooks) is read at every call; where the fused operation
-does not apply, the layer's own forward runs. Where an engine's hooks gather the adapters' weights
-(ZeRO-3), the operation runs inside the calls of their modules.
+does not apply, the layer's own forward runs.
 
 Adapters on the output head belong to the head's rule.
 """
@@ -15,13 +14,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.hooks import inside_calls, is_hooked, only_engines_hook
+from liger_trainer.injection.rules.hooks import is_hooked
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.lora_linear import (
     MIN_ELEMENTS,
@@ -39,44 +37,24 @@ _WIDTHS = 24, 40  # of the copy that is probed
 _TOLERANCE_FP64 = 1e-10
 
 
-class Active(NamedTuple):
-    """An adapter whose product is added now."""
-
-    down: nn.Module
-    up: nn.Module
-    scale: float
-    dropout: float
-    hooked: bool  # by an engine, which gathers the weights within a call
-
-    def read(self) -> Adapter:
-        return Adapter(self.down.weight, self.up.weight, self.scale, self.dropout)
-
-
 class FusedLoRA(Swapped):
     """forward(x) as one operation; small inputs, and where that does not apply, as before."""
 
     def forward(self, x, *args, **kwargs):
         usual = not (args or kwargs) and pays(x, MIN_ELEMENTS)
-        active = active_adapters(self, x) if usual else None
-        if not active:
+        adapters = active_adapters(self, x) if usual else None
+        if not adapters:
             if usual and not torch.compiler.is_compiling():
                 note(self, _unfit(self))
             return self._liger_base.forward(self, x, *args, **kwargs)
         note(self, None)
         base = self.base_layer
-        y = None if _is_plain_linear(base, x) else base(x)
-
-        def fused(x):
-            adapters = [adapter.read() for adapter in active]
-            if y is None:
-                return lora_linear(x, base.weight, base.bias, adapters)
-            return add_adapters(y, x, adapters)
-
-        hooked = [part for each in active if each.hooked for part in (each.down, each.up)]
-        return inside_calls(hooked, x, fused) if hooked else fused(x)
+        if _is_plain_linear(base, x):
+            return lora_linear(x, base.weight, base.bias, adapters)
+        return add_adapters(base(x), x, adapters)
 
 
-def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Active] | None:
+def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
     """Return what is added to the base product of `x` now; None if only the layer's forward can
     tell."""
     if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
@@ -89,14 +67,13 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Active] | None:
         parts = _parts_of(layer, name)
         if parts is None:
             continue
-        hooked = any(map(is_hooked, parts))
-        if _variant(layer, name, parts) is not None or (hooked and not _only_engines(parts)):
+        if _variant(layer, name, parts) is not None or any(map(is_hooked, parts)):
             return None
         down, up, dropout = parts
         A, B, scale = down.weight, up.weight, layer.scaling[name]
         if type(A) not in _PLAIN or type(B) not in _PLAIN or not isinstance(scale, (int, float)):
             return None
-        if A.dtype != B.dtype or A.device != x.device or not (A.numel() or hooked):
+        if A.dtype != B.dtype or A.device != x.device or not A.numel():
             return None
         if autocast and torch.float64 in (x.dtype, A.dtype):  # which autocast leaves alone
             return None
@@ -104,12 +81,8 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Active] | None:
             widens = torch.promote_types(A.dtype, x.dtype) == A.dtype
             if not (widens and getattr(layer, "cast_input_dtype_enabled", True)):
                 return None
-        found.append(Active(down, up, scale, dropout.p if _drops(dropout) else 0.0, hooked))
+        found.append(Adapter(A, B, scale, dropout.p if _drops(dropout) else 0.0))
     return found
-
-
-def _only_engines(parts: tuple[nn.Module, ...]) -> bool:
-    return all(map(only_engines_hook, parts))
 
 
 _TABLES = ("lora_A", "lora_B", "lora_dropout")
@@ -132,7 +105,7 @@ def _unfit(layer: nn.Module) -> str | None:
     for name, parts in active.items():
         if (variant := _variant(layer, name, parts)) is not None:
             return f"not plain LoRA: {variant}"
-        if any(map(is_hooked, parts)) and not _only_engines(parts):
+        if any(map(is_hooked, parts)):
             return "hooks on the adapter"
     return "its base layer lies in shards" if _is_sharded(layer.base_layer) else None
 
