@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
     ["kernels", "report", "config", "symbols"],
-    ["swap", "request"],
+    ["hooks", "swap", "request"],
     ["deferred"],
     ["injection", "trainer_hook"],
     ["trainer", "trl"],

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_trainer.deferred import Attach, Deferred
+from liger_trainer.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, fingerprint
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
 from liger_trainer.kernels.runtime import PLAIN, pays

@@ -16,9 +16,9 @@ from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa
 from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.deferred.logits import defer_call
 from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
+from liger_trainer.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.activation_memory import LeanModel
-from liger_trainer.injection.rules.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection.rules.proposal import (
     OVERRIDDEN,
     Proposal,
