@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 
-import gathered_lora
 import pytest
+
+pytest.importorskip("deepspeed")
+import gathered_lora
 
 
 @pytest.fixture(scope="module")
