@@ -11,6 +11,7 @@ ROWS = {
     "FSDP2 by accelerate, loaded by one process": "",
     "FSDP2, offloaded": "",
     "FSDP2, head a unit": "tied",  # torch refuses a tied head there, without kernels too
+    "ZeRO-3": "",
     "TP": "LoRA",  # peft has no adapters for such a head
     "CP, ends and middle": "",
     "FSDP2 x TP": "LoRA",
