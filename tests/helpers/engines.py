@@ -2,8 +2,9 @@
 
 Each cell trains a tiny model for one step of two micro-batches under an engine, the kernels
 injected, and compares with the plain model on one process that saw all processes' data: losses,
-and every weight after the step. *fused* is counted while it runs: the head was never called for
-its plain logits. A row that the plain model cannot run either says so.
+and every weight after the step. *fused*: the head was never called for its plain logits, which is
+counted, and after the step the report says of the same sites as on one process that they ran fused.
+Kernels run at every size. A row that the plain model cannot run either says so.
 
     rows       the engine, as users start it (engine_rows.py)
     columns    how the loss is made: in the forward (labels), outside it (a loss scope around a

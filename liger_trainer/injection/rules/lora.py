@@ -134,10 +134,16 @@ def _fused_where_gathered(
             return lora_linear(x, base.weight, base.bias, whole())
         return add_adapters(_PLAIN_FORWARD(base, x), x, whole())
 
-    if type(base).forward is _PLAIN_FORWARD:
+    if type(base).forward is _PLAIN_FORWARD and _needs_backward(base, x):
         return call_nested(modules, x, everything)
     y = base(x)
     return call_nested(matrices, x, lambda x: add_adapters(y, x, whole()))
+
+
+def _needs_backward(base: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `base` has anything to do in backward, for which it would be gathered again."""
+    tensors = (x, *base.parameters(recurse=False))
+    return not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors)
 
 
 _TABLES = ("lora_A", "lora_B", "lora_dropout")
