@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
 from datasets import IterableDataset
@@ -32,11 +33,9 @@ class Sequence:
 
     def runs(self) -> Iterator[tuple[list[int], bool]]:
         """Unbroken stretches of ids that are trained on, or are not."""
-        start = 0
-        for end in range(1, len(self.ids) + 1):
-            if end == len(self.ids) or self.trained[end] != self.trained[start]:
-                yield self.ids[start:end], self.trained[start]
-                start = end
+        tokens = zip(self.ids, self.trained, strict=True)
+        for trained, stretch in groupby(tokens, key=itemgetter(1)):
+            yield [i for i, _ in stretch], trained
 
 
 @dataclass
