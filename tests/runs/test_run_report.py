@@ -130,6 +130,23 @@ def test_a_run_without_kernels_says_so(tmp_path):
     assert "use_liger_kernel is off" in path.read_text()
 
 
+def test_completions_are_escaped(tmp_path):
+    path = write_report(
+        tmp_path / "report.html",
+        title="t",
+        summary=summarize([]) | {"steps": 0, "minutes": 0.0},
+        log_history=[],
+        injection=None,
+        recipe={},
+        machine={},
+        notes=[],
+        samples=[{"prompt": "<script>", "before": "<b>", "after": "</table>", "expected": "&"}],
+    )
+    text = path.read_text()
+    assert "<script>" not in text
+    assert "&lt;/table&gt;" in text
+
+
 def logged(**held_out):
     """A log of two steps with metrics in training and, before and after, held out."""
     first = {f"eval_{key}": values[0] for key, values in held_out.items()}
