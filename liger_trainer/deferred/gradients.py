@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 
 from liger_trainer.deferred.handlers import implements
@@ -30,13 +32,32 @@ def _retain_grad(logits):
     value = _separate_value(logits)
     if value is not None and value.requires_grad:
         value.retain_grad()
-    as_wrapper(_Tensor.retain_grad, logits)
+    if not logits.requires_grad:
+        raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
+    if logits._retains_grad:
+        return
+    # torch's own would keep a deferred gradient, which holds the logits: a cycle through memory
+    # that Python's collector does not see.
+    logits._retains_grad, to = True, weakref.ref(logits)
+
+    def keep(grad):
+        if (kept := to()) is not None:
+            grad = grad.materialize() if isinstance(grad, Deferred) else grad.clone()
+            before = kept._retained
+            kept._retained = grad if before is None else before + grad
+
+    as_wrapper(_Tensor.register_hook, logits, keep)
+
+
+@implements(_Tensor.retains_grad.__get__)
+def _retains_grad(logits, *owner):
+    return logits._retains_grad
 
 
 @implements(_Tensor.grad.__get__)
 def _grad(logits, *owner):
     value = _separate_value(logits)
-    parts = [as_wrapper(_Tensor.grad.__get__, logits)]
+    parts = [logits._retained]
     parts.append(value.grad if value is not None and value.retains_grad else None)
     return _sum([p for p in parts if p is not None])
 

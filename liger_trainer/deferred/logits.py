@@ -123,6 +123,7 @@ class DeferredLogits(Deferred):
     _node: object = None  # the grad_fn that it was made with
     _direct: torch.Tensor | None = None  # the value without the detour by `Results` of `graph.py`
     _version_then = 0  # of that value, when it was computed
+    _retains_grad, _retained = False, None  # asked for by `retain_grad`, and what came
     _is_exposed = False  # to writes that no version counter tells of
 
     @property

@@ -218,3 +218,18 @@ def test_a_step_leaves_nothing_to_the_garbage_collector(wrap):
         assert lives() is None
     finally:
         gc.enable()
+
+
+def test_a_retained_gradient_of_the_logits_keeps_nothing_alive():
+    """A tensor's `grad` that refers to the tensor is never freed: no collector looks there."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    inject(model)
+    out = model(**batch(), output_hidden_states=True)
+    lives = weakref.ref(out.hidden_states[-1])
+    out.logits.retain_grad()
+    out.loss.backward()
+    assert out.logits.retains_grad
+    assert out.logits.grad.any()
+    del out
+    gc.collect()
+    assert lives() is None
