@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -15,6 +15,9 @@ def first_derivative_only(backward: Callable) -> Callable:
     always carry a node that raises. torch's own raises only if an incoming gradient requires one,
     so the second derivative of a plain `loss.backward(create_graph=True)` would silently lack the
     part that goes through the saved tensors.
+
+    The node lies between the gradients and what they depend on: the saved tensors and those of
+    `depends_on`. So `torch.autograd.grad`, which runs only what leads to its inputs, meets it too.
     """
 
     @functools.wraps(backward)
@@ -27,29 +30,56 @@ def first_derivative_only(backward: Callable) -> Callable:
             )
         with torch.no_grad():
             found = backward(ctx, *grads)
-        return forbid_derivative(found if isinstance(found, tuple) else (found,))
+        found = found if isinstance(found, tuple) else (found,)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return found
+        return forbid_derivative(found, (*ctx.saved_tensors, *grads, getattr(ctx, _LINK, None)))
 
     return wrapper
+
+
+_LINK = "_liger_link"
+
+
+def depends_on(ctx, *tensors: torch.Tensor | None) -> None:
+    """Note in a forward that the gradients depend on these, which are not saved: only their place
+    in the graph is kept."""
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    if wanted and not torch.compiler.is_compiling():
+        with torch.enable_grad():
+            setattr(ctx, _LINK, _Link.apply(*wanted))
 
 
 def _is_batched(grad) -> bool:
     return isinstance(grad, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def forbid_derivative(grads: tuple) -> tuple:
-    """Return gradients whose own derivative raises, if `create_graph=True` asks for one."""
+def forbid_derivative(grads: tuple, operands: Iterable[torch.Tensor | None]) -> tuple:
+    """Return gradients whose own derivative, in `operands` or in whatever else, raises, if
+    `create_graph=True` asks for one."""
     present = [g for g in grads if g is not None]
     if not present or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grads
     anchor = torch.zeros(0, requires_grad=True)  # makes the outputs require a gradient
-    marked = iter(_NoDerivative.apply(anchor, *present))
+    anchors = [anchor, *(t for t in operands if t is not None and t.requires_grad)]
+    marked = iter(_NoDerivative.apply(len(anchors), *anchors, *present))
     return tuple(None if g is None else next(marked) for g in grads)
+
+
+class _Link(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * len(ctx.needs_input_grad)
 
 
 class _NoDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, anchor, *grads):
-        return tuple(g.view_as(g) for g in grads)
+    def forward(ctx, count, *tensors):
+        return tuple(g.view_as(g) for g in tensors[count:])
 
     @staticmethod
     def backward(ctx, *_):

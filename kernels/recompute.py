@@ -13,6 +13,9 @@ too, and of any other tensor that was cast from 16 bits to fp32 the 16 bits are 
 Everything else is kept as it is. Saved-tensor hooks take the check for in-place changes away from
 autograd; it is made here, with the same outcome.
 
+A recipe that nobody took ends with the block. Else whoever keeps such an output, detached, would
+keep its sources and the graph that they hang in.
+
 Within other people's saved-tensor hooks (checkpointing, offloading) theirs decide, and nothing is
 marked.
 """
@@ -20,8 +23,9 @@ marked.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -41,7 +45,27 @@ def recomputing() -> contextlib.AbstractContextManager:
     """
     if not torch._C._autograd._saved_tensors_hooks_is_enabled() or _top_hooks(True) is not None:
         return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+    return _recomputing()
+
+
+class _Made(threading.local):
+    recipes: list[weakref.ref[Recipe]] | None = None  # those of the block
+
+
+_made = _Made()
+
+
+@contextlib.contextmanager
+def _recomputing() -> Iterator[None]:
+    before, _made.recipes = _made.recipes, []
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        made, _made.recipes = _made.recipes, before
+        for recipe in made:
+            if (unread := recipe()) is not None:
+                unread.expire()
 
 
 def _is_recomputing() -> bool:
@@ -128,9 +152,16 @@ class Recipe:
         self.packed, self.value, self.stream = None, None, None
         self.readers = self.unread = 0
         self.casts: dict[torch.dtype, weakref.ref[Recipe]] = {}  # each of which holds this one
+        if _made.recipes is not None:
+            _made.recipes.append(weakref.ref(self))
 
     def __reduce__(self):
         return _nothing, ()  # a tensor that is saved to a file goes without
+
+    def expire(self) -> None:
+        """If nobody took it, let go of its sources; nobody will be given it."""
+        if self.packed is None:
+            self.sources, self.version = (), -1
 
     def accepts(self, y: torch.Tensor) -> bool:
         """Whether it gives `y` as it is now; registers one more reader if so."""
@@ -163,6 +194,8 @@ class Recipe:
         output = self.output()
         # As long as the output is unchanged, so it was when it was cast.
         if output is None or output._version != self.version or output.device != y.device:
+            return None
+        if output.stride() != y.stride():  # a cast that also lays it out anew
             return None
         dtype = y.dtype
         known = self.casts.get(dtype, _nothing)()

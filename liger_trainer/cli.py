@@ -67,13 +67,16 @@ def build_parser() -> argparse.ArgumentParser:
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add_to(
-            commands,
+        own = commands.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=command.HELP,
             parents=[shared],
             description=command.main.__doc__,
             epilog=command.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        command.add_arguments(own)
+        own.set_defaults(main=command.main)
     return parser
 
 

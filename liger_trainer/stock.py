@@ -18,7 +18,6 @@ from liger_trainer.injection.walk import inject, restore_for
 from liger_trainer.request import config_of
 
 _original: trainer_hook.Hook | None = None
-_METHODS = {name: getattr(Trainer, name) for name in ("train", "evaluation_loop", "compute_loss")}
 
 
 def enable() -> None:
@@ -30,9 +29,8 @@ def enable() -> None:
     if _original is None:
         _original = trainer_hook.current()
         trainer_hook.replace(inject)
-        for name, method in _METHODS.items():
-            around = _without_request if name == "compute_loss" else _plain_without_flag
-            setattr(Trainer, name, around(method))
+        for name, around in _WRAPPERS.items():
+            setattr(Trainer, name, around(_PLAIN[name]))
         if importlib.util.find_spec("trl") is not None:
             trl.redirect()
 
@@ -43,7 +41,7 @@ def disable() -> None:
     if _original is not None:
         trainer_hook.replace(_original)
         _original = None
-        for name, method in _METHODS.items():
+        for name, method in _PLAIN.items():
             setattr(Trainer, name, method)
         if importlib.util.find_spec("trl") is not None:
             trl.undo_redirect()
@@ -67,3 +65,11 @@ def _plain_without_flag(method):
         return method(self, *args, **kwargs)
 
     return run
+
+
+_WRAPPERS = {
+    "train": _plain_without_flag,
+    "evaluation_loop": _plain_without_flag,
+    "compute_loss": _without_request,
+}
+_PLAIN = {name: getattr(Trainer, name) for name in _WRAPPERS}

@@ -140,6 +140,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     *_of("torch", _DEFERRED, "Tensor.retains_grad", "Tensor.output_nr"),
     *_of("torch", _DEFERRED, "_C._set_throw_on_mutable_data_ptr"),
     *_of("torch", _DEFERRED, "UntypedStorage._cdata"),
+    *_of("torch._dynamo.eval_frame", "torch.compile: less work of the host in a step", "skip_code"),
     *_of("torch", _PLAIN, "_C._functorch.maybe_current_level"),
     *_of("torch", _PLAIN, "_C._functorch.is_legacy_batchedtensor"),
     *_of("torch.autograd.forward_ad", _PLAIN, "_current_level"),

@@ -26,6 +26,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ..launch import launch
 from ..runtime import as_rows, cdiv, num_sms, register_op, tl, triton
 from ..second_derivative import twice_differentiable
 from .norm import FWD_TILES, MAX_H, check_input, has_kernel, tile
@@ -170,7 +171,8 @@ def _launch_fwd(x, gate, weight, eps, width, gate_first, cast_first, sigmoid):
     x_RH, gate_RH = as_rows(x), as_rows(gate)
     R, H = x_RH.shape
     BLOCK_R, BLOCK_W, warps = tile(width, FWD_TILES)
-    _gated_rms_norm_fwd_kernel[(cdiv(R, BLOCK_R), H // width)](
+    launch(
+        _gated_rms_norm_fwd_kernel, (cdiv(R, BLOCK_R), H // width),
         x_RH, gate_RH, weight.contiguous(), y, rstd, x_RH.stride(0), gate_RH.stride(0), R, width,
         eps, **_flags(x, weight, gate_first, cast_first, sigmoid),
         BLOCK_R=BLOCK_R, BLOCK_W=BLOCK_W, num_warps=warps,
@@ -193,7 +195,8 @@ def _launch_bwd(dy, x, gate, weight, rstd, width, gate_first, cast_first, sigmoi
     programs = min(cdiv(R, BLOCK_R), resident)
     partials = torch.empty(programs, H, dtype=torch.float32, device=x.device)
     if programs:
-        _gated_rms_norm_bwd_kernel[(programs, H // width)](
+        launch(
+            _gated_rms_norm_bwd_kernel, (programs, H // width),
             dy_RH, x_RH, gate_RH, weight.contiguous(), rstd, dx, dgate, partials,
             dy_RH.stride(0), x_RH.stride(0), gate_RH.stride(0), R, width,
             **_flags(x, weight, gate_first, cast_first, sigmoid),

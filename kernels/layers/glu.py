@@ -23,12 +23,13 @@ import functools
 
 import torch
 
+from ..launch import launch
 from ..recompute import by_torch, recomputable
 from ..runtime import as_rows, cdiv, pays, register_op, tl, triton, use_triton
 from ..second_derivative import twice_differentiable
 
 # One 16-byte load of bf16 per thread and tensor: enough programs are resident to fill the bus.
-MIN_ELEMENTS = 1 << 24  # below, two torch kernels take less time (H200, host included)
+MIN_ELEMENTS = 20_000_000  # below, torch's four kernels take less time (H200, host included)
 _BLOCK = 1024
 _NUM_WARPS = 4
 
@@ -118,7 +119,8 @@ def _launch(kernel, inputs, outputs, activation) -> None:
     else:
         inputs = [as_rows(t) for t in inputs]
         (rows, cols), strides = inputs[0].shape, [t.stride(0) for t in inputs]
-    kernel[(rows * cdiv(cols, _BLOCK),)](
+    launch(
+        kernel, (rows * cdiv(cols, _BLOCK),),
         *inputs, *outputs, *strides, cols,
         ACTIVATION=activation, BLOCK=_BLOCK, num_warps=_NUM_WARPS,
     )  # fmt: skip

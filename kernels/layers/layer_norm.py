@@ -23,6 +23,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ..launch import launch
 from ..recompute import by_torch, recomputable
 from ..runtime import as_rows, cdiv, num_sms, pays, register_op, tl, triton
 from ..second_derivative import twice_differentiable
@@ -178,7 +179,8 @@ def _launch_fwd(x, weight, bias, eps):
     x_RH = as_rows(x)
     R, H = x_RH.shape
     BLOCK_R, BLOCK_H, warps = tile(H, FWD_TILES)
-    _layer_norm_fwd_kernel[(cdiv(R, BLOCK_R),)](
+    launch(
+        _layer_norm_fwd_kernel, (cdiv(R, BLOCK_R),),
         x_RH, None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(), y, mean, rstd, x_RH.stride(0), R, H, eps,
         H == BLOCK_H, BLOCK_R, BLOCK_H, num_warps=warps,
@@ -204,7 +206,8 @@ def _launch_bwd(dy, x, weight, bias_dtype, mean, rstd, need_dx, need_dweight, ne
     dweight_partials = partials[0] if need_dweight else None
     dbias_partials = partials[-1] if need_dbias else None
     if programs:
-        _layer_norm_bwd_kernel[(programs,)](
+        launch(
+            _layer_norm_bwd_kernel, (programs,),
             dy_RH, x_RH, None if weight is None else weight.contiguous(), mean, rstd,
             dx if need_dx else None, dweight_partials, dbias_partials, dy_RH.stride(0),
             x_RH.stride(0), R, H, H == BLOCK_H, BLOCK_R, BLOCK_H, stages, hoist_weight,

@@ -33,10 +33,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..autograd import depends_on, first_derivative_only
 from ..runtime import as_rows, on_device
 from .lora_products import products_for
 
-MIN_ELEMENTS = 1 << 22  # of x: below, the launches take longer than the products
+MIN_ELEMENTS = 10_000_000  # of x: below, the launches take longer than the products
 
 
 class Adapter(NamedTuple):
@@ -113,19 +114,21 @@ class _LoRALinear(torch.autograd.Function):
                 products = products_for(x_NI, y_NO, A)
                 seed = _draw_seed() if dropout else None
                 D_NI = x_NI * dropout_mask(x_NI, seed, dropout) if dropout else x_NI
-                scale = scale / (1.0 - dropout)
+                scale = scale / (1.0 - dropout) if dropout < 1.0 else 0.0
                 first, second = products.prepared(A, B.t())
                 h, operand = products.narrow(D_NI, first, scale)
                 products.add(y_NO, operand, second)
                 ctx.plans.append((products, scale, dropout, seed))
                 kept.append(h if ctx.needs_input_grad[7 + 2 * i] else None)
         keeps_x = any((ctx.needs_input_grad[1], *ctx.needs_input_grad[6::2]))
+        if not keeps_x:
+            depends_on(ctx, x)
         ctx.save_for_backward(x if keeps_x else None, weight, *matrices, *kept)
         ctx.dtype, ctx.x_shape, ctx.x_dtype = dtype, x.shape, x.dtype
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_derivative_only
     def backward(ctx, dy):
         with _without_autocast(dy), on_device(dy):
             return _LoRALinear._backward(ctx, dy)

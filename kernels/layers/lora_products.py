@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from ..launch import launch
 from ..runtime import cdiv, next_power_of_2, tl, triton, use_triton
 
 _BLOCK = 1024
@@ -73,7 +74,7 @@ def _gather_parts_kernel(
     """Scale the sum of sums [N, 3R] and split it; forward keeps it as h [N, R], and backward splits
     the h that was kept, too."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < N * R
+    mask = i < tl.cast(N, tl.int64) * R
     row, col = i // R, i % R
     sums_ptrs = sums_ptr + row * (3 * R) + col
     total = tl.load(sums_ptrs, mask=mask, other=0.0)
@@ -96,18 +97,11 @@ def split_pair(first_RK: torch.Tensor, second_RK: torch.Tensor):
     first, second = torch.empty(3 * R, K1, **like), torch.empty(4 * R, K2, **like)
     widest = max(K1, K2)
     block = min(_BLOCK, next_power_of_2(widest))
-    _split_pair_kernel[(2 * R, cdiv(widest, block))](
-        first_RK,
-        second_RK,
-        first,
-        second,
-        *first_RK.stride(),
-        *second_RK.stride(),
-        R,
-        K1,
-        K2,
+    launch(
+        _split_pair_kernel, (2 * R, cdiv(widest, block)),
+        first_RK, second_RK, first, second, *first_RK.stride(), *second_RK.stride(), R, K1, K2,
         block,
-    )
+    )  # fmt: skip
     return first, second
 
 
@@ -181,9 +175,10 @@ class Split(OneDtype):
         N, R = len(x_NK), len(first) // 3
         sums = _mm32(x_NK, first.t())
         h, parts = sums.new_empty(N, R), x_NK.new_empty(N, 4 * R)
-        _gather_parts_kernel[(cdiv(N * R, _BLOCK),)](
-            sums, parts, h, parts, scale, N, R, True, False, _BLOCK
-        )
+        launch(
+            _gather_parts_kernel, (cdiv(N * R, _BLOCK),),
+            sums, parts, h, parts, scale, N, R, True, False, _BLOCK,
+        )  # fmt: skip
         return h, parts
 
     @classmethod
@@ -192,9 +187,10 @@ class Split(OneDtype):
         sums = _mm32(dy_NK, first.t())
         parts = dy_NK.new_empty(N, 4 * R)
         h_parts = parts if h is None else torch.empty_like(parts)
-        _gather_parts_kernel[(cdiv(N * R, _BLOCK),)](
-            sums, parts, h, h_parts, scale, N, R, False, h is not None, _BLOCK
-        )
+        launch(
+            _gather_parts_kernel, (cdiv(N * R, _BLOCK),),
+            sums, parts, h, h_parts, scale, N, R, False, h is not None, _BLOCK,
+        )  # fmt: skip
         return parts, h_parts
 
     @staticmethod

@@ -19,6 +19,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from ..launch import launch
 from ..recompute import by_torch, recomputable
 from ..runtime import as_rows, cdiv, num_sms, pays, register_op, tl, triton
 from ..second_derivative import twice_differentiable
@@ -169,7 +170,8 @@ def _launch_fwd(x, weight, eps, offset, cast_first):
     x_RH = as_rows(x)
     R, H = x_RH.shape
     BLOCK_R, BLOCK_H, warps = tile(H, FWD_TILES)
-    _rms_norm_fwd_kernel[(cdiv(R, BLOCK_R),)](
+    launch(
+        _rms_norm_fwd_kernel, (cdiv(R, BLOCK_R),),
         x_RH, None if weight is None else weight.contiguous(), y, rstd, x_RH.stride(0), R, H, eps,
         offset, cast_first, H == BLOCK_H, BLOCK_R, BLOCK_H, num_warps=warps,
     )  # fmt: skip
@@ -192,7 +194,8 @@ def _launch_bwd(dy, x, weight, rstd, offset, cast_first, need_dx, need_dweight):
     if need_dweight:
         partials = torch.empty(programs, H, dtype=torch.float32, device=x.device)
     if programs:
-        _rms_norm_bwd_kernel[(programs,)](
+        launch(
+            _rms_norm_bwd_kernel, (programs,),
             dy_RH, x_RH, None if weight is None else weight.contiguous(), rstd,
             dx if need_dx else None, partials, dy_RH.stride(0), x_RH.stride(0), R, H, offset,
             cast_first, H == BLOCK_H, BLOCK_R, BLOCK_H, stages, hoist_weight, num_warps=warps,

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..launch import launch
 from ..runtime import cdiv, next_power_of_2, register_op, tl, triton, use_triton
 from ..second_derivative import twice_differentiable
 
@@ -209,7 +210,8 @@ def _launch(
     shares, sizes = _tiling(Hq, k.shape[1], D, cos.shape[-1])
     # A table shared by the batch does not move with it.
     table_strides = [n for t in (cos, sin) for n in (t.stride(0) * (t.shape[0] > 1), t.stride(1))]
-    _rope_kernel[(B * S, shares)](
+    launch(
+        _rope_kernel, (B * S, shares),
         q, k, cos, sin, q_out, k_out, S,
         *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
         *table_strides, **sizes,

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..autograd import first_derivative_only
+from ..autograd import depends_on, first_derivative_only
 from ..logits.divergence import token_divergence
 from ..logits.jensen_shannon import (
     DEFAULT,
@@ -137,6 +137,7 @@ class _LinearDivergence(torch.autograd.Function):
         ctx.host = tokens.host
         ctx.again = plan.want_head and not plan.uniform
         again = (tokens.order, *operands) if ctx.again else ()
+        depends_on(ctx, *operands)
         ctx.save_for_backward(mask_N, *pair.student.finished(), *again)
         ctx.mark_non_differentiable(entropy)
         return divergence.sum() if plan.uniform else divergence, entropy

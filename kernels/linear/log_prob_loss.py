@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..autograd import first_derivative_only
+from ..autograd import depends_on, first_derivative_only
 from ..logits.reduction import check_labels
 from ..logits.scores import (
     DIFFERENTIABLE,
@@ -125,6 +125,7 @@ class _LinearLogProbLoss(torch.autograd.Function):
                 scoring.forward(swept)
                 tokens.check()
                 groups.evaluate(swept.scores, 0, groups.groups.shape[0], want_grad=False)
+        depends_on(ctx, *operands)
         ctx.save_for_backward(labels, *finished)
         fields = tuple(swept.scores)
         ctx.mark_non_differentiable(*(x for x in fields if x is not None))

@@ -15,7 +15,7 @@ import dataclasses
 
 import torch
 
-from ..autograd import first_derivative_only
+from ..autograd import depends_on, first_derivative_only
 from ..runtime import block_sizes, register_op, runs_in_triton, tl, triton
 from .jensen_shannon import (
     DEFAULT,
@@ -235,6 +235,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, want_grad, *options):
         divergence, entropy, grad = _divergence(student, teacher, want_grad, *options)
+        depends_on(ctx, student)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(entropy)
         return divergence, entropy

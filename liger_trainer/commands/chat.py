@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+HELP = "talk with the model of a run"
 EXAMPLES = """examples:
   liger-trainer chat runs/smollm2-135m
 
@@ -11,27 +12,26 @@ EXAMPLES = """examples:
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("chat", help="talk with the model of a run", **shared)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--new-tokens", type=int, default=256, metavar="N")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:
     """Read a turn, write the answer, until the input ends."""
     from transformers import TextStreamer
 
+    from liger_trainer.runs.data.conversation import prompt_ids
     from liger_trainer.runs.finished import open_run
-    from liger_trainer.runs.load import load_model, load_tokenizer
-    from liger_trainer.runs.samples import complete, prompt_ids
+    from liger_trainer.runs.load import load_for_generation, load_tokenizer
+    from liger_trainer.runs.samples import complete
 
     run = open_run(options.run)
     tokenizer = load_tokenizer(run.tuned)
     if tokenizer.chat_template is None:
         raise ValueError(f"chat: the tokenizer in {run.path} has no chat template; use generate")
-    model = load_model(run.tuned)
+    model = load_for_generation(run.tuned)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     turns: list[dict[str, str]] = []
     while True:

@@ -13,6 +13,7 @@ from liger_trainer.commands import train
 if TYPE_CHECKING:
     from liger_trainer.runs.data.view import Counts, Sequence
 
+HELP = "what the model will see of the data"
 EXAMPLES = """examples:
   liger-trainer data sft/smollm2-135m
   liger-trainer data mine.yaml --rows 10 data.max_length=1024
@@ -25,15 +26,13 @@ rows are counted. The model's weights are not loaded.
 _TRAINED, _READ, _MARKS = "bold green", "dim", ("⟦", "⟧")
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("data", help="what the model will see of the data", **shared)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     train.add_recipe(parser)
     parser.add_argument(
         "--rows", type=int, default=3, metavar="N", help="examples to show (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, with every token")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -42,7 +41,8 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--rows is {options.rows}; it must be at least 0")
     from liger_trainer.runs.build import load_data, load_rewards
     from liger_trainer.runs.checks import require
-    from liger_trainer.runs.data.view import counts, sequences, unpacked
+    from liger_trainer.runs.data.collate import unpacked
+    from liger_trainer.runs.data.view import counts, sequences
     from liger_trainer.runs.load import load_tokenizer
     from liger_trainer.runs.recipe import load_recipe
 

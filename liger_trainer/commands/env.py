@@ -17,15 +17,14 @@ _OPTIONAL = {
     "argcomplete": "completion in the shell",
 }
 
+HELP = "versions, devices, and what is missing"
 EXAMPLES = """examples:
   liger-trainer env
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("env", help="versions, devices, and what is missing", **shared)
-    parser.set_defaults(main=main)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add none."""
 
 
 def main(options: argparse.Namespace) -> int:

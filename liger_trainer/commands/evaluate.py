@@ -5,23 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 
+HELP = "held-out metrics of a run's model, by its own recipe"
 EXAMPLES = """examples:
   liger-trainer evaluate runs/smollm2-135m
   liger-trainer evaluate runs/mine data.path=other.jsonl data.eval_fraction=0.5 --json
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser(
-        "evaluate", help="held-out metrics of a run's model, by its own recipe", **shared
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="wins over the run's value"
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -42,10 +39,9 @@ def main(options: argparse.Namespace) -> int:
     then = {k: v[-1] for k, v in run.record["summary"]["held_out"].items()}
     print_table(
         ["held out", "now", "after training"],
-        [[name, f"{value:.4f}", _number(then.get(name))] for name, value in now.items()],
+        [
+            [name, f"{value:.4f}", f"{then[name]:.4f}" if name in then else ""]
+            for name, value in now.items()
+        ],
     )
     return 0
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

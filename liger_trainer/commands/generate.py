@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+HELP = "completions of the base and the trained model, side by side"
 EXAMPLES = """examples:
   liger-trainer generate runs/smollm2-135m --prompts questions.txt
   liger-trainer generate runs/mine --prompts rows.jsonl --new-tokens 256 --output answers.jsonl
@@ -16,16 +17,12 @@ A line of a text file is a prompt; a row of a .jsonl file has `prompt` (text or 
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser(
-        "generate", help="completions of the base and the trained model, side by side", **shared
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt or .jsonl")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--output", metavar="FILE.jsonl", help="write there, not to the terminal")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -67,7 +64,7 @@ def main(options: argparse.Namespace) -> int:
 
 def read_prompts(path: Path) -> list[Any]:
     """Texts, or lists of messages. Raises ValueError for a file without any."""
-    from liger_trainer.runs.data.rows import text_flaw
+    from liger_trainer.runs.data.rows import RowError, check_text
 
     if not path.is_file():
         raise ValueError(f"--prompts: there is no file {str(path)!r}")
@@ -84,19 +81,18 @@ def read_prompts(path: Path) -> list[Any]:
             raise ValueError(f"--prompts: line {number} of {path} is not JSON: {error}") from error
         row = row if isinstance(row, dict) else {}
         prompt = row.get("prompt", row.get("messages"))
-        if flaw := text_flaw("prompt", prompt):
-            raise ValueError(f"--prompts: line {number} of {path}: {flaw}")
+        try:
+            check_text("prompt", prompt)
+        except RowError as error:
+            raise ValueError(f"--prompts: line {number} of {path}: {error}") from error
         prompts.append(prompt)
     return prompts
 
 
 def _completions(arguments, tokenizer, prompts: list[Any], new_tokens: int) -> list[str]:
-    import torch
+    from liger_trainer.runs.data.conversation import prompt_ids
+    from liger_trainer.runs.load import load_for_generation
+    from liger_trainer.runs.samples import complete
 
-    from liger_trainer.runs.load import load_model
-    from liger_trainer.runs.samples import complete, prompt_ids
-
-    model = load_model(arguments)
-    if torch.accelerator.is_available() and arguments.device_map is None:
-        model = model.to(torch.accelerator.current_accelerator())
+    model = load_for_generation(arguments)
     return [complete(model, tokenizer, prompt_ids(p, tokenizer), new_tokens) for p in prompts]

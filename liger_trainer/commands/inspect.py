@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+HELP = "what would be swapped in a model, without its weights"
 EXAMPLES = """examples:
   liger-trainer inspect Qwen/Qwen3-8B
   liger-trainer inspect models/mine.gguf --json
@@ -13,24 +14,20 @@ EXAMPLES = """examples:
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser(
-        "inspect", help="what would be swapped in a model, without its weights", **shared
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("model", metavar="MODEL_OR_PATH", help="hub name, folder or .gguf file")
     parser.add_argument(
         "--strict", action="store_true", help="exit 1 if an eligible site is refused"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--trust-remote-code", action="store_true")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:
     """Print what would be swapped in a model, from its configuration alone."""
-    from liger_trainer.runs.load import ModelArguments
-    from liger_trainer.runs.plan import injection_plan
+    from liger_trainer.injection.walk import inject
+    from liger_trainer.runs.load import ModelArguments, meta_model
 
     path = Path(options.model).expanduser()
     if path.suffix == ".gguf":
@@ -38,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
     else:
         name = str(path) if options.model.startswith("~") else options.model
         model = ModelArguments(name, trust_remote_code=options.trust_remote_code)
-    report = injection_plan(model)
+    report = inject(meta_model(model))
     print(report.to_json() if options.json else report)
     refused = sum(eligible - swapped for swapped, eligible in report.coverage.values())
     if options.strict and refused:

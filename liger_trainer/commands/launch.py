@@ -8,6 +8,7 @@ import sys
 
 from liger_trainer.commands import train
 
+HELP = "run a recipe in several processes, by accelerate"
 EXAMPLES = """examples:
   liger-trainer launch sft/qwen3-8b-full --processes 4 --accelerate fsdp2
   liger-trainer launch mine.yaml --processes 2 training.learning_rate=1e-5
@@ -18,11 +19,8 @@ work as well.
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser(
-        "launch", help="run a recipe in several processes, by accelerate", **shared
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     train.add_arguments(parser)
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="one per GPU")
     parser.add_argument(
@@ -32,7 +30,6 @@ def add_to(commands, **shared) -> None:
         help="configuration: ddp, fsdp2, zero2, zero3, tensor_parallel, context_parallel, "
         "sequence_parallel, or a file of `accelerate config` (default: %(default)s)",
     )
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:

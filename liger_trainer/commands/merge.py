@@ -7,20 +7,17 @@ import os
 import shutil
 from pathlib import Path
 
+HELP = "make one model of a base and its trained adapter"
 EXAMPLES = """examples:
   liger-trainer merge runs/qwen3-8b-lora
   liger-trainer merge runs/qwen3-8b-lora --into models/mine
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser(
-        "merge", help="make one model of a base and its trained adapter", **shared
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run with a peft section")
     parser.add_argument("--into", metavar="FOLDER", help="default: RUN-merged")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from typing import TYPE_CHECKING
 
 from liger_trainer.commands import train
-from liger_trainer.runs.memory import ENGINES, GIB, usable
+from liger_trainer.runs.memory import ENGINES, GIB, Memory, Run, peak, usable
 from liger_trainer.runs.shapes import CONFIGS
 
-if TYPE_CHECKING:
-    from liger_trainer.runs.estimate import Estimate
-
+HELP = "memory and communication on N GPUs"
 EXAMPLES = """examples:
   liger-trainer plan sft/llama-3.1-8b-full --gpus 8 --memory 80
   liger-trainer plan mine.yaml --gpus 64 --memory 80 --bandwidth 50
@@ -24,9 +20,8 @@ they compare with measured steps.
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("plan", help="memory and communication on N GPUs", **shared)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     train.add_recipe(parser)
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--memory", type=float, required=True, metavar="GiB", help="of each GPU")
@@ -46,7 +41,6 @@ def add_to(commands, **shared) -> None:
         metavar="TFLOP/s",
         help="that one GPU sustains, for times (default: %(default)g)",
     )
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -55,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} is {value}; it must be above 0")
-    from liger_trainer.runs.estimate import estimate, run_of
+    from liger_trainer.runs.estimate import run_of
     from liger_trainer.runs.recipe import load_recipe
 
     engine = options.engine or ("fsdp2" if options.gpus > 1 else "ddp")
@@ -66,15 +60,15 @@ def main(options: argparse.Namespace) -> int:
         engine=engine,
         shape=options.shape,
     )
-    found = estimate(run)
-    _print_setting(found)
-    _print_memory(found)
-    _print_traffic(found, options.bandwidth, options.tflops)
-    return _print_verdict(found)
+    need = peak(run)
+    _print_setting(run)
+    _print_memory(run, need)
+    _print_traffic(run, options.bandwidth, options.tflops)
+    return _print_verdict(run, need)
 
 
-def _print_setting(found: Estimate) -> None:
-    run, w = found.run, found.run.weights
+def _print_setting(run: Run) -> None:
+    w = run.weights
     kept = "checkpointed" if run.checkpointing else ("lean" if run.lean else "keep")
     print(
         f"{run.gpus} x {run.memory:g} GiB, {run.engine}; {w.trained + w.frozen:,} parameters, "
@@ -83,33 +77,33 @@ def _print_setting(found: Estimate) -> None:
     )
 
 
-def _print_memory(found: Estimate) -> None:
+def _print_memory(run: Run, need: Memory) -> None:
     from liger_trainer.commands.console import print_table
 
-    rows = [[name, f"{size / GIB:.2f}"] for name, size in found.memory.parts.items() if size]
-    rows.append([f"peak, at {found.memory.moment}", f"{found.memory.total / GIB:.2f}"])
-    rows.append(["a GPU has, for tensors", f"{usable(found.run.memory) / GIB:.2f}"])
+    rows = [[name, f"{size / GIB:.2f}"] for name, size in need.parts.items() if size]
+    rows.append([f"peak, at {need.moment}", f"{need.total / GIB:.2f}"])
+    rows.append(["a GPU has, for tensors", f"{usable(run.memory) / GIB:.2f}"])
     print_table(["memory of a GPU", "GiB"], rows)
 
 
-def _print_traffic(found: Estimate, bandwidth: float | None, tflops: float) -> None:
+def _print_traffic(run: Run, bandwidth: float | None, tflops: float) -> None:
     from liger_trainer.commands.console import print_table
     from liger_trainer.runs.traffic import flops, traffic
 
-    if found.run.gpus == 1:
+    if run.gpus == 1:
         return
-    sent = {name: size for name, size in traffic(found.run).items() if size}
+    sent = {name: size for name, size in traffic(run).items() if size}
     sent["together"] = sum(sent.values())
-    per = f", s at {bandwidth:g} GB/s" if bandwidth else ""
-    rows = [
-        [name, f"{size / 1e9:.2f}", *([f"{size / bandwidth / 1e9:.3f}"] if bandwidth else [])]
-        for name, size in sent.items()
-    ]
+    columns = ["sent by a GPU in a step", "GB"]
+    rows = [[name, f"{size / 1e9:.2f}"] for name, size in sent.items()]
+    if bandwidth:
+        columns.append(f"s at {bandwidth:g} GB/s")
+        for row, size in zip(rows, sent.values(), strict=True):
+            row.append(f"{size / bandwidth / 1e9:.3f}")
     print()
-    columns = ["sent by a GPU in a step", "GB", *([per.removeprefix(", ")] if bandwidth else [])]
     print_table(columns, rows)
     if bandwidth:
-        moving, computing = sent["together"] / bandwidth / 1e9, flops(found.run) / tflops / 1e12
+        moving, computing = sent["together"] / bandwidth / 1e9, flops(run) / tflops / 1e12
         print(
             f"computing {computing:.3f} s at {tflops:g} TFLOP/s; communication is "
             f"{moving / (moving + computing):.0%} of a step if none of it overlaps, and "
@@ -117,14 +111,14 @@ def _print_traffic(found: Estimate, bandwidth: float | None, tflops: float) -> N
         )
 
 
-def _print_verdict(found: Estimate) -> int:
-    from liger_trainer.runs.estimate import ways_out
+def _print_verdict(run: Run, need: Memory) -> int:
+    from liger_trainer.runs.estimate import fits, ways_out
 
-    need, have = found.memory.total / GIB, usable(found.run.memory) / GIB
-    sys.stdout.write("\n")
-    if found.fits:
-        print(f"fits: {need:.1f} of {have:.1f} GiB")
+    numbers = f"{need.total / GIB:.1f} of {usable(run.memory) / GIB:.1f} GiB"
+    print()
+    if fits(run):
+        print(f"fits: {numbers}")
         return 0
-    ways = "; or ".join(ways_out(found.run)) or f"nothing on GPUs of {found.run.memory:g} GiB"
-    print(f"does not fit: {need:.1f} of {have:.1f} GiB; what would: {ways}")
+    ways = "; or ".join(ways_out(run)) or f"nothing on GPUs of {run.memory:g} GiB"
+    print(f"does not fit: {numbers}; what would: {ways}")
     return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+HELP = "put the model of a run on a hub"
 EXAMPLES = """examples:
   liger-trainer push runs/smollm2-135m --to me/smollm2-humaneval --private
   liger-trainer push runs/smollm2-135m --to me/smollm2-humaneval --dry-run
@@ -12,14 +13,12 @@ The token is that of `hf auth login`, or HF_TOKEN. Checkpoints stay here.
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("push", help="put the model of a run on a hub", **shared)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--to", required=True, metavar="NAME", help="of the repository: user/model")
     parser.add_argument("--private", action="store_true", help="if the repository is new")
     parser.add_argument("--dry-run", action="store_true", help="print the card and the files")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -47,6 +46,6 @@ def main(options: argparse.Namespace) -> int:
             options.to, operations, commit_message=f"Model of {run.recipe.path.parent.name}"
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"push: {' '.join(str(error).split())}") from error
+        raise ValueError(f"push: {error}") from error
     print(f"pushed to {done.commit_url}")
     return 0

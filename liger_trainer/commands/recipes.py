@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+HELP = "list the recipes that come with the package, or show one"
 EXAMPLES = """examples:
   liger-trainer recipes
   liger-trainer recipes show sft/qwen3-8b-lora > mine.yaml
@@ -12,14 +13,10 @@ EXAMPLES = """examples:
 """
 
 
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser(
-        "recipes", help="list the recipes that come with the package, or show one", **shared
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("action", nargs="?", choices=["list", "show"], default="list")
     parser.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to show")
-    parser.set_defaults(main=main)
 
 
 def main(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from liger_trainer.runs.run import RunResult
 
 
+HELP = "run a recipe"
 EXAMPLES = """examples:
   liger-trainer train sft/smollm2-135m
   liger-trainer train mine.yaml training.learning_rate=2e-5 data.path=train.jsonl
@@ -23,13 +24,6 @@ EXAMPLES = """examples:
   liger-trainer train mine.yaml --resume
   liger-trainer train mine.yaml --resume training.num_train_epochs=3
 """
-
-
-def add_to(commands, **shared) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("train", help="run a recipe", **shared)
-    add_arguments(parser)
-    parser.set_defaults(main=main)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +66,7 @@ def main(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(_recipe(options), resume=options.resume, overwrite=options.overwrite)
     recipe = _recipe(options)
-    from liger_trainer.runs.plan import conflicts
+    from liger_trainer.runs.checks import conflicts
     from liger_trainer.runs.run import run
 
     for conflict in conflicts(recipe) if _local_rank() == 0 else ():
@@ -147,38 +141,39 @@ def _what_is_left(recipe: Recipe, command: str) -> str:
 
 
 def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
+    from liger_trainer.injection.walk import inject
     from liger_trainer.runs import checks
     from liger_trainer.runs import folder as run_folder
-    from liger_trainer.runs.plan import conflicts, injection_plan, model_conflicts, resolved_yaml
+    from liger_trainer.runs.load import meta_model
+    from liger_trainer.runs.resolved import resolved_yaml
 
     print(f"# {recipe.path}, resolved\n{resolved_yaml(recipe)}\n\n# Injection plan")
-    found = [*checks.problems(recipe), *conflicts(recipe)]
+    found = [*checks.problems(recipe), *checks.conflicts(recipe)]
     refusal = run_folder.refusal(recipe, resume=resume, overwrite=overwrite)
     found += [refusal] if refusal else []
     training = recipe.values["training"]
     try:
-        found += model_conflicts(recipe)
+        found += checks.model_problems(recipe)
         if training.get("use_liger_kernel"):
-            print(injection_plan(recipe.model, training.get("liger_kernel_config")))
+            print(inject(meta_model(recipe.model), training.get("liger_kernel_config")))
         else:
             print("nothing: training.use_liger_kernel is off")
-        found += checks.model_problems(recipe)
     except (OSError, ValueError) as error:  # a hub that cannot be reached, a file that is broken
         print("not known: the model's configuration could not be loaded")
-        found.append(f"model: {' '.join(str(error).split())}")
-    for check in (checks.training_problems, checks.data_problems):
+        found.append(f"model: {error}")
+    for check in (checks.check_training, checks.check_data):
         try:
-            found += check(recipe)
+            check(recipe)
         except (OSError, ValueError) as error:
-            found.append(" ".join(str(error).split()))
+            found.append(str(error))
     print("\n# Conflicts")
-    print("\n".join(f"- {conflict}" for conflict in found) or "none")
+    print("\n".join(f"- {' '.join(conflict.split())}" for conflict in found) or "none")
     return 1 if found else 0
 
 
 def _summary(result: RunResult) -> str:
     """Return the closing lines of a run."""
-    from liger_trainer.runs.html import telling
+    from liger_trainer.runs.summary import telling
 
     numbers = result.summary
     lines = [(f"held-out {name}", f"{b} before, {a} after") for name, b, a in telling(numbers)]

@@ -57,7 +57,7 @@ class DeferredGradient(Deferred):
         value = self._make()
         value = value if self._extra is None else value + self._extra
         with torch.set_grad_enabled(self._create_graph):
-            return forbid_derivative((value,))[0]
+            return forbid_derivative((value,), ())[0]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -97,11 +97,12 @@ class LogitsNode(torch.autograd.Function):
         elif not ctx.parents:
             with torch.no_grad():
                 found = _to_operands(ctx, grad) or nothing
-            found = forbid_derivative(found)
+            origin = ctx.state.origin
+            found = forbid_derivative(found, (origin.hidden, *origin.operands(), grad))
         elif isinstance(grad, DeferredGradient):
             found = _pass_on(ctx, grad)
         else:
-            found = forbid_derivative(_to_parents(ctx, grad))
+            found = forbid_derivative(_to_parents(ctx, grad), (*ctx.parents, grad))
         return None, None, None, *found
 
 

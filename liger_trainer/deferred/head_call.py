@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial
-from torch.nn.modules import module as _global_hooks
 
 from liger_trainer.deferred.scope import recording
 from liger_trainer.deferred.vocab_parallel import (
@@ -30,6 +29,7 @@ from liger_trainer.deferred.vocab_parallel import (
     is_wrapped_shard,
     refuse_scattered,
 )
+from liger_trainer.hooks import is_hooked
 from liger_trainer.kernels.linear.head import LinearHead
 from liger_trainer.swap import Swapped
 
@@ -160,7 +160,7 @@ def _inside_composite(head: nn.Module, hidden: torch.Tensor, consumer: Consumer)
 
 
 def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body, shards: bool):
-    if not _is_hooked(module):
+    if not is_hooked(module):
         return body(hidden)
     results: list[Results] = []
 
@@ -205,16 +205,6 @@ def _anchor_of(results: Results, hidden: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled() and differentiable:
         return _Anchor.apply(*differentiable)
     return hidden.new_zeros(1)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or _global_hooks._global_forward_hooks
-        or _global_hooks._global_forward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 def _behind(anchor: torch.Tensor, results: Results) -> Results:

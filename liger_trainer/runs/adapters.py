@@ -10,7 +10,7 @@ from typing import Any
 # Fields of the section `model` that say which weights are meant; the others say how to load them.
 LOCATION = ("name_or_path", "package", "gguf_file", "revision", "subfolder", "variant", "config")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_MODEL_FILES = ("config.json", "adapter_config.json")
+MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def located(arguments: Any) -> tuple[Any, Path | None]:
@@ -24,7 +24,7 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
     if arguments.package is not None or not arguments.name_or_path or not folder.is_dir():
         return arguments, None
     run = read_json(folder / "run.json")
-    if not any((folder / name).is_file() for name in _MODEL_FILES) and run:
+    if not any((folder / name).is_file() for name in MODEL_FILES) and run:
         raise ValueError(
             f"model.name_or_path: the run in {folder} has left no model, its state is "
             f"{run.get('state')!r}: finish it with --resume"

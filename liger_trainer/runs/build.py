@@ -9,21 +9,20 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import transformers
 from transformers import ProgressCallback
 
 from liger_trainer.runs.adapters import located
 from liger_trainer.runs.data.collate import Collator
-from liger_trainer.runs.data.prepare import Prepared, prepare
+from liger_trainer.runs.data.prepare import Prepared, Purpose, prepare
 from liger_trainer.runs.data.vision import VisionCollator
-from liger_trainer.runs.engine import ranks_of_a_row
 from liger_trainer.runs.load import load_model, load_processor, load_tokenizer, one_line
 from liger_trainer.runs.methods import trainer_class
 from liger_trainer.runs.recipe import Recipe
 from liger_trainer.runs.rewards import columns_of, guarded, row_check
 from liger_trainer.runs.throughput import Progress, Throughput, count_tokens
+from liger_trainer.trl.checks import ranks_of_a_row
 
 
 def build_trainer(recipe: Recipe, args):
@@ -51,24 +50,14 @@ def build_trainer(recipe: Recipe, args):
 
 def load_data(recipe: Recipe, tokenizer, rewards: list) -> Prepared:
     """Return the data of a recipe. Raises ValueError for what its method cannot train on."""
-    return prepare(
-        recipe.data,
-        tokenizer,
-        seed=recipe.data_seed,
-        examples=recipe.kind.examples,
-        needed=columns_of(rewards),
-        check=row_check(rewards),
-        load_processor=processor_of(recipe),
-        tools=recipe.kind.tools,
-    )
+    return prepare(recipe.data, tokenizer, purpose_of(recipe, rewards), seed=recipe.data_seed)
 
 
-def processor_of(recipe: Recipe) -> Callable[[], Any] | None:
-    """Return what loads the processor of text and images; None for a method that takes no
-    images."""
-    if not recipe.kind.images:
-        return None
-    return functools.partial(load_processor, recipe.model)
+def purpose_of(recipe: Recipe, rewards: list) -> Purpose:
+    """Return what the method of a recipe makes of its examples."""
+    kind = recipe.kind
+    processor = functools.partial(load_processor, recipe.model) if kind.images else None
+    return Purpose(kind.examples, columns_of(rewards), row_check(rewards), processor, kind.tools)
 
 
 def load_trained(recipe: Recipe, trained: Path):
@@ -98,11 +87,7 @@ def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     model = load_model(recipe.model)
     if recipe.data.packing:
         _require_separation(model, args)
-    peft_config = recipe.peft_config()
-    if peft_config is not None:
-        import peft
-
-        model = peft.get_peft_model(model, peft_config)
+    model = recipe.adapted(model)
     collator = _collator(model, args, tokenizer, prepared)
     trainer = trainer_class(recipe.method)(
         model=model,
@@ -143,8 +128,8 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     precomputed log-probabilities come from the policy before
     its first step.
     """
-    for conflict in generations_conflict(args) if prepared.eval is not None else ():
-        raise ValueError(conflict)
+    if prepared.eval is not None:
+        check_generations(args)
     given = {"reward_funcs": [guarded(reward) for reward in rewards]} if rewards else {}
     if recipe.teacher is not None:
         given["teacher_model"] = load_model(recipe.teacher)
@@ -195,17 +180,16 @@ def _require_separation(model, args) -> None:
         )
 
 
-def generations_conflict(args) -> list[str]:
-    """Return what stands against evaluating completions in groups, at most one sentence.
+def check_generations(args) -> None:
+    """Raise ValueError where completions cannot be evaluated in groups.
 
     TRL checks this only for a recipe that evaluates on the way; every run does at its ends.
     """
     count = getattr(args, "num_generations_eval", None) or getattr(args, "num_generations", None)
     batch = args.per_device_eval_batch_size * args.world_size
-    if not count or batch % count == 0:
-        return []
-    return [
-        f"training.per_device_eval_batch_size: the {batch} completions of a batch are not a "
-        f"multiple of the {count} that each held-out prompt gets; change it, or "
-        "training.num_generations_eval"
-    ]
+    if count and batch % count:
+        raise ValueError(
+            f"training.per_device_eval_batch_size: the {batch} completions of a batch are not a "
+            f"multiple of the {count} that each held-out prompt gets; change it, or "
+            "training.num_generations_eval"
+        )

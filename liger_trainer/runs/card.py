@@ -5,8 +5,7 @@ from __future__ import annotations
 import yaml
 
 from liger_trainer.runs.finished import FinishedRun
-from liger_trainer.runs.html import telling
-from liger_trainer.runs.summary import machine
+from liger_trainer.runs.summary import machine, telling
 
 
 def model_card(run: FinishedRun) -> str:

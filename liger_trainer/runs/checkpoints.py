@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
-from liger_trainer.runs.errors import SaveError
+from liger_trainer.runs.errors import RunError
 
 MANIFEST = "complete.json"
 _BEGUN = "incomplete.json"  # whose run the folder is, while it is being filled
@@ -154,7 +154,7 @@ def guard_saves(trainer, run: str, *, saving: Callable[[bool], None], healthy) -
         saving: is told before and after a save.
         healthy: called before a save, in every process; nothing is saved where it returns False.
 
-    Saving raises SaveError where the disk is full, with the incomplete checkpoint removed.
+    Saving raises RunError where the disk is full, with the incomplete checkpoint removed.
     """
     args, save = trainer.args, trainer._save_checkpoint
     limit, args.save_total_limit = args.save_total_limit, None  # its rotation knows no owners
@@ -175,7 +175,9 @@ def guard_saves(trainer, run: str, *, saving: Callable[[bool], None], healthy) -
                 complete(checkpoint, run, processes=args.world_size)
                 rotate(folder, run, limit, keep=trainer.state.best_model_checkpoint)
         except SAVE_ERRORS as error:
-            raise SaveError(_lost(error, checkpoint, run)) from error
+            remove(checkpoint)
+            left = what_is_left(folder, run)
+            raise RunError(f"{checkpoint} could not be saved: {error}. {left}") from error
         finally:
             saving(False)
 
@@ -191,12 +193,6 @@ def rotate(folder: Path, run: str, limit: int | None, keep: str | None) -> None:
     surplus = len(ours) - max(limit, len(kept))
     for checkpoint in [c for c in ours if c not in kept][: max(surplus, 0)]:
         remove(checkpoint)
-
-
-def _lost(error: Exception, checkpoint: Path, run: str) -> str:
-    remove(checkpoint)
-    reason = " ".join(str(error).split())
-    return f"{checkpoint} could not be saved: {reason}. {what_is_left(checkpoint.parent, run)}"
 
 
 def _files(checkpoint: Path) -> list[Path]:

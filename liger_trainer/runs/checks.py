@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 
+import torch
+
 from liger_trainer.runs.adapters import located
-from liger_trainer.runs.build import generations_conflict, load_rewards, processor_of
+from liger_trainer.runs.build import check_generations, load_rewards, purpose_of
 from liger_trainer.runs.data.forms import form_of
 from liger_trainer.runs.data.prepare import fit, processor_for
 from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.sources import first_rows, is_file_name
 from liger_trainer.runs.data.splits import part_of
-from liger_trainer.runs.load import load_tokenizer, meta_model
+from liger_trainer.runs.load import load_config, load_tokenizer, meta_model
 from liger_trainer.runs.packages import missing
 from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.rewards import columns_of, row_check
 
 _ROWS = 100  # that a dry run looks at
 _AT_LEAST = {
@@ -75,56 +77,94 @@ def problems(recipe: Recipe) -> list[str]:
     return found
 
 
-def model_problems(recipe: Recipe) -> list[str]:
-    """Return what the model's configuration shows of the section `peft`, without weights."""
-    config = recipe.peft_config()
-    if config is None:
-        return []
-    import peft
-
+def conflicts(recipe: Recipe) -> list[str]:
+    """Return what may surprise, or fail later on: sentences that a run is begun with all the
+    same."""
+    fields, found = recipe.values["training"], []
+    on_gpu = torch.cuda.is_available() and not fields.get("use_cpu")
+    if fields.get("bf16") and fields.get("fp16"):
+        found.append("training.bf16 and training.fp16 are both set; keep one")
+    if fields.get("fp16") and not on_gpu:
+        found.append("training.fp16 needs a GPU, and there is none here")
+    if fields.get("bf16") is True and fields.get("use_cpu"):
+        found.append(
+            "training.bf16 may be slow on a CPU; `bf16: auto` uses it only where it is native"
+        )
+    checkpointing = fields.get("gradient_checkpointing") or fields.get("activation_checkpointing")
+    if checkpointing and (fields.get("use_cache") or (recipe.model.config or {}).get("use_cache")):
+        found.append("gradient checkpointing cannot keep a cache; remove use_cache")
+    if fields.get("max_steps", -1) > 0 and "num_train_epochs" in fields:
+        found.append(
+            "training.max_steps and training.num_train_epochs are both set; max_steps wins"
+        )
+    if fields.get("save_only_model"):
+        found.append("training.save_only_model leaves the optimizer out: such a run cannot resume")
+    if "liger_kernel_config" in fields and not fields.get("use_liger_kernel"):
+        found.append("training.liger_kernel_config has no effect while use_liger_kernel is off")
+    for key in ("eval_strategy", "load_best_model_at_end"):
+        if not recipe.data.holds_out and fields.get(key) not in (None, False, "no"):
+            found.append(
+                f"training.{key} needs held-out examples: set data.eval_fraction, "
+                "data.eval_split or data.eval_path"
+            )
     try:
-        peft.get_peft_model(meta_model(recipe.model, scores=recipe.kind.scores), config)
+        load_rewards(recipe)
     except ValueError as error:
-        return [f"peft: {' '.join(str(error).split())}"]
-    return []
+        found.append(str(error))
+    return found
 
 
-def training_problems(recipe: Recipe) -> list[str]:
-    """Return what the installed release says of the section `training`, as ValueError, and of
+def model_problems(recipe: Recipe) -> list[str]:
+    """Return what the model's configuration shows, without weights. It may have to be fetched from
+    a hub."""
+    config, found = load_config(recipe.model).get_text_config(), []
+    longest = getattr(config, "max_position_embeddings", None)
+    used = "max_length" not in recipe.kind.unused_data
+    if used and longest is not None and recipe.data.max_length > longest:
+        found.append(
+            f"data.max_length is {recipe.data.max_length}, the model has only {longest} positions"
+        )
+    model = meta_model(recipe.model, scores=recipe.kind.scores)
+    if recipe.data.packing:
+        forward = inspect.signature(model.forward)
+        if "position_ids" not in forward.parameters:
+            found.append("data.packing: the model takes no position_ids, so examples would mix")
+        if recipe.values["training"].get("use_cache"):
+            found.append("data.packing: with training.use_cache examples would mix")
+    try:
+        recipe.adapted(model)
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def check_training(recipe: Recipe) -> None:
+    """Raise ValueError for what the installed release says of the section `training`, and of
     batches."""
-    args, data = recipe.training_arguments(), recipe.data
-    held_out = data.eval_path or data.eval_split or data.eval_fraction
-    return generations_conflict(args) if held_out else []
+    args = recipe.training_arguments()
+    if recipe.data.holds_out:
+        check_generations(args)
 
 
-def data_problems(recipe: Recipe) -> list[str]:
-    """Return what the first rows of local data show. A hub's data would have to be fetched."""
+def check_data(recipe: Recipe) -> None:
+    """Raise ValueError for what the first rows of local data show. A hub's data would have to be
+    fetched."""
     data = recipe.data
     sources = [(source, "training") for source in data.sources]
     sources += [(source, "held-out") for source in data.eval_sources]
     if not all(_is_local(path) for source, _ in sources for path in source.paths):
-        return []
-    rewards = load_rewards(recipe)
+        return
+    purpose = purpose_of(recipe, load_rewards(recipe))
     tokenizer = load_tokenizer(recipe.model)
     loaded = [
         (part_of(source, first_rows(source, _ROWS, streaming=data.streaming)), what)
         for source, what in sources
     ]
-    processor = processor_for([part for part, _ in loaded], data, processor_of(recipe))
+    processor = processor_for([part for part, _ in loaded], data, purpose)
     for part, what in loaded:
-        fit(
-            part,
-            data,
-            tokenizer,
-            form_of(part.columns, recipe.kind.examples, part.source.form),
-            Sieve(f"of the first {len(part.rows)} {what}", invalid=data.invalid),
-            seed=0,
-            needed=columns_of(rewards),
-            check=row_check(rewards),
-            processor=processor,
-            tools=recipe.kind.tools,
-        )
-    return []
+        form = form_of(part.columns, purpose.examples, part.source.form)
+        sieve = Sieve(f"of the first {len(part.rows)} {what}", invalid=data.invalid)
+        fit(part, data, tokenizer, form, sieve, purpose, processor, recipe.data_seed)
 
 
 def _is_local(path: str) -> bool:

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from liger_trainer.runs.recipe import Recipe, defaults
+from liger_trainer.runs.recipe import SECTIONS, Recipe, defaults
 
 # Values that change neither the model that comes out nor the order of what is drawn at random. The
 # data's place is among them: its contents are compared, when they are there.
@@ -51,10 +51,10 @@ def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = Fals
     now, found = json.loads(json.dumps(recipe.shown)), []  # as the earlier one was written
     if before.get("method") != now["method"]:
         return [f"method: {before.get('method')} -> {now['method']}"]
-    for section in ("model", "data", "training", "peft", "reward", "teacher"):
+    for section in SECTIONS:
         old, new = before.get(section), now.get(section)
         if (old is None) != (new is None):
-            found.append(f"{section}: {_shown(old)} -> {_shown(new)}")
+            found.append(f"{section}: " + ("none -> some" if old is None else "some -> none"))
             continue
         usual = defaults(section, recipe.method)
         skipped = _HARMLESS.get(section, set()) | (_LENGTH if resuming else set())
@@ -72,7 +72,3 @@ def _same(a: Any, b: Any) -> bool:
     if not (isinstance(a, str) and isinstance(b, str)):
         return False
     return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
-
-
-def _shown(section: Any) -> str:
-    return "none" if section is None else "some"

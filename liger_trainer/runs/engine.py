@@ -1,7 +1,9 @@
-"""What the engine of a run, which accelerate sets up, means for its checkpoints and its model."""
+"""What the engine of a run, which accelerate sets up, means for its checkpoints and its model, and
+how its processes agree."""
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator
 
 
@@ -19,14 +21,17 @@ def engine_of(accelerator: Accelerator) -> str:
     return ", ".join([*found, *(f"{name} {size}" for name, size in sizes.items() if size > 1)])
 
 
-def ranks_of_a_row(accelerator: Accelerator) -> int:
-    """Return how many processes share the tokens of every row."""
-    parallel = getattr(accelerator, "parallelism_config", None)
-    return getattr(parallel, "cp_size", 1) * getattr(parallel, "sp_size", 1)
-
-
 def save_whole_model(accelerator: Accelerator) -> None:
     """Let the trainer save a model as one: of a sharded state it would save nothing, silently."""
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None:
         fsdp.set_state_dict_type("FULL_STATE_DICT")
+
+
+def in_any_process(found: bool, args) -> bool:
+    """Return whether any process of the run has found something; all have to ask."""
+    if args.world_size == 1:
+        return found
+    flag = torch.tensor(float(found), device=args.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)

@@ -7,9 +7,5 @@ class RunError(RuntimeError):
     """Training failed; the message says why, and what is left of it."""
 
 
-class SaveError(RunError):
-    """A checkpoint or a model could not be written; the message says why, and what is left."""
-
-
 class ToldElsewhere(Exception):  # noqa: N818 (it is no error of its own)
     """Another process of the run has failed, and says why."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -12,7 +12,7 @@ from liger_trainer.config import KernelConfig
 from liger_trainer.runs.adapters import located
 from liger_trainer.runs.counts import shape_of, weights_of
 from liger_trainer.runs.load import load_config
-from liger_trainer.runs.memory import Memory, Run, peak, usable
+from liger_trainer.runs.memory import Run, peak, usable
 from liger_trainer.runs.recipe import Recipe, defaults
 from liger_trainer.runs.shapes import CONFIGS
 
@@ -28,20 +28,9 @@ _OPTIMIZERS = {
 _MOST_GPUS = 4096
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A run, what it needs, and whether a GPU has that."""
-
-    run: Run
-    memory: Memory
-
-    @property
-    def fits(self) -> bool:
-        return self.memory.total <= usable(self.run.memory)
-
-
-def estimate(run: Run) -> Estimate:
-    return Estimate(run, peak(run))
+def fits(run: Run) -> bool:
+    """Whether a GPU has the memory that a run needs."""
+    return peak(run).total <= usable(run.memory)
 
 
 def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str | None) -> Run:
@@ -56,19 +45,11 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
     kernels = _covered(recipe, fields)
     model = _meta_model(recipe, shape)
     sizes, whole = shape_of(model), weights_of(model)
-    config = recipe.peft_config()
-    if config is not None:
-        import peft
-
-        try:
-            model = peft.get_peft_model(model, config)
-        except ValueError as error:
-            raise ValueError(f"peft: {' '.join(str(error).split())}") from error
-    weights = weights_of(model)
+    weights = weights_of(recipe.adapted(model))
     # `auto` is decided by the machine, and every GPU of today has bf16.
     mixed = bool(fields.get("bf16") or fields.get("fp16"))
     narrow = mixed or engine.startswith("zero") or weights.head_dtype_bytes == 2
-    reference = recipe.kind.reference and config is None
+    reference = recipe.kind.reference and recipe.values.get("peft") is None
     run = Run(
         sizes,
         weights,
@@ -81,7 +62,9 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
         compute=2 if narrow else 4,
         mixed=mixed,
         lean=kernels.activation_memory != "keep",
-        checkpointing=_checkpointing(fields),
+        checkpointing=bool(
+            fields.get("gradient_checkpointing") or fields.get("activation_checkpointing")
+        ),
         reduce_each=_reduce_each(fields),
         optimizer=_OPTIMIZERS[_name(fields["optim"])],
         reference_bytes=whole.trained_bytes if reference else 0,
@@ -90,7 +73,7 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
         memory=memory,
     )
     if kernels.has_budget:
-        run = replace(run, checkpointing=run.sharded or not _fits(run))
+        run = replace(run, checkpointing=run.sharded or not fits(run))
     return run
 
 
@@ -102,8 +85,8 @@ def ways_out(run: Run) -> list[str]:
     """
     found = [f"{more} GPUs" for more in [_least(run)] if more is not None]
     batches = _batches(run)
-    enough = [change for change in (_CHECKPOINTED, _REDUCED) if _fits(replace(run, **change))]
-    enough += [change for change in batches if _fits(replace(run, **change))][:1]
+    enough = [change for change in (_CHECKPOINTED, _REDUCED) if fits(replace(run, **change))]
+    enough += [change for change in batches if fits(replace(run, **change))][:1]
     found += [", ".join(_words(run, change)) for change in enough if _words(run, change)]
     if found:
         return found
@@ -143,21 +126,15 @@ def _words(run: Run, change: dict) -> list[str]:
     ]
 
 
-def _fits(run: Run) -> bool:
-    return estimate(run).fits
-
-
 def _least(run: Run) -> int | None:
     """Return the fewest GPUs, more than there are, on which a run fits."""
     low, high = run.gpus, _MOST_GPUS
-    if low >= high:
-        return None
-    if not _fits(replace(run, gpus=high)):
+    if low >= high or not fits(replace(run, gpus=high)):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        fits = _fits(replace(run, gpus=middle))
-        low, high = (low, middle) if fits else (middle, high)
+        enough = fits(replace(run, gpus=middle))
+        low, high = (low, middle) if enough else (middle, high)
     return high
 
 
@@ -215,10 +192,6 @@ def _meta_model(recipe: Recipe, shape: str | None):
         dtype = getattr(torch, named)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def _checkpointing(fields: dict) -> bool:
-    return bool(fields.get("gradient_checkpointing") or fields.get("activation_checkpointing"))
 
 
 def _reduce_each(fields: dict) -> bool:

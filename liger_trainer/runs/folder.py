@@ -21,12 +21,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from liger_trainer.runs import checkpoints
+from liger_trainer.runs.adapters import MODEL_FILES
 from liger_trainer.runs.compare import differences
 from liger_trainer.runs.recipe import Recipe
 
 RUN_FILE = "run.json"
 _LOCK, _STAGING = ".lock", ".model"
-_MODEL_FILES = ("config.json", "adapter_config.json")
 _STATES = ("running", "interrupted", "diverged", "finished")
 
 
@@ -39,7 +39,7 @@ class RunFolder:
     checkpoint: Path | None = None
     earlier: dict[str, Any] | None = None  # run.json of the run that is resumed or replaced
     notes: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=lambda: {"files": [], "replaced": []})
     begun: bool = False
 
     @property
@@ -47,37 +47,37 @@ class RunFolder:
         return self.recipe.output_dir
 
     @property
-    def resumes(self) -> bool:
-        return self.earlier is not None and self.earlier["id"] == self.id
+    def resumed(self) -> dict[str, Any]:
+        """`run.json` of the run as it was when it is resumed; empty for another run."""
+        return self.earlier if self.earlier and self.earlier["id"] == self.id else {}
 
     def begin(self) -> None:
         """Make the folder this run's; a run that it replaces is removed. Once."""
         if self.begun:
             return
         self.begun = True
-        self.facts["started"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        self.facts["started"] = self.resumed.get("started", now)
         files, replaced = [], []
-        if self.resumes:
-            self.facts["started"] = self.earlier.get("started", self.facts["started"])
         if self.earlier is not None:
             files, replaced = self.earlier["files"], list(self.earlier["replaced"])
-            if not self.resumes:
+            if not self.resumed:
                 replaced.append(self.earlier["id"])
         # Both lists are on the disk before anything is removed, for a run that is killed meanwhile.
         self.write("running", files=files, replaced=replaced)
         for checkpoint in checkpoints.numbered(self.path) if replaced else ():
             if checkpoints.owner(checkpoint) in replaced:
                 checkpoints.remove(checkpoint)
-        if not self.resumes:
+        if not self.resumed:
             for name in files:
                 (self.path / name).unlink(missing_ok=True)
             files = []
-        self.write("running", files=files)
+        self.write("running", files=files, replaced=[])
 
     def write(self, state: str, **facts: Any) -> None:
         """Record the state of the run, and facts besides those recorded before."""
         assert state in _STATES
-        self.facts |= {"files": [], "replaced": [], **facts}
+        self.facts |= facts
         content = {"state": state, "id": self.id, "recipe": self.recipe.shown, **self.facts}
         checkpoints.write_whole(self.path / RUN_FILE, json.dumps(content, indent=2))
 
@@ -238,7 +238,7 @@ def _resume_refusal(recipe: Recipe, earlier: dict[str, Any], processes: int | No
 def _foreign(path: Path, earlier: dict[str, Any] | None) -> str | None:
     """Return the name of something in the way that no run wrote."""
     ours = set() if earlier is None else {earlier["id"], *earlier["replaced"]}
-    for name in _MODEL_FILES:
+    for name in MODEL_FILES:
         if (path / name).exists() and (earlier is None or name not in earlier["files"]):
             return name
     for checkpoint in checkpoints.numbered(path):

@@ -7,6 +7,8 @@ import math
 import torch
 from transformers import TrainerCallback
 
+from liger_trainer.runs.engine import in_any_process
+
 
 class Health(TrainerCallback):
     """Ends training once the weights are not finite, and remembers losses that were not.
@@ -37,7 +39,7 @@ class Health(TrainerCallback):
         logs = logs or {}
         bad = bool(self._bad) or not _finite(logs.get("eval_loss"))
         self._bad = torch.tensor(False)
-        if _in_any_process(bad, args):
+        if in_any_process(bad, args):
             self.bad_losses.append(state.global_step)
         elif _finite(logs.get("grad_norm")):
             return control
@@ -48,7 +50,7 @@ class Health(TrainerCallback):
 
     def check(self, model, args, step: int) -> bool:
         """Whether the trainable weights of all processes are finite."""
-        if self.diverged is None and _in_any_process(not weights_are_finite(model), args):
+        if self.diverged is None and in_any_process(not weights_are_finite(model), args):
             self.diverged = step
         return self.diverged is None
 
@@ -63,14 +65,6 @@ def weights_are_finite(model) -> bool:
             flags.append(torch.isfinite(part).all())
     by_device = {flag.device: [f for f in flags if f.device == flag.device] for flag in flags}
     return all(bool(torch.stack(same).all()) for same in by_device.values())
-
-
-def _in_any_process(found: bool, args) -> bool:
-    if args.world_size == 1:
-        return found
-    flag = torch.tensor(float(found), device=args.device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag)
 
 
 def _finite(value) -> bool:

@@ -1,26 +1,22 @@
-"""`report.html`: one self-contained page about a run. It knows the module `plots` and no other."""
+"""`report.html`: one self-contained page about a run."""
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
+from liger_trainer.report import InjectionReport, Row
 from liger_trainer.runs.plots import plots
+from liger_trainer.runs.summary import telling
 
-_TELLING = (
-    ("loss", "loss", "{:.3f}"),
-    ("reward", "reward", "{:.3f}"),
-    ("rewards/margins", "reward margin", "{:.3f}"),
-    ("rewards/accuracies", "reward accuracy", "{:.0%}"),
-    ("margin", "margin of scores", "{:.3f}"),
-    ("accuracy", "accuracy", "{:.0%}"),
-    ("kl", "KL", "{:.4f}"),
-)
-
-_STYLE = """
+_PAGE = """<!doctype html>
+<html lang=en>
+<head><meta charset=utf-8><title>{{ title }}</title>
+<meta name=viewport content="width=device-width, initial-scale=1">
+<style>
 :root { color-scheme: light; --line: #e2e8f0; --soft: #64748b; --ink: #0f172a; }
 * { box-sizing: border-box; }
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink);
@@ -48,6 +44,54 @@ tr.no td { background: #fff7ed; }
 .texts td { white-space: pre-wrap; vertical-align: top; font-size: 13px; min-width: 180px; }
 pre { margin: 0; padding: 14px 16px; font-size: 13px; line-height: 1.5; }
 @media (max-width: 520px) { .plots { grid-template-columns: 1fr; } }
+</style></head>
+{% macro table(columns, rows, kind="") %}
+<div class="box {{ kind }}"><table>
+<thead><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr{% if "no" in row and not kind %} class=no{% endif %}>
+{% for cell in row %}<td>{{ cell }}</td>{% endfor %}
+
+</tr>
+{% endfor %}
+</tbody></table></div>
+{% endmacro %}
+<body><main>
+<h1>{{ title }}</h1><p class=sub>{{ notes | join("; ") }}</p>
+<div class=cards>
+{% for value, name in cards %}
+<div class=card><b>{{ value }}</b><span>{{ name }}</span></div>
+{% endfor %}
+</div>
+<h2>Training</h2>
+<div class=plots>{% for figure in figures %}{{ figure | safe }}{% endfor %}</div>
+{% if samples %}
+<h2>Held-out completions</h2>
+{{ table(["prompt", "in the data", "before training", "after training"], samples, "texts") }}
+{% endif %}
+<h2>Injection</h2>
+{% if injection is none %}
+<p>use_liger_kernel is off: the model ran as it is.</p>
+{% else %}
+<p>Swapped of what is eligible:
+{% for rule, count in injection.coverage.items() %}
+{{ rule }} {{ count.swapped }} of {{ count.eligible }}{{ "." if loop.last else "," }}
+{% else %}
+nothing to swap.
+{% endfor %}
+</p>
+{% set grouped = injection.table() %}
+{{ table(grouped[0], grouped[1:]) }}
+<details><summary>All {{ sites | length }} sites</summary>
+{{ table(["site", "rule", "swapped", "max error", "reason"], sites) }}
+</details>
+{% endif %}
+<h2>Recipe</h2>
+<div class=box><pre>{{ recipe }}</pre></div>
+<h2>Versions and machine</h2>
+{{ table(["What", "Value"], machine.items()) }}
+</main></body></html>
 """
 
 
@@ -57,7 +101,7 @@ def write_report(
     title: str,
     summary: dict[str, Any],
     log_history: list[dict[str, Any]],
-    injection: dict[str, Any] | None,
+    injection: InjectionReport | None,
     recipe: dict[str, Any],
     machine: dict[str, str],
     notes: list[str],
@@ -69,101 +113,40 @@ def write_report(
         summary: `held_out`, `tokens_per_second`, `peak_memory_gib`, ... as `summarize` has them,
             with `steps` and `minutes`.
         log_history: the trainer's log, with `tokens_per_second` and `peak_memory_gib`.
-        injection: the report's JSON, parsed, with its grouped `table`; None with the flag off.
+        injection: None with the flag off.
         recipe: the recipe's nested values.
         samples: held-out examples: `prompt`, `expected`, and the completions `before` and `after`.
     """
-    sections = [
-        f"<h1>{html.escape(title)}</h1><p class=sub>{html.escape('; '.join(notes))}</p>",
-        _cards(summary),
-        "<h2>Training</h2>",
-        f"<div class=plots>{''.join(plots(log_history))}</div>",
-        *_samples(samples),
-        "<h2>Injection</h2>",
-        _injection(injection),
-        "<h2>Recipe</h2>",
-        f"<div class=box><pre>{html.escape(yaml.safe_dump(recipe, sort_keys=False))}</pre></div>",
-        "<h2>Versions and machine</h2>",
-        _table(["What", "Value"], [[k, v] for k, v in machine.items()]),
-    ]
-    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    viewport = '<meta name=viewport content="width=device-width, initial-scale=1">'
-    body = "\n".join(sections)
-    page = (
-        f"<!doctype html>\n<html lang=en><head>{head}{viewport}</head>\n<body><main>{body}</main>"
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True)
+    page = environment.from_string(_PAGE).render(
+        title=title,
+        notes=notes,
+        cards=_cards(summary),
+        figures=plots(log_history),
+        samples=[
+            [sample.get(key, "") for key in ("prompt", "expected", "before", "after")]
+            for sample in samples
+        ],
+        recipe=yaml.safe_dump(recipe, sort_keys=False),
+        machine=machine,
+        injection=injection,
+        sites=[_site(row) for row in injection.rows] if injection else [],
     )
-    path.write_text(page + "</body></html>\n", encoding="utf-8")
+    path.write_text(page + "\n", encoding="utf-8")
     return path
 
 
-def _cards(summary: dict[str, Any]) -> str:
-    cards = [
+def _cards(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    speed = summary.get("tokens_per_second")
+    return [
         *((f"{first} → {last}", f"held-out {name}") for name, first, last in telling(summary)),
-        (f"{summary['tokens_per_second']:,.0f}", "tokens per second")
-        if summary.get("tokens_per_second")
-        else None,
+        *([(f"{speed:,.0f}", "tokens per second")] if speed else []),
         (f"{summary['peak_memory_gib']:.2f} GiB", "peak memory"),
         (f"{summary['steps']:,}", "optimizer steps"),
         (f"{summary['minutes']:.1f} min", "from start to end"),
     ]
-    tiles = "".join(
-        f"<div class=card><b>{b}</b><span>{s}</span></div>" for b, s in filter(None, cards)
-    )
-    return f"<div class=cards>{tiles}</div>"
 
 
-def telling(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return name, first and last value of the headline held-out metrics, formatted."""
-    held_out, found = summary["held_out"], []
-    for key, name, text in _TELLING:
-        # Where there is a reward, the loss is that of a policy gradient, near 0 at any quality.
-        if key in held_out and not (key == "loss" and "reward" in held_out):
-            first, last = held_out[key]
-            found.append((name, text.format(first), text.format(last)))
-    return found
-
-
-def _samples(samples: list[dict[str, Any]]) -> list[str]:
-    if not samples:
-        return []
-    keys = ("prompt", "expected", "before", "after")
-    rows = [[sample.get(key, "") for key in keys] for sample in samples]
-    columns = ["prompt", "in the data", "before training", "after training"]
-    return ["<h2>Held-out completions</h2>", _table(columns, rows, kind="texts")]
-
-
-def _injection(injection: dict[str, Any] | None) -> str:
-    if injection is None:
-        return "<p>use_liger_kernel is off: the model ran as it is.</p>"
-    coverage = ", ".join(
-        f"{rule} {c['swapped']} of {c['eligible']}" for rule, c in injection["coverage"].items()
-    )
-    columns, *lines = injection["table"]
-    every = [
-        [
-            row["site"],
-            row["rule"],
-            "yes" if row["swapped"] else "no",
-            "" if row["max_error"] is None else f"{row['max_error']:.1e}",
-            row["reason"],
-        ]
-        for row in injection["rows"]
-    ]
-    sites = _table(["site", "rule", "swapped", "max error", "reason"], every)
-    return (
-        f"<p>Swapped of what is eligible: {html.escape(coverage) or 'nothing to swap'}.</p>"
-        + _table(columns, lines)
-        + f"<details><summary>All {len(every)} sites</summary>{sites}</details>"
-    )
-
-
-def _table(columns: list[str], rows: list[list[Any]], kind: str = "") -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = ""
-    for row in rows:
-        cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in row)
-        body += f"<tr class=no>{cells}</tr>" if "no" in row and not kind else f"<tr>{cells}</tr>"
-    return (
-        f'<div class="box {kind}"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+def _site(row: Row) -> tuple[str, ...]:
+    error = "" if row.max_error is None else f"{row.max_error:.1e}"
+    return row.site, row.rule, "yes" if row.swapped else "no", error, row.reason

@@ -197,6 +197,16 @@ def load_model(arguments: ModelArguments, *, scores: bool = False):
     return model if adapter is None else _with_adapter(model, arguments, adapter)
 
 
+def load_for_generation(arguments: ModelArguments):
+    """Return the model as `load_model` does, on the accelerator if there is one and nothing else
+    says where."""
+    model = load_model(arguments)
+    placed = arguments.device_map is not None or arguments.quantization is not None
+    if placed or not torch.accelerator.is_available():
+        return model
+    return model.to(torch.accelerator.current_accelerator())
+
+
 def _with_adapter(model, arguments: ModelArguments, adapter: Path):
     try:
         import peft

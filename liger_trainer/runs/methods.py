@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import TrainingArguments
+
+from liger_trainer import trl
+from liger_trainer.trainer import LigerTrainer
 
 
 @dataclass(frozen=True)
@@ -93,35 +97,18 @@ def arguments_class(method: str) -> type:
 
     Raises ValueError when the method needs TRL and it is not installed.
     """
-
-    def stock():
-        from transformers import TrainingArguments
-
-        return TrainingArguments
-
-    return _home(method, "Config", stock)
+    return TrainingArguments if METHODS[method].trainer is None else _of_trl(method, "Config")
 
 
 def trainer_class(method: str) -> type:
     """Return the trainer of a method. Raises ValueError when it needs TRL and it is not
     installed."""
-
-    def own():
-        from liger_trainer.trainer import LigerTrainer
-
-        return LigerTrainer
-
-    return _home(method, "Trainer", own)
+    return LigerTrainer if METHODS[method].trainer is None else _of_trl(method, "Trainer")
 
 
-def _home(method: str, suffix: str, without_trl: Callable[[], type]) -> type:
-    name = METHODS[method].trainer
-    if name is None:
-        return without_trl()
-    from liger_trainer import trl
-
+def _of_trl(method: str, suffix: str) -> type:
     try:
-        return getattr(trl, name + suffix)
+        return getattr(trl, f"{METHODS[method].trainer}{suffix}")
     except ImportError as error:
         raise ValueError(
             f"method: {method} needs TRL, which cannot be imported ({error}): `pip install trl`"

@@ -51,6 +51,15 @@ _RENAMED = {
 }
 
 
+SECTIONS = ("model", "data", "training", "peft", "reward", "teacher")
+_OPTIONAL = ("peft", "reward", "teacher")
+# Of the sections whose classes depend neither on the method nor on another package.
+_CLASSES = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "reward": RewardArguments,
+    "teacher": ModelArguments,
+}
 # Keys of `training` that are this package's, whether or not the configuration has such fields.
 _OWN = {FLAG: bool, CONFIG: dict[str, bool | str | float] | None}
 
@@ -109,7 +118,7 @@ class Recipe:
         try:
             return cls(**fields)
         except (ValueError, TypeError, ImportError) as error:
-            raise ValueError(f"training: {' '.join(str(error).split())}") from error
+            raise ValueError(f"training: {error}") from error
 
     @property
     def kernels(self) -> bool | dict:
@@ -124,7 +133,20 @@ class Recipe:
         try:
             return _lora_class()(**{"task_type": "CAUSAL_LM", **self.values["peft"]})
         except (ValueError, TypeError) as error:
-            raise ValueError(f"peft: {' '.join(str(error).split())}") from error
+            raise ValueError(f"peft: {error}") from error
+
+    def adapted(self, model):
+        """Return a model with the adapter of the section `peft`, where there is one. Raises
+        ValueError for a section that does not fit the model."""
+        config = self.peft_config()
+        if config is None:
+            return model
+        import peft
+
+        try:
+            return peft.get_peft_model(model, config)
+        except ValueError as error:
+            raise ValueError(f"peft: {error}") from error
 
 
 def native_bf16() -> bool:
@@ -158,21 +180,14 @@ def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ())
     stem = path.stem if method == "sft" else f"{method}-{path.stem}"
     values["training"].setdefault("output_dir", f"runs/{stem}")
     KernelConfig.from_dict(values["training"].get("liger_kernel_config") or {})
-    model, data = ModelArguments(**values["model"]), DataArguments(**values["data"])
-    reward = RewardArguments(**values["reward"]) if "reward" in values else None
-    teacher = ModelArguments(**values["teacher"]) if "teacher" in values else None
-    return Recipe(path, method, model, data, values, sources, reward, teacher)
+    filled = {name: cls(**values[name]) for name, cls in _CLASSES.items() if name in values}
+    return Recipe(path, method, values=values, sources=sources, **filled)
 
 
 def defaults(section: str, method: str) -> dict[str, Any]:
     """Return the values of a section that a recipe leaves out, as far as they are no objects."""
-    classes = {"model": ModelArguments, "data": DataArguments, "reward": RewardArguments}
-    classes["teacher"] = ModelArguments
-    if section == "training":
-        cls, usual = arguments_class(method), training_defaults(method)
-    else:
-        cls, usual = (_lora_class() if section == "peft" else classes[section]), {}
-    found = {f.name: f.default for f in dataclasses.fields(cls)}
+    found = {f.name: f.default for f in dataclasses.fields(_class_of(section, method))}
+    usual = training_defaults(method) if section == "training" else {}
     return {k: v for k, v in found.items() if v is not dataclasses.MISSING} | usual
 
 
@@ -193,9 +208,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:  # UnicodeDecodeError is one
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{path}: a recipe is a mapping of the sections model, data, training, peft, reward"
-        )
+        raise ValueError(f"{path}: a recipe is a mapping of the sections {', '.join(SECTIONS)}")
     return values
 
 
@@ -227,23 +240,16 @@ def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> No
 def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict[str, Any]:
     """`values` with every section checked against its dataclass, numbers in their type and paths
     without `~`."""
-    sections = {
-        "model": ModelArguments,
-        "data": DataArguments,
-        "training": arguments_class(method),
-    }
-    if values.get("peft") is not None:
-        sections["peft"] = _lora_class()
-    if values.get("reward") is not None:
-        sections["reward"] = RewardArguments
-    if values.get("teacher") is not None:
-        sections["teacher"] = ModelArguments
-    known("recipe", values, ["method", *sections, "peft", "reward", "teacher"])
+    known("recipe", values, ["method", *SECTIONS])
     checked = {"method": method}
-    for section, cls in sections.items():
-        given = {} if values.get(section) is None else values[section]
+    for section in SECTIONS:
+        given = values.get(section)
+        if given is None and section in _OPTIONAL:
+            continue
+        given = {} if given is None else given
         if not isinstance(given, dict):
             raise ValueError(f"{section}: expected keys and values, found {hidden(given)!r}")
+        cls = _class_of(section, method)
         fields = [f.name for f in dataclasses.fields(cls) if f.init]
         hints = typing.get_type_hints(cls)
         if section == "training":
@@ -283,6 +289,15 @@ def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) 
             if f"training.{wrong}" in sources:
                 sources[f"training.{right}"] = sources.pop(f"training.{wrong}")
     return given
+
+
+def _class_of(section: str, method: str) -> type:
+    """Return the dataclass that a section fills. Raises ValueError where its package is missing."""
+    if section == "training":
+        return arguments_class(method)
+    if section == "peft":
+        return _lora_class()
+    return _CLASSES[section]
 
 
 def _lora_class() -> type:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from liger_trainer.runs.data.rows import RowError
 from liger_trainer.runs.judge.checker import compile_tests
 from liger_trainer.runs.sandbox import SANDBOXES, Job, find_sandbox, judge
 
@@ -71,23 +72,10 @@ def columns_of(rewards: list[Reward]) -> list[str]:
     return [name for name in dict.fromkeys(found) if name not in _FROM_TRL]
 
 
-def row_check(rewards: list[Reward]) -> Callable[[dict], str] | None:
-    """Return a function that tells why a reward function could never reward a row; its answer is
-    empty if all could. Return None where no function knows that beforehand.
-    """
-    checks = [reward.check_row for reward in rewards if isinstance(reward, PassesTests)]
-    if not checks:
-        return None
-
-    def check(row: dict) -> str:
-        try:
-            for check_row in checks:
-                check_row(row)
-        except ValueError as error:
-            return f"{error} ({row['entry_point']})"
-        return ""
-
-    return check
+def row_check(rewards: list[Reward]) -> Callable[[dict], None] | None:
+    """Return a function that raises RowError for a row that a reward function could never reward;
+    None where no function knows that beforehand."""
+    return next((r.check_row for r in rewards if isinstance(r, PassesTests)), None)
 
 
 def guarded(reward: Reward) -> Reward:
@@ -202,8 +190,11 @@ class PassesTests:
         return rewards
 
     def check_row(self, row: dict) -> None:
-        """Raise ValueError for tests that no completion could pass."""
-        compile_tests(row["tests"], row["entry_point"])
+        """Raise RowError for tests that no completion could pass."""
+        try:
+            compile_tests(row["tests"], row["entry_point"])
+        except ValueError as error:
+            raise RowError(f"{error} ({row['entry_point']})") from error
 
 
 passes_tests = PassesTests()

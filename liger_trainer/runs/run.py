@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, what_is_left
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.engine import engine_of, save_whole_model
-from liger_trainer.runs.errors import RunError, SaveError, ToldElsewhere
+from liger_trainer.runs.errors import RunError, ToldElsewhere
 from liger_trainer.runs.folder import RunFolder
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.html import write_report
@@ -41,9 +40,9 @@ class RunResult:
     output_dir: Path
     interrupted: bool
     summary: dict[str, Any]
-    report: Path | None = None
-    warnings: list[str] = field(default_factory=list)
-    is_main: bool = True  # whether this process is the one that speaks and writes
+    report: Path | None
+    warnings: list[str]
+    is_main: bool  # whether this process is the one that speaks and writes
 
 
 def run(
@@ -56,8 +55,8 @@ def run(
 
     Raises ValueError, before the output folder is touched, for a folder that holds another run,
     data that cannot be trained on, options that cannot work, packages that are missing;
-    FileNotFoundError for missing files; RunError when weights became NaN; SaveError for a full
-    disk; KeyboardInterrupt when it was interrupted twice.
+    FileNotFoundError for missing files; RunError when weights became NaN, and for a full disk;
+    KeyboardInterrupt when it was interrupted twice.
     """
     require(recipe)
     args = recipe.training_arguments()
@@ -71,9 +70,7 @@ class _Facts:
 
     checkpoint: str | None
     run: str
-    finished: bool
-    data: str | None
-    engine: str | None
+    earlier: dict[str, Any]  # run.json of the run that is resumed
 
 
 @contextlib.contextmanager
@@ -85,7 +82,8 @@ def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None
             try:
                 held = run_folder.held(recipe, processes=args.world_size, **options)
                 folder = stack.enter_context(held)
-                outcome = [_facts(folder)]
+                checkpoint = str(folder.checkpoint) if folder.checkpoint else None
+                outcome = [_Facts(checkpoint, folder.id, folder.resumed)]
             except (ValueError, OSError) as error:
                 if args.world_size == 1:
                     raise
@@ -95,17 +93,6 @@ def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None
         if isinstance(outcome[0], Exception):
             raise outcome[0] if args.process_index == 0 else ToldElsewhere
         yield folder, outcome[0]
-
-
-def _facts(folder: RunFolder) -> _Facts:
-    earlier = folder.earlier if folder.resumes else {}
-    return _Facts(
-        str(folder.checkpoint) if folder.checkpoint else None,
-        folder.id,
-        earlier.get("state") == "finished",
-        earlier.get("data"),
-        earlier.get("engine"),
-    )
 
 
 class _NothingLeft(Exception):  # noqa: N818 (it is no error)
@@ -124,7 +111,7 @@ class _Start(TrainerCallback):
             state.best_model_checkpoint = str(best)  # the folder was moved
         if self.facts.checkpoint is None or state.global_step < state.max_steps:
             return
-        if self.facts.finished or state.global_step > state.max_steps:
+        if self.facts.earlier.get("state") == "finished" or state.global_step > state.max_steps:
             raise ValueError(
                 f"--resume: the run has done {state.global_step} steps, and this recipe asks for "
                 f"{state.max_steps}: set a larger training.max_steps or num_train_epochs"
@@ -166,14 +153,15 @@ class _Run:
     def _prepare(self) -> None:
         trainer, args, facts = self.trainer, self.args, self.facts
         engine = engine_of(trainer.accelerator)
-        if facts.data is not None and facts.data != self.prepared.digest:
+        if facts.earlier.get("data", self.prepared.digest) != self.prepared.digest:
             raise ValueError(
                 "--resume: the data is not what the run began with; put it back as it was, or "
                 "start another run"
             )
-        if facts.engine is not None and facts.engine != engine:
+        before = facts.earlier.get("engine", engine)
+        if before != engine:
             raise ValueError(
-                f"--resume: the run was {facts.engine}, this one is {engine}, which sees other "
+                f"--resume: the run was {before}, this one is {engine}, which sees other "
                 "batches or cannot read its checkpoint; start it as before"
             )
         if trainer.injection_report is not None:
@@ -191,8 +179,7 @@ class _Run:
         )
         if hasattr(trainer, "create_model_card"):  # TRL's overwrites README.md with every save
             trainer.create_model_card = lambda *_, **__: None
-        earlier = self.folder.earlier if self.folder is not None and self.folder.resumes else {}
-        self.samples = earlier.get("samples") or self._begin_samples()
+        self.samples = self._begin_samples()
         if self.folder is not None:
             self.folder.facts |= {
                 "samples": self.samples,
@@ -209,9 +196,12 @@ class _Run:
         trainer, count = self.trainer, self.recipe.data.samples
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         sharded |= getattr(trainer.model, "_tp_size", None) is not None
-        if self.folder is None or self.prepared.eval is None or not count or sharded:
+        if self.folder is None:
             return []
-        if self.facts.checkpoint is not None or self.recipe.kind.scores:
+        if self.facts.earlier.get("samples"):
+            return self.facts.earlier["samples"]
+        nothing_to_show = self.prepared.eval is None or not count or self.recipe.kind.scores
+        if nothing_to_show or sharded or self.facts.checkpoint is not None:
             return []
         found = samples_of(self.prepared.eval, trainer.processing_class, count)
         return [{**asdict(sample), "before": self._complete(sample.ids)} for sample in found]
@@ -247,9 +237,8 @@ class _Run:
                 if self.folder is not None:
                     self.folder.publish(Path(staging[0]))
         except SAVE_ERRORS as error:
-            raise SaveError(
-                f"the model could not be saved in {self.recipe.output_dir}: "
-                f"{' '.join(str(error).split())}. "
+            raise RunError(
+                f"the model could not be saved in {self.recipe.output_dir}: {error}. "
                 + what_is_left(self.recipe.output_dir, self.facts.run)
             ) from error
         finally:
@@ -284,12 +273,11 @@ class _Run:
             self._say([f"activation memory {budget}"])
         if self.folder is not None:
             self.folder.begin()
-            files = self.folder.facts["files"]
             if interrupted:
-                self.folder.write("interrupted", summary=summary, files=files)
+                self.folder.write("interrupted", summary=summary)
             else:
                 report = self.recipe.output_dir / "report.html"
-                files = sorted({*files, report.name})
+                files = sorted({*self.folder.facts["files"], report.name})
                 self.folder.write("finished", summary=summary, files=files)
                 self._report(report, summary)
         return RunResult(
@@ -311,7 +299,7 @@ class _Run:
     def _diverged(self) -> str:
         if self.folder is not None:
             self.folder.begin()
-            self.folder.write("diverged", files=self.folder.facts["files"])
+            self.folder.write("diverged")
         return (
             f"the weights became NaN or infinite by step {self.health.diverged}, and are not "
             "saved. Lower training.learning_rate, or look for examples that give no finite loss. "
@@ -319,13 +307,13 @@ class _Run:
         )
 
     def _report(self, path: Path, summary: dict[str, Any]) -> None:
-        injection, prepared = self.trainer.injection_report, self.prepared
+        prepared, budget = self.prepared, summary.get("activation_memory")
         write_report(
             path,
             title=f"{self.recipe.path.stem}: {self.recipe.model.label}",
             summary=summary,
             log_history=self.trainer.state.log_history,
-            injection=injection and {"table": injection.table(), **json.loads(injection.to_json())},
+            injection=self.trainer.injection_report,
             recipe=self.recipe.shown,
             machine=machine()
             | {
@@ -338,7 +326,7 @@ class _Run:
                 f"{prepared.size} training rows ({prepared.kind})",
                 *prepared.notes,
                 f"begun {self.folder.facts['started']}",
-                *_told("activation memory", summary.get("activation_memory")),
+                *([f"activation memory {budget}"] if budget else []),
                 *([self.command] if self.command else []),
             ],
         )
@@ -347,10 +335,6 @@ class _Run:
         if self.args.process_index == 0:
             for line in lines:
                 print(line, flush=True)
-
-
-def _told(name: str, value: str | None) -> list[str]:
-    return [] if value is None else [f"{name} {value}"]
 
 
 def _evaluated_now(state) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
+from liger_trainer.runs.data.collate import unpacked
+from liger_trainer.runs.data.conversation import prompt_ids
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 
 NEW_TOKENS = 64
@@ -25,8 +28,7 @@ def samples_of(dataset: Any, tokenizer, count: int) -> list[Sample]:
     """Return the first `count` examples of a prepared dataset that have a prompt: what comes
     before the first label of a tokenized one, else the column `prompt`."""
     found = []
-    rows = getattr(dataset, "dataset", dataset)  # of packed examples, those that were packed
-    for row in (rows[i] for i in range(min(len(rows), 4 * count))):
+    for row in islice(unpacked(dataset), 4 * count):
         if "images" in row:
             return []  # a prompt of ids alone lacks them
         sample = _tokenized(row, tokenizer) if "labels" in row else _prompted(row, tokenizer)
@@ -56,14 +58,6 @@ def complete(model, tokenizer, ids: list[int], new_tokens: int = NEW_TOKENS, **o
     finally:
         model.train(training)
     return tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-
-
-def prompt_ids(prompt: str | list[dict], tokenizer) -> list[int]:
-    """Token ids of a text, or of messages that the assistant is to answer."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def shown(prompt: str | list[dict]) -> str:

@@ -36,6 +36,7 @@ SANDBOXES = ("bubblewrap", "namespaces", "process")
 _JUDGE = Path(__file__).parent / "judge"
 _INSIDE = "/judge"  # where a sandbox finds the folder `judge`
 _MAX_ANSWER = 65536
+_MEMORY_MIB = 1024  # that a program may take
 _BOOT = (
     "import sys; sys.path.append(sys.argv[1]); "
     "from liger_trainer.runs.judge.{module} import main; main(*sys.argv[2:])"
@@ -98,19 +99,17 @@ def find_sandbox(choice: str = "auto") -> str:
     )
 
 
-def judge(
-    jobs: Iterable[Job], *, sandbox: str = "auto", seconds: int = 4, memory_mib: int = 1024
-) -> list[Verdict]:
+def judge(jobs: Iterable[Job], *, sandbox: str = "auto", seconds: int = 4) -> list[Verdict]:
     """Return the verdict of each job, in order, as many at a time as there are processors.
 
     `seconds` limit the processor time of a program and, apart, of its tests, and, times five, the
     wall clock: a busy machine must not change the outcome. No process and no file is left behind.
     """
-    return _judge(list(jobs), find_sandbox(sandbox), seconds, memory_mib)
+    return _judge(list(jobs), find_sandbox(sandbox), seconds)
 
 
-def _judge(jobs: list[Job], sandbox: str, seconds: int, memory_mib: int) -> list[Verdict]:
-    arguments = (str(seconds), str(memory_mib))
+def _judge(jobs: list[Job], sandbox: str, seconds: int) -> list[Verdict]:
+    arguments = (str(seconds), str(_MEMORY_MIB))
     requests, theirs = socket.socketpair()
     with requests, _running(sandbox, "checker", arguments, theirs) as checker:
 
@@ -240,15 +239,16 @@ def _why_not(name: str) -> str | None:
         return "only on POSIX systems"
     if name == "bubblewrap" and shutil.which("bwrap") is None:
         return "the program `bwrap` is not installed"
+    arguments = ("4", str(_MEMORY_MIB))
     try:
         ours, theirs = socket.socketpair()
         ours.close()
-        with _running(name, "candidate", ("4", "1024"), theirs, subprocess.PIPE) as process:
+        with _running(name, "candidate", arguments, theirs, subprocess.PIPE) as process:
             said = process.communicate(timeout=60)[1].decode(errors="replace").strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     if process.returncode:
         return said.splitlines()[-1] if said else f"exit code {process.returncode}"
     trial = Job("def f():\n    return 1", "", "def check(f):\n    assert f() == 1", "f")
-    verdict = _judge([trial], name, 4, 1024)[0]
+    verdict = _judge([trial], name, 4)[0]
     return None if verdict.passed else f"a trial ended with {verdict.error}"

@@ -23,17 +23,14 @@ def folder() -> Path:
 
 
 def shipped(name: str) -> Path:
-    """Return a file below `recipes/`. Raises FileNotFoundError for an installation without it."""
-    path = folder() / name
-    if not path.is_file():
-        raise FileNotFoundError(f"this installation has no {path}")
-    return path
+    """Return the path of a file below `recipes/`."""
+    return folder() / name
 
 
 def recipe_names() -> list[str]:
     """Return the names of all recipes, such as `sft/qwen3-8b-lora`."""
     paths = folder().glob("*/*.yaml")
-    return sorted(_name(path) for path in paths if path.parent.name != "accelerate")
+    return sorted(f"{p.parent.name}/{p.stem}" for p in paths if p.parent.name != "accelerate")
 
 
 def accelerate_names() -> list[str]:
@@ -60,7 +57,3 @@ def header(path: Path) -> Header:
     text = " ".join(comment)
     memory = _MEMORY.search(text)
     return Header(text.partition(". ")[0].rstrip("."), memory[1] if memory else "")
-
-
-def _name(path: Path) -> str:
-    return f"{path.parent.name}/{path.stem}"

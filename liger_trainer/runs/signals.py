@@ -8,8 +8,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from transformers import TrainerCallback
+
+from liger_trainer.runs.engine import in_any_process
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -62,10 +63,7 @@ class StopOnSignal(TrainerCallback):
         print(f"\n{told}", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1:
-            flag = torch.tensor(float(self.stopping), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.stopping = bool(flag)
+        self.stopping = in_any_process(self.stopping, args)
         if self.stopping and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True

@@ -20,6 +20,16 @@ _REPORTED_PACKAGES = (
     "peft",
     "trl",
 )
+# Headline metrics: key, name for people, format.
+_TELLING = (
+    ("loss", "loss", "{:.3f}"),
+    ("reward", "reward", "{:.3f}"),
+    ("rewards/margins", "reward margin", "{:.3f}"),
+    ("rewards/accuracies", "reward accuracy", "{:.0%}"),
+    ("margin", "margin of scores", "{:.3f}"),
+    ("accuracy", "accuracy", "{:.0%}"),
+    ("kl", "KL", "{:.4f}"),
+)
 # What every evaluation logs besides its metrics.
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens")
 
@@ -74,3 +84,14 @@ def held_out(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
             if name != key and name not in _NOT_METRICS and isinstance(value, (int, float)):
                 found.setdefault(name, []).append(value)
     return {name: [values[0], values[-1]] for name, values in found.items()}
+
+
+def telling(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return name, first and last value of the headline held-out metrics, formatted."""
+    held_out, found = summary["held_out"], []
+    for key, name, text in _TELLING:
+        # Where there is a reward, the loss is that of a policy gradient, near 0 at any quality.
+        if key in held_out and not (key == "loss" and "reward" in held_out):
+            first, last = held_out[key]
+            found.append((name, text.format(first), text.format(last)))
+    return found

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import pyarrow.compute as pc
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -32,8 +33,7 @@ def check_options(trainer: type, args: TrainingArguments) -> None:
     The losses' own formulas decide (`kernels/losses/dpo.py` and its neighbors): they
     reject options without effect.
     """
-    base = next((cls for cls in trainer.__mro__ if cls.__module__.startswith("trl.")), None)
-    loss = _LOSSES.get(getattr(base, "__qualname__", None))
+    loss = _LOSSES.get(_trl_name(trainer))
     if loss is None:
         return
     given = {}
@@ -47,6 +47,12 @@ def check_options(trainer: type, args: TrainingArguments) -> None:
         loss(**given)
     except ValueError as error:
         raise ValueError(f"{type(args).__name__}: {error}") from error
+
+
+def _trl_name(trainer: type) -> str | None:
+    """Return the name of the class of TRL that `trainer` is made of."""
+    bases = (cls.__qualname__ for cls in trainer.__mro__ if cls.__module__.startswith("trl."))
+    return next(bases, None)
 
 
 def check_examples(trainer: Trainer) -> None:
@@ -89,12 +95,25 @@ def _lengths(dataset: Dataset, column: str) -> Iterator[int]:
 _SAMPLING = {"GRPOTrainer", "RLOOTrainer", "DistillationTrainer"}
 
 
-def check_ranks(trainer: Trainer) -> None:
-    """Raise ValueError for a trainer that samples from a model which several processes share.
+def ranks_of_a_row(accelerator: Accelerator) -> int:
+    """Return how many processes share the tokens of every row."""
+    parallel = getattr(accelerator, "parallelism_config", None)
+    return getattr(parallel, "cp_size", 1) * getattr(parallel, "sp_size", 1)
 
-    TRL seeds every process differently, so that completions differ. Ranks of one model would then
-    compute with tensors of different completions, added up.
+
+def check_ranks(trainer: Trainer) -> None:
+    """Raise ValueError for a trainer that cannot share rows, or a model, with other processes.
+
+    Only the loss of SFT is a sum over tokens, whichever process has them. TRL seeds every process
+    differently, so that completions differ: ranks of one model would compute with tensors of
+    different completions, added up.
     """
+    name = _trl_name(type(trainer))
+    if name != "SFTTrainer" and ranks_of_a_row(trainer.accelerator) > 1:
+        raise ValueError(
+            f"{name} needs whole rows, and with context or sequence parallelism (cp_size, sp_size) "
+            "a process has a part of each: use FSDP2 or ZeRO-3, or train with SFT."
+        )
     sampling = _SAMPLING & {cls.__name__ for cls in type(trainer).__mro__}
     if sampling and (getattr(trainer.model, "_tp_size", None) or 1) > 1:
         raise ValueError(

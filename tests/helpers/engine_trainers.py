@@ -1,9 +1,10 @@
 """Trainers under engines: python tests/helpers/engine_trainers.py --json F --cells CP,SFT ...
 
 Each cell trains with the flag off, and with it on, under an engine that accelerate sets up by its
-own code, on two CPU processes. Log (losses, metrics, gradient norms) and weights are to be those of
-the flag off, and the head is never to be called for its plain logits (*fused*, counted). The column
-*Trainer* is also compared with one process that has whole rows.
+own code, on two or four CPU processes. Log (losses, metrics, gradient norms) and weights are to be
+those of the flag off, and the head is never to be called for its plain logits (*fused*, counted).
+The column *Trainer* is also compared with one process that has whole rows. Where the drop-in fails,
+the cell has its error, and that of the plain trainer or that it *trains*.
 """
 
 from __future__ import annotations
@@ -50,12 +51,18 @@ class Row:
     alone: dict = dataclasses.field(default_factory=lambda: {"per_device_train_batch_size": 4})
     load: Callable[[Callable[[], nn.Module]], nn.Module] = lambda make: make()
     by_micro_batch: bool = False  # the mean over micro-batches, not over the step's tokens
+    processes: int = 2
 
 
-def context_parallel() -> dict:
+def fsdp2_with(**sizes) -> dict:
     from accelerate import ParallelismConfig
 
-    return FSDP2 | {"parallelism_config": ParallelismConfig(cp_size=2)}
+    return FSDP2 | {"parallelism_config": ParallelismConfig(**sizes)}
+
+
+def hybrid() -> dict:
+    sizes = {"dp_replicate_size": 2, "dp_shard_size": 2}
+    return fsdp2_with(**sizes) | {"per_device_train_batch_size": 1}
 
 
 def ulysses() -> dict:
@@ -86,8 +93,10 @@ ROWS = {
     "ZeRO-2": Row(lambda: zero(2)),
     "ZeRO-3": Row(lambda: zero(3)),
     "TP": Row(dict, {}, split),
-    "CP": Row(context_parallel, {}),
+    "CP": Row(lambda: fsdp2_with(cp_size=2), {}),
     "Ulysses": Row(ulysses, {"per_device_train_batch_size": 1}, by_micro_batch=True),
+    "FSDP2 x CP": Row(lambda: fsdp2_with(dp_shard_size=2, cp_size=2), processes=4),
+    "HSDP": Row(hybrid, processes=4),
 }
 METHODS = ("Trainer", "SFT", "DPO", "KTO", "ORPO", "GRPO")
 
@@ -126,6 +135,8 @@ def build(method: str, row: Row, folder: Path, options: dict, flag: bool):
         options |= {"pad_to_multiple_of": 32}  # ranks share rows, of one length
     if method == "GRPO":
         options |= {"num_generations": 4, "max_completion_length": 6}
+    if method == "KTO":
+        options |= {"per_device_train_batch_size": 2}  # its own demand
     return trl_parity.trainer(method, folder, lambda: arguments_of(method, row), options, flag)
 
 
@@ -208,7 +219,7 @@ def found_by(engine: str, method: str, flag: bool, folder: Path, alone: bool = F
     """What a run left, or what it failed with."""
     out = folder / f"{list(ROWS).index(engine)}-{method}-{flag}-{alone}.pt"
     with contextlib.suppress(SystemExit):
-        start(1 if alone else 2, train, engine, method, flag, alone, str(out))
+        start(1 if alone else ROWS[engine].processes, train, engine, method, flag, alone, str(out))
     return torch.load(out) if out.exists() else failure(out)
 
 
@@ -225,10 +236,10 @@ def cell(engine: str, method: str, folder: Path) -> str:
     """= and fused, or what is wrong."""
     expected, got = (found_by(engine, method, flag, folder) for flag in (False, True))
     if isinstance(got, str):
-        plain = expected if isinstance(expected, str) else "runs"
+        plain = expected if isinstance(expected, str) else "trains"
         return f"{got} (plain: {plain})"
     if isinstance(expected, str):
-        return f"runs, plain fails: {expected}"
+        return f"WRONG: trains, plain fails: {expected}"
     wrong = differences(got, expected)
     if not wrong and method == "Trainer":
         alone = found_by(engine, method, False, folder, alone=True)

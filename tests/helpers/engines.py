@@ -117,18 +117,20 @@ def run_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
     """= and fused, or what is wrong."""
     from liger_trainer import inject
     from liger_trainer.deferred import logits as deferred
+    from liger_trainer.kernels.runtime import every_size
 
     model = row.make(tied, kind)
     report = inject(model)
     refused = [r for r in report.refused if r.rule == "fused_linear_cross_entropy"]
-    kept = swapped_sites(inject(tiny(tied, kind))) - swapped_sites(report)
     calls = []
     original = deferred.plain_call
     deferred.plain_call = lambda *args: calls.append(1) or original(*args)
     try:
-        found = errors(row, model, name, tied, kind)
+        with every_size():
+            found = errors(row, model, name, tied, kind)
     finally:
         deferred.plain_call = original
+    kept = swapped_sites(inject(tiny(tied, kind))) - swapped_sites(report)  # amended as it runs
     allowed = {key: TOLERANCE if key == "losses" else 1e-3 for key in found}
     if row.rounds:
         plain = errors(row, row.make(tied, kind), name, tied, kind)

@@ -97,6 +97,17 @@ def hessian_vector_product(model, out):
 
 
 @use
+def hessian_vector_product_of_all_weights(model, out):
+    """`torch.autograd.grad` runs only what leads to the weights."""
+    weights = list(model.parameters())
+    grads = torch.autograd.grad(out.loss, weights, create_graph=True)
+    ones = [torch.ones_like(grad) for grad in grads]
+    found = torch.autograd.grad(grads, weights, ones)
+    out.loss = out.loss.detach()
+    return found
+
+
+@use
 def gradient_penalty_of_the_logits(model, out):
     (grad,) = torch.autograd.grad(out.loss, out.logits, create_graph=True)
     out.loss = out.loss + grad.square().sum()

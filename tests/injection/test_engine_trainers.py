@@ -7,14 +7,15 @@ import sys
 import engine_trainers
 import pytest
 
-CELLS = [("CP", "Trainer"), ("TP", "DPO"), ("TP", "ORPO")]
+CELLS = [("CP", "Trainer"), ("HSDP", "Trainer"), ("TP", "DPO"), ("TP", "ORPO")]
+REFUSED = ("CP", "DPO")
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
     out = tmp_path_factory.mktemp("trainers") / "cells.json"
     command = [sys.executable, engine_trainers.__file__, "--json", str(out)]
-    command += ["--cells", *(",".join(cell) for cell in CELLS)]
+    command += ["--cells", *(",".join(cell) for cell in [*CELLS, REFUSED])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert not done.returncode, done.stderr[-4000:]
     return json.loads(out.read_text())
@@ -23,3 +24,10 @@ def cells(tmp_path_factory):
 @pytest.mark.parametrize(("engine", "method"), CELLS)
 def test_training_is_fused_and_that_of_the_plain_trainer(engine, method, cells):
     assert cells[engine][method] == "=, fused"
+
+
+def test_a_trainer_that_compares_whole_rows_is_refused_where_they_are_split(cells):
+    """TRL's own fails too, with a message about sizes of tensors."""
+    engine, method = REFUSED
+    assert cells[engine][method].startswith("ValueError: DPOTrainer needs whole rows")
+    assert "(plain: RuntimeError" in cells[engine][method]

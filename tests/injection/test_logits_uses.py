@@ -105,7 +105,8 @@ RAISES = {
     "logits_after_a_fused_step", "accuracy_after_a_step", "ratio_of_policies_after_a_step",
     "logits_after_a_functional_call", "logits_after_load_state_dict", "logits_after_a_perturbation",
     "changing_hook", "changing_hook_before_the_node",
-    "gradient_penalty", "hessian_vector_product", "gradient_penalty_of_the_logits",
+    "gradient_penalty", "hessian_vector_product", "hessian_vector_product_of_all_weights",
+    "gradient_penalty_of_the_logits",
     "double_backward_of_a_log_probability", "backward_that_is_differentiated",
 }  # fmt: skip
 

@@ -167,3 +167,15 @@ def test_switched_off_and_the_head_left_to_its_own_rule():
     assert row.swapped
     (row,) = [row for row in inject(ours, {"lora": False}).rows if row.rule == "lora"]
     assert row.reason == "switched off in liger_kernel_config"
+
+
+def test_fp64_adapters_under_autocast_stay_fp64():
+    ours = adapted(target_modules=["q_proj"])
+    layer = ours.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_A.double()
+    layer.lora_B.double()
+    plain = copy.deepcopy(layer)
+    inject(ours)
+    x = torch.randn(5, layer.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=0)

@@ -4,6 +4,7 @@ import abc
 import copy
 import threading
 
+import architectures
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import parametrize
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, SegformerConfig, SegformerForSemanticSegmentation
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from liger_trainer import inject, restore
@@ -102,6 +103,54 @@ def test_a_probe_that_fails_leaves_the_model_as_it_was(monkeypatch):
         inject(model)
     assert states(model) == before
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+def phimoe():
+    """Its router samples while it trains; dropout acts as well."""
+    model = architectures.tiny("causal", "phimoe")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    return model, architectures.text()
+
+
+def segformer():
+    """It drops paths, hidden units, attention weights, and parts of the classifier's input."""
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        hidden_sizes=[32, 32, 64, 64],
+        decoder_hidden_size=32,
+        drop_path_rate=0.5,
+        hidden_dropout_prob=0.3,
+        attention_probs_dropout_prob=0.3,
+        classifier_dropout_prob=0.3,
+    )
+    model = SegformerForSemanticSegmentation(config).train()
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    return model, inputs | {"labels": torch.randint(0, 2, (2, 32, 32))}
+
+
+@pytest.mark.parametrize("make", [phimoe, segformer])
+def test_a_model_that_draws_random_numbers_draws_the_same_after_the_injection(make):
+    plain, inputs = make()
+    model = copy.deepcopy(plain)
+    losses, drawn = {}, {}
+    for each in (plain, model):
+        torch.manual_seed(5)
+        if each is model:
+            assert sum(cover.swapped for cover in inject(model).coverage.values())
+        with runtime.every_size():
+            losses[each] = [each(**inputs).loss for _ in range(2)]
+        sum(losses[each]).backward()
+        drawn[each] = torch.get_rng_state()
+    assert abs(losses[plain][0] - losses[plain][1]) > 1e-3  # the draws matter
+    torch.testing.assert_close(losses[model], losses[plain], rtol=1e-5, atol=1e-6)
+    assert torch.equal(drawn[model], drawn[plain])
+    expected = {name: p.grad for name, p in plain.named_parameters()}
+    largest = max(grad.norm() for grad in expected.values() if grad is not None)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) is (expected[name] is None), name
+        if parameter.grad is not None:
+            assert (parameter.grad - expected[name]).norm() <= 1e-5 * largest, name
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from oracle import assert_matches, run
 
 from liger_trainer.kernels.layers import lora_linear as kernel
 from liger_trainer.kernels.layers.lora_linear import Adapter, add_adapters, lora_linear
-from liger_trainer.kernels.layers.lora_products import split_pair
+from liger_trainer.kernels.layers.lora_products import _BLOCK, _gather_parts_kernel, split_pair
 
 bf16, fp32 = torch.bfloat16, torch.float32
 pytestmark = pytest.mark.usefixtures("every_size")
@@ -84,6 +84,28 @@ def test_dropout_is_its_mask(device, monkeypatch, adapter_dtype):
         ),
         tensors,
     )
+
+
+def test_dropout_of_everything(device):
+    """As `nn.Dropout(1.0)`: only the base layer is left, and the adapter's gradients are 0."""
+    made = operands(device, fp32, fp32)
+    names = ("x", "weight", "bias", "A", "B")
+    x, weight, bias, A, B = (made[name].requires_grad_() for name in names)
+    y = lora_linear(x, weight, bias, [Adapter(A, B, 0.7, 1.0)])
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    y.square().sum().backward()
+    assert not A.grad.any()
+    assert not B.grad.any()
+
+
+def test_more_elements_than_an_int32_holds(kernel_device):
+    """The first of the programs that a sum of 2^31 elements takes, all of which it has to write."""
+    rows, rank, scale = 1 << 27, 16, 2.0
+    sums = torch.ones(_BLOCK // rank, 3 * rank, device=kernel_device)
+    h = torch.zeros(_BLOCK // rank, rank, device=kernel_device)
+    parts = torch.zeros(_BLOCK // rank, 4 * rank, device=kernel_device, dtype=bf16)
+    _gather_parts_kernel[(1,)](sums, parts, h, parts, scale, rows, rank, True, False, _BLOCK)
+    assert (h == 6.0).all()
 
 
 def test_dropout_masks_are_fair_and_follow_the_seed(device):

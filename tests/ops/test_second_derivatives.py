@@ -7,8 +7,13 @@ import torch
 
 from liger_trainer.kernels.layers.glu import geglu, geglu_reference, swiglu, swiglu_reference
 from liger_trainer.kernels.layers.layer_norm import layer_norm, layer_norm_reference
+from liger_trainer.kernels.layers.lora_linear import Adapter, lora_linear
 from liger_trainer.kernels.layers.rms_norm import rms_norm, rms_norm_reference
 from liger_trainer.kernels.layers.rope import rope, rope_reference
+from liger_trainer.kernels.linear.cross_entropy import linear_cross_entropy
+from liger_trainer.kernels.linear.divergence import linear_divergence
+from liger_trainer.kernels.linear.log_prob_loss import linear_log_prob_loss
+from liger_trainer.kernels.linear.log_probs import linear_log_probs
 
 ROW, WIDTH, HEADS, TABLE = (3, 8), (8,), (2, 4, 3, 8), (2, 3, 6)
 GEMMA = {"eps": 1e-6, "offset": 1.0, "cast_first": False}
@@ -79,3 +84,57 @@ def test_frozen_operands(kernel_device):
         (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
         results.append(torch.autograd.grad(dx.square().sum(), x))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+# --- operations without a second derivative ------------------------------------------------------
+
+
+def cross_entropy_of_a_head(x, weight):
+    return linear_cross_entropy(x, weight, labels(x))
+
+
+def log_probs_of_a_head(x, weight):
+    return linear_log_probs(x, weight, labels(x)).log_probs.sum()
+
+
+def loss_of_log_probs(x, weight):
+    def loss(scores, mask, groups):
+        return scores.log_probs.sum((1, 2))
+
+    return linear_log_prob_loss(x[None], weight, labels(x)[None], loss)[0]
+
+
+def divergence_of_a_head(x, weight):
+    teacher = weight.detach().flip(0)
+    return linear_divergence(x, weight, x.detach(), teacher, labels(x) >= 0)[0].sum()
+
+
+def adapters(x, weight):
+    up = torch.ones(len(weight), 2, device=x.device)
+    return lora_linear(x, up @ up.t(), None, [Adapter(weight[:2], up, 0.5)]).sin().sum()
+
+
+def second_adapter_matrix(x, weight):
+    down = torch.ones(2, x.shape[-1], device=x.device)
+    base = torch.ones(len(weight), x.shape[-1], device=x.device)
+    return lora_linear(x, base, None, [Adapter(down, weight[:, :2], 0.5)]).sum()
+
+
+def labels(x):
+    return torch.arange(len(x), device=x.device)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [cross_entropy_of_a_head, log_probs_of_a_head, loss_of_log_probs, divergence_of_a_head,
+     adapters, second_adapter_matrix],
+)  # fmt: skip
+@pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)], ids=["x", "weight", "both"])
+def test_where_there_is_none_asking_for_it_raises(kernel_device, function, wanted):
+    """Also for `torch.autograd.grad`, which runs only what leads to its inputs."""
+    inputs = leaves((ROW, ROW), kernel_device)
+    inputs[1] = torch.randn(8, 8, device=kernel_device).requires_grad_()
+    grads = torch.autograd.grad(function(inputs[0].sin(), inputs[1]), inputs, create_graph=True)
+    penalty = sum(grad.square().sum() for grad in grads)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(penalty, [inputs[i] for i in wanted], allow_unused=True)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
     ["kernels", "report", "config", "symbols"],
-    ["swap", "request"],
+    ["hooks", "swap", "request"],
     ["deferred"],
     ["injection", "trainer_hook"],
     ["trainer", "trl"],
@@ -24,7 +24,7 @@ LAYERS = [
 # Within a folder, likewise.
 FOLDERS = {
     "kernels": [
-        ["runtime", "autograd", "second_derivative"],
+        ["runtime", "launch", "autograd", "second_derivative"],
         ["recompute"],
         ["layers", "logits", "losses"],
         ["linear"],
@@ -49,7 +49,7 @@ FOLDERS = {
         ["counts", "traffic"],
         ["html", "load", "rewards", "samples", "summary"],
         ["recipe"],
-        ["build", "compare", "estimate", "plan"],
+        ["build", "compare", "estimate", "resolved"],
         ["checks", "folder"],
         ["finished", "run"],
         ["card"],

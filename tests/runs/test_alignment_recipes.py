@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from liger_trainer import cli
 from liger_trainer.runs import methods
 from liger_trainer.runs.build import build_trainer
-from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.prepare import Purpose, prepare
 from liger_trainer.runs.load import load_tokenizer
 from liger_trainer.runs.recipe import load_recipe
 from liger_trainer.runs.throughput import Throughput
@@ -92,7 +92,7 @@ def test_tokens_are_those_of_both_sequences_without_padding(tmp_path, method):
     assert train(recipe) == 0
     parsed = load_recipe(recipe)
     tokenizer = load_tokenizer(parsed.model)
-    pairs = prepare(parsed.data, tokenizer, seed=42, examples="pairs").train
+    pairs = prepare(parsed.data, tokenizer, Purpose("pairs"), seed=42).train
     sequences = [p["prompt"] + p[side] for p in pairs for side in ("chosen", "rejected")]
     texts = [tokenizer.apply_chat_template(s, tokenize=False) for s in sequences]
     # ORPO adds the token that ends a sequence where the template has put a line break after it.

@@ -8,12 +8,8 @@ import tiny
 
 from liger_trainer import cli
 from liger_trainer.runs import checks, packages
-from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.load import ModelArguments, load_model
-from liger_trainer.runs.parse import parse
 from liger_trainer.runs.recipe import load_recipe
-from liger_trainer.runs.secrets import hidden, hidden_override, is_secret
 
 MINIMAL = "model: {name_or_path: m}\ndata: {path: d}\n"
 
@@ -35,59 +31,6 @@ def refused(capsys, path, *arguments):
     assert "Traceback" not in "".join(errors)
     assert errors[-1].startswith("error: ")
     return errors[-1]
-
-
-# YAML
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("2024-01-01", "2024-01-01"),
-        ("2024-01-01 10:00:00", "2024-01-01 10:00:00"),
-        ("2e-5", 2e-5),
-        ("{a: &x [1], b: *x}", {"a": [1], "b": [1]}),
-        ("x: &a {b: 1}\ny:\n  <<: *a\n  c: 2", {"x": {"b": 1}, "y": {"b": 1, "c": 2}}),
-    ],
-)
-def test_what_yaml_is_read_as(text, value):
-    assert parse(text) == value
-
-
-def test_aliases_are_copies():
-    value = parse("{a: &x {k: 1}, b: *x}")
-    value["a"]["k"] = 2
-    assert value["b"]["k"] == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[" * 5000, "nested too deeply"),
-        ("&a [*a]", "part of"),
-        ("a: 1\na: 2", "the key 'a' appears twice in line 2"),
-        ("a: !!set {x}", "a: a set is neither text"),
-        ("a: !!binary aGk=", "a: a bytes is neither text"),
-        ("a: {b: .nan}", "a.b: not a number"),
-        ("? [a]\n: 1", "unhashable"),
-        ("~: 1", "None is no name"),
-        ("a: !!python/name:os.system", "could not determine a constructor"),
-        ("a: !!int x", "invalid literal"),
-        ("a: [", "but found '<stream end>' in line 1"),
-        ("\x00", "unacceptable character"),
-    ],
-)
-def test_what_is_no_plain_value_is_told_in_one_line(text, message):
-    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-        parse(text)
-    assert message in str(error.value)
-
-
-def test_a_bomb_of_aliases_is_not_expanded():
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
-    with pytest.raises(ValueError, match="once aliases are expanded"):
-        parse("\n".join(lines))
 
 
 @pytest.mark.parametrize(
@@ -136,40 +79,6 @@ def test_both_names_of_checkpointing_are_understood(recipe, name):
     assert args.gradient_checkpointing
 
 
-# Secrets
-
-
-@pytest.mark.parametrize(
-    ("name", "secret"),
-    [
-        ("model.token", True),
-        ("training.hub_token", True),
-        ("push_to_hub_token", True),
-        ("wandb_api_key", True),
-        ("smtp_password", True),
-        ("training.pad_token", False),
-        ("training.eos_token", False),
-        ("model.tokenizer", False),
-        ("training.include_num_input_tokens_seen", False),
-    ],
-)
-def test_names_of_secrets(name, secret):
-    assert is_secret(name) == secret
-
-
-def test_what_is_hidden():
-    assert hidden({"token": "a", "b": [{"api_key": "c"}], "url": "http://u:p@h/x"}) == {
-        "token": "***",
-        "b": [{"api_key": "***"}],
-        "url": "http://***@h/x",
-    }
-    assert hidden({"token": True}) == {"token": True}  # "use the one that is stored"
-    assert hidden_override("model={token: a}") == "model=***"
-
-
-# Packages
-
-
 @pytest.mark.parametrize(
     ("override", "package"),
     [
@@ -205,9 +114,6 @@ def test_without_peft_the_error_says_what_to_install(recipe, capsys, monkeypatch
     assert "pip install peft" in refused(capsys, recipe, "peft.r=4")
 
 
-# Numbers
-
-
 @pytest.mark.parametrize(
     "override",
     [
@@ -226,9 +132,6 @@ def test_without_peft_the_error_says_what_to_install(recipe, capsys, monkeypatch
 )
 def test_numbers_that_cannot_be_meant(recipe, capsys, override):
     assert override.split("=")[0].partition(".")[2] in refused(capsys, recipe, override)
-
-
-# Models
 
 
 @pytest.mark.parametrize("package", ["evil.sub", "evil"])
@@ -269,83 +172,6 @@ def test_weights_of_another_size_are_told(tmp_path):
         load_model(ModelArguments(str(folder)))
 
 
-# Rows
-
-GOOD = [{"role": "user", "content": "what is two ?"}, {"role": "assistant", "content": "four ."}]
-BAD_ROWS = [
-    ({"text": "the cat sat"}, {"text": 5}, "`text` is 5, which is not text"),
-    ({"text": "the cat sat"}, {"text": None}, "`text` is missing"),
-    ({"text": "the cat sat"}, {"text": " "}, "`text` is empty"),
-    ({"messages": GOOD}, {"messages": None}, "`messages` is missing"),
-    ({"messages": GOOD}, {"messages": []}, "`messages` is empty"),
-    ({"messages": GOOD}, {"messages": "what ?"}, "`messages` is text"),
-    ({"messages": GOOD}, {"messages": [{"content": "a"}]}, "message 1 of `messages` has no role"),
-    (
-        {"messages": GOOD},
-        {"messages": [{"role": "user"}]},
-        "message 1 of `messages` has no content",
-    ),
-    ({"messages": GOOD}, {"messages": ["a"]}, "message 1 of `messages` is 'a'"),
-    ({"messages": GOOD}, {"messages": GOOD[:1]}, "there is nothing to train on"),
-    (
-        {"prompt": "what ?", "completion": "four"},
-        {"prompt": "what ?", "completion": None},
-        "`completion` is missing",
-    ),
-    (
-        {"prompt": "what ?", "completion": "four"},
-        {"prompt": "what ?", "completion": ""},
-        "`completion` is empty",
-    ),
-]
-
-
-@pytest.mark.parametrize(("good", "bad", "reason"), BAD_ROWS)
-def test_a_row_that_cannot_be_used_is_named(tmp_path, good, bad, reason):
-    path = str(tiny.json_lines(tmp_path / "rows.jsonl", [good, good, bad, good]))
-    with pytest.raises(ValueError, match=r"1 of 4 training examples, the first in row 3") as error:
-        prepare(DataArguments(path=path, max_length=64), tiny.tokenizer(), seed=0)
-    assert f"because {reason}" in str(error.value)
-    dropping = DataArguments(path=path, max_length=64, invalid="drop")
-    prepared = prepare(dropping, tiny.tokenizer(), seed=0)
-    assert len(prepared.train) == 3
-    assert prepared.train.column_names == ["input_ids", "labels"]
-    assert f"because {reason}" in prepared.notes[0]
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"chosen": None}, "`chosen` is missing"),
-        ({"chosen": [{"content": "a"}]}, "message 1 of `chosen` has no role"),
-        ({"prompt": 5}, "`prompt` is 5, which is neither text nor"),
-        ({"rejected": "text"}, "`rejected` is text, in other rows messages"),
-    ],
-)
-def test_a_pair_that_cannot_be_used_is_named(tmp_path, change, reason):
-    path = tiny.pairs_file(tmp_path / "pairs.jsonl", 6)
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    tiny.json_lines(path, [*rows[:4], rows[4] | change, rows[5]])
-    options = {"seed": 0, "examples": "pairs"}
-    with pytest.raises(ValueError, match=r"1 of 6 training examples, the first in row 5") as error:
-        prepare(DataArguments(path=str(path), max_length=64), tiny.tokenizer(), **options)
-    assert f"because {reason}" in str(error.value)
-    dropping = DataArguments(path=str(path), max_length=64, invalid="drop")
-    assert len(prepare(dropping, tiny.tokenizer(), **options).train) == 5
-
-
-def test_what_a_template_refuses_is_a_row_that_cannot_be_used(tmp_path):
-    refusal = "{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    template = "{% for m in messages %}" + refusal + "{{ m['content'] }}<|im_end|>{% endfor %}"
-    rows = [{"messages": GOOD}, {"messages": [{"role": "tool", "content": "x"}, *GOOD]}]
-    path = str(tiny.json_lines(tmp_path / "rows.jsonl", rows))
-    with pytest.raises(ValueError, match=r"row 2 because the chat template refuses it: no tools"):
-        prepare(DataArguments(path=path), tiny.tokenizer(template), seed=0)
-
-
-# Dry run
-
-
 @pytest.mark.parametrize(
     ("overrides", "conflict"),
     [
@@ -368,4 +194,16 @@ def test_a_dry_run_looks_at_generations(tmp_path):
     pytest.importorskip("trl")
     recipe = tiny.write_recipe(tmp_path, tiny.alignment_values(tmp_path, "grpo"))
     loaded = load_recipe(recipe, ["training.num_generations_eval=3"])
-    assert "not a multiple of the 3" in checks.training_problems(loaded)[0]
+    with pytest.raises(ValueError, match="not a multiple of the 3"):
+        checks.check_training(loaded)
+
+
+def test_a_reward_beside_the_recipe_is_found(tmp_path):
+    pytest.importorskip("trl")
+    values = tiny.alignment_values(tmp_path, "grpo")
+    (tmp_path / "reward_of_this_test.py").write_text("def length(completions, **_): return [1.0]")
+    values["reward"] = {"functions": ["reward_of_this_test:length"]}
+    recipe = tiny.write_recipe(tmp_path, values)
+    assert checks.conflicts(load_recipe(recipe)) == []
+    absent = load_recipe(recipe, ["reward.functions=[no_such_module:length]"])
+    assert "'no_such_module:length' cannot be imported" in checks.conflicts(absent)[0]

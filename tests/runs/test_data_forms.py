@@ -7,7 +7,7 @@ import tiny
 
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.forms import form_of
-from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.prepare import Purpose, prepare
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 from liger_trainer.runs.methods import METHODS
 
@@ -41,7 +41,7 @@ CALLING = [
 def prepared(tmp_path, rows, tokenizer=PLAIN, examples="text", **fields):
     path = tiny.json_lines(tmp_path / "rows.jsonl", rows)
     data = DataArguments(path=str(path), **{"max_length": 256} | fields)
-    return prepare(data, tokenizer, seed=0, examples=examples)
+    return prepare(data, tokenizer, Purpose(examples), seed=0)
 
 
 def shown(found, tokenizer=PLAIN):
@@ -209,7 +209,7 @@ def test_trl_gets_a_row_s_own_arguments_of_the_template(tmp_path):
     ]
     paths = [str(tiny.json_lines(tmp_path / f"{i}.jsonl", rows[i:])) for i in (0, 2)]
     data = DataArguments(mix=[{"path": path} for path in paths], max_length=256)
-    found = prepare(data, TOOL_USER, seed=0, examples="pairs").train
+    found = prepare(data, TOOL_USER, Purpose("pairs"), seed=0).train
     rendered = [
         data_utils.apply_chat_template(row, TOOL_USER, tools=row["tools"])["prompt"]
         for row in found
@@ -254,8 +254,8 @@ def test_tools_that_a_trainer_does_not_pass_on_are_refused_or_told(tmp_path):
     assert METHODS["dpo"].tools
     assert not METHODS["orpo"].tools
     with pytest.raises(ValueError, match=r"has a column `tools`.*remove the column, or use dpo"):
-        prepare(data, TOOL_USER, seed=0, examples="pairs", tools=False)
-    found = prepare(data, TOOL_USER, seed=0, examples="prompts", tools=False)
+        prepare(data, TOOL_USER, Purpose("pairs", tools=False), seed=0)
+    found = prepare(data, TOOL_USER, Purpose("prompts", tools=False), seed=0)
     assert "`tools` go to reward functions, not to the chat template" in found.notes[0]
     assert found.train[0]["tools"] == [ADD]
 

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from liger_trainer import cli
 from liger_trainer.runs import html
 from liger_trainer.runs.data.arguments import DataArguments, Source
-from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.prepare import Purpose, prepare
 from liger_trainer.runs.data.sources import load_source
+from liger_trainer.runs.methods import METHODS
 from liger_trainer.runs.recipe import load_recipe
 from liger_trainer.runs.throughput import Throughput
 
@@ -163,12 +164,12 @@ def test_pairs_are_mixed_too_and_told_apart_from_what_does_not_fit(tmp_path):
         for name, row in (("a", pair), ("b", pair | {"tools": "[]"}), ("c", spoken))
     }
     data = DataArguments(mix=[{"path": paths["a"]}, {"path": paths["b"]}], max_length=64)
-    found = prepare(data, TOKENIZER, seed=0, examples="pairs")
+    found = prepare(data, TOKENIZER, Purpose("pairs"), seed=0)
     assert found.train["prompt"][:] == ["the cat ?"] * 6
     assert Counter(found.train["tools"]) == {None: 3, "[]": 3}
     data = DataArguments(mix=[{"path": paths["a"]}, {"path": paths["c"]}], max_length=64)
     with pytest.raises(ValueError, match=r"column 'prompt' is Value.* in .*a\.jsonl and List"):
-        prepare(data, TOKENIZER, seed=0, examples="pairs")
+        prepare(data, TOKENIZER, Purpose("pairs"), seed=0)
 
 
 def test_messages_with_other_keys_are_mixed(tmp_path):
@@ -184,7 +185,7 @@ def test_messages_with_other_keys_are_mixed(tmp_path):
         row = {"prompt": prompt, "chosen": answers[:1], "rejected": answers[1:]}
         mix.append({"path": str(tiny.json_lines(tmp_path / f"{name}.jsonl", [row]))})
     data = DataArguments(mix=mix, max_length=64)
-    found = prepare(data, TOKENIZER, seed=0, examples="pairs").train
+    found = prepare(data, TOKENIZER, Purpose("pairs"), seed=0).train
     told = [[{k: v for k, v in m.items() if v is not None} for m in row] for row in found["prompt"]]
     assert all(prompt in told for prompt in prompts.values())
 
@@ -195,12 +196,12 @@ def test_the_labels_of_a_mix_are_checked_as_a_whole(tmp_path):
         row = {"prompt": "the cat ?", "completion": " sat", "label": label}
         mix.append({"path": str(tiny.json_lines(tmp_path / f"{label}.jsonl", [row]))})
     both, one = (DataArguments(mix=some, max_length=64) for some in (mix, mix[:1]))
-    assert set(prepare(both, TOKENIZER, seed=0, examples="labelled").train["label"]) == {
+    assert set(prepare(both, TOKENIZER, Purpose("labelled"), seed=0).train["label"]) == {
         True,
         False,
     }
     with pytest.raises(ValueError, match="label of all 1 training examples is true"):
-        prepare(one, TOKENIZER, seed=0, examples="labelled")
+        prepare(one, TOKENIZER, Purpose("labelled"), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -301,11 +302,12 @@ def test_a_stream_without_a_number_of_steps_is_refused(recipe, capsys):
     assert "set training.max_steps" in capsys.readouterr().out
 
 
-def test_a_stream_is_not_for_methods_that_check_whole_data(tmp_path, capsys):
-    values = tiny.alignment_values(tmp_path, "dpo")
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "sft"])
+def test_a_stream_is_not_for_methods_that_check_whole_data(tmp_path, capsys, method):
+    values = tiny.alignment_values(tmp_path, method)
     values["data"]["streaming"] = True
     assert train(tiny.write_recipe(tmp_path, values)) == 2
-    assert "data.streaming: not for dpo" in capsys.readouterr().err
+    assert f"data.streaming: not for {method}; remove the key" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("streaming", ["true", "false"])

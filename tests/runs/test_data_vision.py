@@ -13,7 +13,7 @@ from liger_trainer import cli
 from liger_trainer.runs import html
 from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.prepare import Purpose, prepare
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 from liger_trainer.runs.data.vision import VisionCollator
 from liger_trainer.runs.recipe import load_recipe
@@ -22,6 +22,9 @@ pytest.importorskip("trl")
 PROCESSOR = tiny_vision.processor()
 COLORS = ["red", "green", "blue", "white"]
 IMAGE_TOKENS = "<image>" * tiny_vision.PATCHES
+
+
+WITH_IMAGES = Purpose(load_processor=lambda: PROCESSOR)
 
 
 def row_of(image, question="what is two ?", answer="four ."):
@@ -39,7 +42,7 @@ def prepared(folder, rows, examples="text", processor=PROCESSOR, **fields):
     path = tiny.json_lines(folder / "rows.jsonl", rows)
     data = DataArguments(path=str(path), **{"max_length": 64} | fields)
     load = None if processor is None else lambda: processor
-    return prepare(data, PROCESSOR.tokenizer, seed=0, examples=examples, load_processor=load)
+    return prepare(data, PROCESSOR.tokenizer, Purpose(examples, load_processor=load), seed=0)
 
 
 def seen(found, index=0, **options):
@@ -75,7 +78,7 @@ def test_images_are_found_in_every_usual_form(folder):
     stored = Dataset.from_list([{**row, "images": [Image.open(folder / "red.png")]}])
     stored.save_to_disk(folder / "saved")
     data = DataArguments(path=str(folder / "saved"), max_length=64)
-    found = prepare(data, PROCESSOR.tokenizer, seed=0, load_processor=lambda: PROCESSOR)
+    found = prepare(data, PROCESSOR.tokenizer, WITH_IMAGES, seed=0)
     assert found.train[0]["images"][0].tobytes() == expected["images"][0].tobytes()
     assert found.train[0]["prompt"] == expected["prompt"]
 
@@ -92,7 +95,7 @@ def test_rows_without_images_may_stand_beside_others(folder):
     path = str(tiny.json_lines(folder / "text.jsonl", [text]))
     pictured = str(tiny.json_lines(folder / "pictured.jsonl", [row_of("red.png")]))
     data = DataArguments(mix=[{"path": pictured}, {"path": path}], max_length=64)
-    found = prepare(data, PROCESSOR.tokenizer, seed=0, load_processor=lambda: PROCESSOR)
+    found = prepare(data, PROCESSOR.tokenizer, WITH_IMAGES, seed=0)
     assert sorted(len(row["images"]) for row in found.train) == [0, 1]
     batch = VisionCollator(PROCESSOR)([found.train[0], found.train[1]])
     assert batch["pixel_values"].shape[0] == 1

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from liger_trainer import cli
-from liger_trainer.runs.estimate import estimate, run_of, ways_out
+from liger_trainer.runs.estimate import fits, run_of, ways_out
 from liger_trainer.runs.memory import GIB, usable
 from liger_trainer.runs.recipe import load_recipe
 
@@ -30,8 +30,8 @@ def test_a_run_that_does_not_fit_names_what_would(capsys):
     run = run_of(load_recipe(FULL[1], words[-1:]), gpus=2, memory=80, engine="fsdp2", shape=FULL[3])
     [more] = [int(way.split()[0]) for way in ways_out(run) if way.endswith(" GPUs")]
     assert f"{more} GPUs" in verdict
-    assert estimate(dataclasses.replace(run, gpus=more)).fits
-    assert not estimate(dataclasses.replace(run, gpus=more - 1)).fits
+    assert fits(dataclasses.replace(run, gpus=more))
+    assert not fits(dataclasses.replace(run, gpus=more - 1))
 
 
 def test_a_run_for_which_no_gpu_is_large_enough(capsys):

@@ -46,9 +46,9 @@ def named(name, r=0, dtype=bf16, changes=None, **given):
 @pytest.mark.parametrize(
     ("measured", "name", "tokens", "settings"),
     [
-        (36.4, "llama-1b", 8 * 4096, {}),
+        (35.4, "llama-1b", 8 * 4096, {}),
         (47.4, "llama-1b", 8 * 4096, KEEP),
-        (10.3, "llama-1b", 4 * 512, KEEP),
+        (10.8, "llama-1b", 4 * 512, KEEP),
         (12.8, "llama-1b", 32768, CHECKPOINTED),
         (95.0, "llama-8b", 4 * 4096, {}),
         (39.6, "llama-8b", 2 * 4096, {"r": 16}),

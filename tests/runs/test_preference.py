@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.prepare import Purpose, prepare
 from liger_trainer.runs.data.splits import load_splits
 
 CHAT = [
@@ -23,7 +23,7 @@ def examples_of(tmp_path, rows, kind, *, tokenizer=None, needed=(), **fields):
     path = tiny.json_lines(tmp_path / "examples.jsonl", rows)
     data = DataArguments(path=str(path), **{"max_length": 64} | fields)
     tokenizer = tokenizer or tiny.tokenizer()
-    return prepare(data, tokenizer, seed=0, examples=kind, needed=needed)
+    return prepare(data, tokenizer, Purpose(kind, needed), seed=0)
 
 
 @pytest.mark.parametrize(

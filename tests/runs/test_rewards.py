@@ -1,6 +1,7 @@
 """Rewards of generated code, and the shipped pairs, run again."""
 
 import json
+import logging
 import random
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from liger_trainer.runs.rewards import (
     RewardArguments,
     columns_of,
     defines_function,
+    guarded,
     parses,
     passes_tests,
 )
@@ -162,3 +164,24 @@ def test_an_edit_changes_nothing_but_the_bug(monkeypatch):
     ):
         assert (kind, body.replace(old, new)) in changed, (kind, old)
     sys.modules.pop("humaneval_pairs")
+
+
+def test_a_reward_that_is_no_number_or_raises_costs_its_row_alone(caplog):
+    def own(completions, **_):
+        return [
+            {"text": "boom", "nan": float("nan"), "none": None}.get(c, 1 / len(c))
+            for c in completions
+        ]
+
+    reward = guarded(own)
+    completions = ["ab", "text", "", "nan", "none", "abcd"]
+    columns = {"prompts": ["p"] * 6, "trainer_state": object()}
+    with caplog.at_level(logging.WARNING):
+        assert reward(completions=completions, **columns) == [0.5, 0, 0, 0, None, 0.25]
+    assert reward.__name__ == "own"
+    assert "ZeroDivisionError" in caplog.text or "no number" in caplog.text
+
+
+def test_a_reward_that_never_worked_raises():
+    with pytest.raises(ZeroDivisionError):
+        guarded(lambda completions, **_: [1 / 0 for _ in completions])(completions=["a", "b"])

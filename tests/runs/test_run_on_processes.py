@@ -1,14 +1,20 @@
 """A run on two processes whose state is sharded; tests/helpers/engine_cli.py is what they run."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import engine_cli
 import pytest
 import tiny
 import torch
+from run_folders import state
 from safetensors.torch import load_file
+
+from liger_trainer.runs import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +61,24 @@ def test_what_could_not_go_on_is_refused(told, attempt, message):
     code, sentence = told[attempt]
     assert code.startswith("exit codes [2")
     assert message in sentence
+
+
+def test_two_processes_share_a_run_and_one_speaks(finished):
+    shutil.rmtree(finished)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "liger_trainer.cli", "train", "recipe.yaml", "training.max_steps=200"]
+    command += ["training.save_steps=1000", "training.logging_steps=1", "data.eval_fraction=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+        while not (finished / "run.json").exists() and running.poll() is None:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)  # torchrun passes it on, to each at its own time
+        printed = running.stdout.read().decode()
+    assert printed.count("Continue with:") == 1, printed
+    found = state(finished)
+    assert found["state"] == "interrupted"
+    assert found["summary"]["steps"] < 200
+    assert (found["processes"], found["engine"]) == (2, "MULTI_CPU")
+    assert len(found["summary"]["peak_memory_gib_by_process"]) == 2
+    checkpoint, _ = checkpoints.newest(finished, found["id"])
+    assert checkpoints.step(checkpoint) == found["summary"]["steps"]
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in checkpoint.iterdir()}

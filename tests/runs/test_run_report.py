@@ -4,12 +4,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from run_folders import state
 
 from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.runs import plots as plots_module
-from liger_trainer.runs.html import telling, write_report
+from liger_trainer.runs.html import write_report
 from liger_trainer.runs.plots import plots
-from liger_trainer.runs.summary import summarize
+from liger_trainer.runs.summary import summarize, telling
 
 LOG = [
     {"step": 0, "eval_loss": 2.0},
@@ -67,15 +68,12 @@ class Parsed(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path):
-    import json
-
-    injection = {"table": INJECTION.table(), **json.loads(INJECTION.to_json())}
     path = write_report(
         tmp_path / "report.html",
         title="tiny <run>",
         summary=summarize(LOG) | {"steps": 2, "minutes": 0.5},
         log_history=LOG,
-        injection=injection,
+        injection=INJECTION,
         recipe={"training": {"learning_rate": 1e-4}},
         machine={"torch": "2.13.0"},
         notes=["10 rows"],
@@ -202,3 +200,9 @@ def test_there_is_a_plot_for_what_was_logged(monkeypatch, metrics, expected):
         for points, label, _ in lines:
             assert len(points) == 2
             assert ("held out" in label) == (points[0][0] == 0)
+
+
+def test_the_report_tells_when_and_how(original):
+    page = (original / "out" / "report.html").read_text()
+    assert f"begun {state(original / 'out')['started']}" in page
+    assert "liger-trainer train" in page

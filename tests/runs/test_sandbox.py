@@ -1,51 +1,26 @@
 """Programs that attack the run, their tests, or their reward: nothing happens, and they get 0."""
 
 import contextlib
-import logging
 import os
-import random
-import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from judged import TESTS, WRONG, rewards
 
-from liger_trainer.runs import sandbox
-from liger_trainer.runs.judge import wire
-from liger_trainer.runs.rewards import PassesTests, RewardArguments, guarded, row_check
 from liger_trainer.runs.sandbox import Job, find_sandbox, judge
 
-SOURCE = "import os\n\n\ndef half(n):\n    return n / 2\n\n\ndef twice(x):\n"
-TESTS = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(4) == 8\n"
-WRONG = "    return -7\n"
 TWICE = "def twice(x):\n    return 2 * x\n"
-
-
-@pytest.fixture(params=["bubblewrap", "namespaces"])
-def safe(request):
-    """The name of a sandbox; skipped, with the reason, where this machine has none of the kind."""
-    try:
-        return find_sandbox(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 def test_a_safe_sandbox_works_here():
     """Without one, all below would be skipped."""
     assert find_sandbox("auto") in ("bubblewrap", "namespaces")
-
-
-def rewards(safe, *completions, tests=TESTS):
-    count = len(completions)
-    columns = {"source": [SOURCE], "tests": [tests], "entry_point": ["twice"]}
-    columns = {key: value * count for key, value in columns.items()}
-    return PassesTests(safe)(list(completions), **columns)
 
 
 CLAIMS = {
@@ -61,6 +36,7 @@ CLAIMS = {
     "main": "import __main__\nclaim = getattr(__main__, 'secret', '') + ' passed 1'\n"
     "os.write(getattr(__main__, 'report', 1), claim.encode())\nos._exit(0)\n",
 }
+
 # What the function itself does, before it returns what is wrong.
 ACTS = {
     "held": "HELD.append(1)\nHELD[:] = [1] * 100",
@@ -263,155 +239,3 @@ def _judging() -> set[int]:
 
 def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-@pytest.mark.parametrize("choice", ["auto", *sandbox.SANDBOXES])
-def test_what_is_right_passes_in_every_sandbox(choice):
-    try:
-        find_sandbox(choice)
-    except ValueError as error:
-        pytest.skip(str(error))
-    assert rewards(choice, "    return 2 * x\n", "    return 2\n", WRONG, "") == [1, 0.5, 0, 0]
-    assert judge([], sandbox=choice) == []
-
-
-def test_without_a_sandbox_the_recipe_is_refused_with_the_choices(monkeypatch):
-    monkeypatch.setattr(sandbox, "_why_not", lambda name: "not here")
-    find_sandbox.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=r"bubblewrap: not here; namespaces.*sandbox: process"):
-            RewardArguments(["passes_tests"]).load()
-        assert RewardArguments(["parses"]).load()  # runs nothing
-    finally:
-        find_sandbox.cache_clear()
-    with pytest.raises(ValueError, match="'jail' is not one of auto, bubblewrap"):
-        RewardArguments(["passes_tests"], sandbox="jail")
-
-
-def test_what_tests_may_do(safe):
-    def verdict(tests, body, source="", program=""):
-        job = Job(f"{program}def f(*x):\n    {body}\n", source, tests, "f")
-        return judge([job], sandbox=safe)[0]
-
-    def check(*lines):
-        return "def check(candidate):\n" + "".join(f"    {line}\n" for line in lines)
-
-    cases = [
-        # helpers of the problem, which the program cannot redefine
-        (check("assert helper(candidate(1)) == 3"), "return x[0]", 1,
-         "def helper(y): return y + 2\n"),
-        # the function under its own name
-        (check("assert f(1) == candidate(1) == (1,)"), "return x", 1, ""),
-        # in place, where the result is dropped
-        (check("xs = [3, 1]", "candidate(xs)", "assert xs == [1, 3]"), "x[0].sort()", 1, ""),
-        # exceptions of built-in types; others are Exceptions
-        (check("try: candidate()", "except KeyError: pass", "assert 1 + 1 == 2"),
-         "return {}[1]", 1, ""),
-        (check("try: candidate()", "except Exception: pass", "assert 1 + 1 == 2"),
-         "raise type('Own', (Exception,), {})(2)", 1, ""),
-        # values of all kinds
-        (check("assert candidate({1: (2.5, {'a'})}, b'b', None, 1j, 10**5000, float('inf'))[0] == "
-               "{1: (2.5, {'a'})}"), "return list(x)", 1, ""),
-        (check("assert list(candidate(2)) == [2, 2]"), "yield from x * 2", 1, ""),
-        # an assertion in a loop counts once
-        (check("for i in range(9): assert candidate(i) == (i,)", "assert candidate() == 1"),
-         "return x", 0.5, ""),
-    ]  # fmt: skip
-    for tests, body, share, source in cases:
-        found = verdict(tests, body, source, "def helper(y): return 0\n")
-        assert (found.share, found.note) == (share, None), tests
-
-
-@pytest.mark.parametrize(
-    ("tests", "body", "note"),
-    [
-        ("import nothing\n" + TESTS, "return 2 * x", "ModuleNotFoundError before they call"),
-        (TESTS.replace("(1)", "(len)"), "return 2", "pass what is no plain data"),
-        (TESTS, "return object()", "returned what is no plain data: object"),
-    ],
-)
-def test_what_cannot_be_checked_is_told(safe, tests, body, note, caplog, monkeypatch):
-    monkeypatch.setattr("liger_trainer.runs.rewards._warned", Counter())
-    with caplog.at_level(logging.WARNING):
-        assert rewards(safe, *[f"    {body}\n"] * 10, tests=tests)[0] < 1
-    messages = [record.getMessage() for record in caplog.records]
-    assert [m.split("(")[1].split(" ")[0] for m in messages] == ["1", "10"]
-    assert all(note in message and "`twice`" in message for message in messages)
-
-
-@pytest.mark.parametrize(
-    ("tests", "message"),
-    [
-        ("def check(candidate)\n", "do not parse"),
-        ("(" * 10_000, "do not parse"),
-        ("assert f(1) == 2", "no function `check"),
-        ("def check(candidate):\n    assert True\n", "no assertion"),
-        (None, "tests are code"),
-        ("\0", "do not parse|null bytes"),
-    ],
-)
-def test_a_row_without_usable_tests_is_named_before_training(tests, message):
-    good = {"tests": TESTS, "entry_point": "twice"}
-    check = row_check([PassesTests("process")])
-    assert re.search(rf"({message}).* \(twice\)$", check(good | {"tests": tests}))
-    assert check(good) == ""
-
-
-def test_such_a_row_gets_zero_and_ends_nothing(safe):
-    assert rewards(safe, "    return 2 * x\n", tests="def check(candidate)\n") == [0.0]
-
-
-def test_a_reward_that_is_no_number_or_raises_costs_its_row_alone(caplog):
-    def own(completions, **_):
-        return [
-            {"text": "boom", "nan": float("nan"), "none": None}.get(c, 1 / len(c))
-            for c in completions
-        ]
-
-    reward = guarded(own)
-    completions = ["ab", "text", "", "nan", "none", "abcd"]
-    columns = {"prompts": ["p"] * 6, "trainer_state": object()}
-    with caplog.at_level(logging.WARNING):
-        assert reward(completions=completions, **columns) == [0.5, 0, 0, 0, None, 0.25]
-    assert reward.__name__ == "own"
-    assert "ZeroDivisionError" in caplog.text or "no number" in caplog.text
-
-
-def test_a_reward_that_never_worked_raises():
-    with pytest.raises(ZeroDivisionError):
-        guarded(lambda completions, **_: [1 / 0 for _ in completions])(completions=["a", "b"])
-
-
-VALUES = [
-    None, True, 0, -1, 10**400, 0.1, float("inf"), 1j, "\ud800é", b"\0", bytearray(b"x"), [],
-    [[()]], {1: {2: {3}}}, frozenset({1}), range(3), {"a": [1, None]},
-]  # fmt: skip
-
-
-def test_plain_data_comes_back_as_it_was():
-    for value in [*VALUES, VALUES]:
-        again = wire.decode(wire.encode(value))
-        assert again == value
-        assert type(again) is type(value)
-    assert list(wire.decode(wire.encode(iter([1, 2])))) == [1, 2]
-    assert type(wire.decode(wire.encode(type("I", (int,), {})(3)))) is int
-
-
-@pytest.mark.parametrize("value", [object(), len, type, [lambda: 1], sys])
-def test_other_data_does_not_travel(value):
-    with pytest.raises(TypeError):
-        wire.encode(value)
-
-
-def test_bytes_that_are_no_plain_data_are_refused():
-    good, generator = wire.encode(VALUES), random.Random(0)
-    for _ in range(3000):
-        data = bytearray(good)
-        for _ in range(generator.randint(1, 4)):
-            data[generator.randrange(len(data))] = generator.randrange(256)
-        data = bytes(data[: generator.randint(0, len(data))])
-        with contextlib.suppress(ValueError):
-            wire.decode(data)
-    for data in (b"l1:" * 10**5, b"l99999999999:", b"e1:l0:", b"r1:N", b"x1:a", b"NN", b""):
-        with pytest.raises(ValueError, match=r"plain data"):
-            wire.decode(data)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import trl_parity
+from accelerate import ParallelismConfig
 from datasets import Dataset
 
 from liger_trainer.trl import ORPOConfig, ORPOTrainer
@@ -90,10 +91,35 @@ def test_reference_of_another_vocabulary(tmp_path):
 @pytest.mark.parametrize("method", ["GRPO", "RLOO", "Distillation"])
 def test_processes_that_share_a_model_do_not_sample_from_it(method):
     """That the completions differ is seen in two processes: tests/helpers/engine_trainers.py."""
-    cls, _ = trl_parity.classes(method, flag=True)
-    trainer = cls.__new__(cls)
-    trainer.model = SimpleNamespace(_tp_size=2)
+    trainer = without_construction(method)
+    trainer.model._tp_size = 2
     with pytest.raises(ValueError, match=f"{method}Trainer samples other completions"):
         check_ranks(trainer)
-    trainer.model = SimpleNamespace(_tp_size=None)
+    trainer.model._tp_size = None
     check_ranks(trainer)
+
+
+ALL = ["SFT", "DPO", "KTO", "GRPO", "RLOO", "Reward", "Distillation", *trl_parity.EXPERIMENTAL]
+
+
+@pytest.mark.parametrize("sizes", [{"cp_size": 2}, {"sp_size": 2}])
+@pytest.mark.parametrize("method", ALL)
+def test_of_a_part_of_each_row_sft_alone_makes_its_loss(method, sizes):
+    """TRL's own fail in other places: tests/helpers/engine_trainers.py."""
+    trainer = without_construction(method)
+    check_ranks(trainer)
+    trainer.accelerator.parallelism_config = ParallelismConfig(**sizes)
+    if method == "SFT":
+        check_ranks(trainer)
+        return
+    with pytest.raises(ValueError, match=f"{method}Trainer needs whole rows.*use FSDP2 or ZeRO-3"):
+        check_ranks(trainer)
+
+
+def without_construction(method: str):
+    """A trainer with what `check_ranks` looks at."""
+    cls, _ = trl_parity.classes(method, flag=True)
+    trainer = cls.__new__(cls)
+    trainer.model = SimpleNamespace()
+    trainer.accelerator = SimpleNamespace(parallelism_config=None)
+    return trainer

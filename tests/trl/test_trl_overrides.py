@@ -158,13 +158,30 @@ def test_report_says_when_trl_does_it(name, tmp_path):
     assert "TRL's own" in row.reason
 
 
+@pytest.mark.parametrize("method", ["CPO", "ORPO"])
 @pytest.mark.parametrize(
     ("build", "unused"),
     [(pairs, "get_batch_logps"), (lambda: pairs(encoder_decoder), "concatenated_forward")],
+    ids=["decoder", "encoder-decoder"],
 )
-def test_report_says_which_scoring_of_pairs_is_not_called(build, unused, tmp_path):
-    rows, _ = trl_rows("CPO", tmp_path, build, {})
-    assert [site for site, row in rows.items() if not row.swapped] == [f"CPOTrainer.{unused}"]
+def test_report_says_which_scoring_of_pairs_is_not_called(method, build, unused, tmp_path):
+    rows, _ = trl_rows(method, tmp_path, build, {})
+    assert [site for site, row in rows.items() if not row.swapped] == [f"{method}Trainer.{unused}"]
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("method", ["CPO", "ORPO"])
+def test_an_encoder_decoder_trains_and_evaluates_as_with_trl(method, flag, tmp_path):
+    def build():
+        made = pairs(encoder_decoder)
+        return made | {"eval_dataset": made["train_dataset"]}
+
+    config = {"max_steps": 3, "use_liger_kernel": flag}
+    got = trl_parity.run(method, tmp_path / "got", build, config)
+    config["use_liger_kernel"] = False
+    expected = trl_parity.run(method, tmp_path / "expected", build, config, flag=False)
+    assert (got.trainer.injection_report is not None) is flag
+    trl_parity.assert_same(got, expected)
 
 
 @pytest.mark.parametrize("to_fp32", [False, True])

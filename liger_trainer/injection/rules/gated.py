@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_trainer.deferred import Attach, Deferred
+from liger_trainer.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, fingerprint
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
 from liger_trainer.kernels.runtime import PLAIN, pays
@@ -67,6 +67,13 @@ class DeferredActivation(Deferred):
             )
         return self._gate
 
+    def __mul__(self, other):
+        # The table of handlers would find the product, too, but after 8 us in torch's dispatch.
+        product = _multiply(self, other)
+        return super().__mul__(other) if product is NotImplemented else product
+
+    __rmul__ = __mul__  # a product commutes, in torch to the bit
+
     def compute(self) -> torch.Tensor:
         self._owner._liger_unfused = True  # not gated after all: do not defer again
         note(self._owner, "what it returns is not multiplied with a projection of its shape")
@@ -77,9 +84,10 @@ def _multiply(a, b, **kwargs):
     activation, up = (a, b) if isinstance(a, DeferredActivation) else (b, a)
     if kwargs or type(up) not in PLAIN or activation._value is not None:  # it may have been changed
         return NotImplemented
-    if (up.shape, up.dtype, up.device) != (activation.shape, activation.dtype, activation.device):
+    gate = activation.gate  # its shape, dtype and device are the activation's, without a detour
+    if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         return NotImplemented
-    return activation._form.product(activation.gate, up)
+    return activation._form.product(gate, up)
 
 
 _PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,

@@ -16,9 +16,9 @@ from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa
 from liger_trainer.deferred.head_call import CallableHead
 from liger_trainer.deferred.logits import defer_call
 from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
+from liger_trainer.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.activation_memory import LeanModel
-from liger_trainer.injection.rules.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection.rules.proposal import (
     OVERRIDDEN,
     Proposal,
@@ -26,25 +26,10 @@ from liger_trainer.injection.rules.proposal import (
     Swap,
     look_again,
 )
+from liger_trainer.injection.rules.uncompiled import uncompiled, uncompiled_result
 from liger_trainer.swap import Swapped, has_foreign_forward, note, swap
 
 FUSED = "fused_linear_cross_entropy"
-
-
-@functools.cache
-def _uncompiled(function: Callable, recursive: bool = True) -> Callable:
-    reason = (
-        "liger_trainer defers logits here; for one full graph set fused_linear_cross_entropy "
-        "to false in liger_kernel_config"
-    )
-    uncompiled = torch.compiler.disable(function, recursive=recursive, reason=reason)
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        exporting = torch.compiler.is_exporting()  # there all of the graph is wanted
-        return (function if exporting else uncompiled)(*args, **kwargs)
-
-    return call
 
 
 class DeferredHead(CallableHead):
@@ -55,7 +40,7 @@ class DeferredHead(CallableHead):
 
     @classmethod
     def namespace(cls, base: type, fused: bool) -> dict[str, object]:
-        call = _uncompiled(cls.call) if fused else cls.call
+        call = uncompiled(cls.call) if fused else cls.call
         return {"__call__": call, "_liger_fused": fused}
 
     def call(self, *args, **kwargs):
@@ -121,17 +106,12 @@ class DeferringModel(Swapped):
 
         if not fused:
             return {"forward": forward, "_liger_fused": False}
-        forward = functools.wraps(original)(_uncompiled(forward, recursive=False))
+        forward = functools.wraps(original)(uncompiled(forward, recursive=False))
         names = {"forward": forward, "_liger_fused": True}
         loss_function = getattr(base, "loss_function", None)
         if isinstance(loss_function, property):
-            names["loss_function"] = loss_function.getter(_uncompiled_result(loss_function.fget))
+            names["loss_function"] = loss_function.getter(uncompiled_result(loss_function.fget))
         return names
-
-
-def _uncompiled_result(getter: Callable) -> Callable:
-    uncompiled = _uncompiled(lambda self: _uncompiled(getter(self)))
-    return lambda self: (getter if torch.compiler.is_exporting() else uncompiled)(self)
 
 
 def _position_of_labels(forward: Callable) -> float:

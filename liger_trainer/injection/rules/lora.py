@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from liger_trainer.hooks import call_nested, is_hooked, only_gathered
 from liger_trainer.injection import probe
-from liger_trainer.injection.rules.hooks import is_hooked
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.lora_linear import (
     MIN_ELEMENTS,
@@ -38,44 +38,62 @@ _TOLERANCE_FP64 = 1e-10
 
 
 class FusedLoRA(Swapped):
-    """forward(x) as one operation; small inputs, and where that does not apply, as before."""
+    """forward(x) as one operation; small inputs, and where that does not apply, as before.
+
+    Behind an engine's hooks, inputs of every size are fused: processes whose rows have different
+    lengths must call the same modules in the same order, or they gather different weights.
+    """
 
     def forward(self, x, *args, **kwargs):
-        usual = not (args or kwargs) and pays(x, MIN_ELEMENTS)
-        adapters = active_adapters(self, x) if usual else None
+        usual = not (args or kwargs)
+        hooked = usual and self._modules["base_layer"]._forward_pre_hooks
+        gathered = _gathered_modules(self) if hooked else None
+        usual = usual and (gathered is not None or pays(x, MIN_ELEMENTS))
+        adapters = active_adapters(self, x, gathered is not None) if usual else None
         if not adapters:
             if usual and not torch.compiler.is_compiling():
-                note(self, _unfit(self))
+                note(self, _unfit(self, gathered is not None))
             return self._liger_base.forward(self, x, *args, **kwargs)
         note(self, None)
+        if gathered is not None:
+            return _fused_where_gathered(gathered, x, adapters)
         base = self.base_layer
-        if _is_plain_linear(base, x):
+        if not is_hooked(base) and _is_plain_linear(base, x):
             return lora_linear(x, base.weight, base.bias, adapters)
         return add_adapters(base(x), x, adapters)
 
 
-def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
+def active_adapters(
+    layer: nn.Module, x: torch.Tensor, gathered: bool = False
+) -> list[Adapter] | None:
     """Return what is added to the base product of `x` now; None if only the layer's forward can
-    tell."""
+    tell.
+
+    `gathered`: hooks make the matrices whole where they are called. Until then, they have no size,
+    and asking modules for them by attribute may gather them here.
+    """
     if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
         return None
     if type(x) not in _PLAIN or not x.is_floating_point() or _is_sharded(layer.base_layer):
         return None
     autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast and x.dtype == torch.float64:  # which autocast leaves alone
-        return None
     found = []
     for name in layer.active_adapters:
         parts = _parts_of(layer, name)
         if parts is None:
             continue
-        if _variant(layer, name, parts) is not None or any(map(is_hooked, parts)):
+        if _variant(layer, name, parts) is not None:
+            return None
+        if not gathered and any(map(is_hooked, parts)):
             return None
         down, up, dropout = parts
-        A, B, scale = down.weight, up.weight, layer.scaling[name]
+        A, B = down._parameters.get("weight"), up._parameters.get("weight")
+        scale = layer.scaling[name]
         if type(A) not in _PLAIN or type(B) not in _PLAIN or not isinstance(scale, (int, float)):
             return None
-        if A.dtype != B.dtype or A.device != x.device or not A.numel():
+        if A.dtype != B.dtype or not (gathered or (A.device == x.device and A.numel())):
+            return None
+        if autocast and torch.float64 in (x.dtype, A.dtype):  # which autocast leaves alone
             return None
         if not autocast and A.dtype != x.dtype:
             widens = torch.promote_types(A.dtype, x.dtype) == A.dtype
@@ -83,6 +101,43 @@ def active_adapters(layer: nn.Module, x: torch.Tensor) -> list[Adapter] | None:
                 return None
         found.append(Adapter(A, B, scale, dropout.p if _drops(dropout) else 0.0))
     return found
+
+
+def _gathered_modules(layer: nn.Module) -> list[nn.Module] | None:
+    """Return the base layer, and A and B of each active adapter, if an engine's hooks gather their
+    weights when they are called."""
+    if torch.compiler.is_compiling():
+        return None
+    found = [layer.base_layer]
+    for name in layer.active_adapters:
+        parts = _parts_of(layer, name)
+        if parts is not None:
+            down, up, dropout = parts
+            if not only_gathered((layer.base_layer, down, up), bystander=dropout):
+                return None
+            found += [down, up]
+    return found
+
+
+def _fused_where_gathered(
+    modules: list[nn.Module], x: torch.Tensor, adapters: list[Adapter]
+) -> torch.Tensor:
+    """Run the operation inside calls of all `modules`, in the order in which PEFT calls them."""
+    base, *matrices = modules
+
+    def whole() -> list[Adapter]:
+        pairs = zip(adapters, matrices[::2], matrices[1::2], strict=True)
+        return [adapter._replace(A=down.weight, B=up.weight) for adapter, down, up in pairs]
+
+    def everything(x: torch.Tensor) -> torch.Tensor:
+        if _is_plain_linear(base, x):
+            return lora_linear(x, base.weight, base.bias, whole())
+        return add_adapters(_PLAIN_FORWARD(base, x), x, whole())
+
+    if type(base).forward is _PLAIN_FORWARD:
+        return call_nested(modules, x, everything)
+    y = base(x)
+    return call_nested(matrices, x, lambda x: add_adapters(y, x, whole()))
 
 
 _TABLES = ("lora_A", "lora_B", "lora_dropout")
@@ -96,7 +151,7 @@ def _parts_of(layer: nn.Module, name: str) -> tuple[nn.Module, ...] | None:
     return tuple(modules[table]._modules[name] for table in _TABLES)  # pyright: ignore[reportReturnType]
 
 
-def _unfit(layer: nn.Module) -> str | None:
+def _unfit(layer: nn.Module, gathered: bool) -> str | None:
     """Why the layer's own forward adds the adapters, where that is not a matter of the input."""
     found = {name: _parts_of(layer, name) for name in layer.active_adapters}
     active = {name: parts for name, parts in found.items() if parts is not None}
@@ -105,7 +160,7 @@ def _unfit(layer: nn.Module) -> str | None:
     for name, parts in active.items():
         if (variant := _variant(layer, name, parts)) is not None:
             return f"not plain LoRA: {variant}"
-        if any(map(is_hooked, parts)):
+        if not gathered and any(map(is_hooked, parts)):
             return "hooks on the adapter"
     return "its base layer lies in shards" if _is_sharded(layer.base_layer) else None
 
@@ -131,7 +186,7 @@ def _variant(layer: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> str |
 
 
 def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> bool:
-    if type(base).forward is not _PLAIN_FORWARD or is_hooked(base):
+    if type(base).forward is not _PLAIN_FORWARD:
         return False
     weight = base.weight
     if type(weight) not in _PLAIN or not weight.is_floating_point() or weight.dim() != 2:
@@ -140,7 +195,9 @@ def _is_plain_linear(base: nn.Module, x: torch.Tensor) -> bool:
 
 
 def _is_sharded(base: nn.Module) -> bool:
-    weight = getattr(base, "weight", None)
+    weight = base._parameters.get("weight")
+    if weight is None:  # parametrized, or of another name
+        weight = getattr(base, "weight", None)
     return type(weight) not in _PLAIN and hasattr(weight, "device_mesh")  # a DTensor
 
 

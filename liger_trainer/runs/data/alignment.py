@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 
 from datasets import Dataset, Json, Value, concatenate_datasets
 
+from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS, Conversation, pruned
 from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import (
@@ -24,9 +25,10 @@ from liger_trainer.runs.data.rows import (
     Judge,
     RowError,
     Sieve,
+    check_text,
     columns,
+    converted,
     judged,
-    text_flaw,
 )
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
 
@@ -39,29 +41,30 @@ COLUMNS = {
 
 def prepare_examples(
     dataset: Dataset,
+    data: DataArguments,
     tokenizer,
+    form: Form,
     sieve: Sieve,
     *,
-    form: Form,
-    max_length: int,
-    needed: Iterable[str] = (),
-    check: Callable[[dict], str] | None = None,
-    seed: int = 0,
-    num_proc: int | None = None,
+    needed: Iterable[str],
+    check: Callable[[dict], None] | None,
+    seed: int,
 ) -> Dataset:
     """Return the examples (`numbered`) with the columns of `form.kind`, all fit to train on.
 
     Args:
         needed: columns that are kept and must be there, besides those of the kind.
-        check: why else a row cannot be used; empty if it can.
+        check: raises RowError for a row that cannot be used for another reason.
         seed: shuffles the two examples that each pair becomes.
 
     Raises ValueError for missing columns, labels that are not true or false or are all the same,
     and, unless `sieve` leaves them out, for an empty or an unchanged text and for a prompt that
-    leaves its completion no room within `max_length`.
+    leaves its completion no room within `data.max_length`.
     """
-    kind = form.kind
-    dataset = _converted(dataset, form, sieve, num_proc)
+    kind, num_proc = form.kind, data.num_proc
+    if form.convert is not None:
+        desc = f"From {form.name}"
+        dataset = converted(dataset, form.convert, sieve, num_proc, replaced=form.used, desc=desc)
     paired = {"chosen", "rejected"} <= set(columns(dataset))
     source = "pairs" if kind == "labelled" and paired else kind
     names = [n for n in COLUMNS[source] if n in columns(dataset) and n != "label"]
@@ -80,7 +83,7 @@ def prepare_examples(
             "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
             "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
         )
-    dataset = judged(dataset, _judge(kind, tokenizer, max_length, check), sieve, num_proc)
+    dataset = judged(dataset, _judge(kind, tokenizer, data.max_length, check), sieve, num_proc)
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
     keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
@@ -110,32 +113,16 @@ def _with_own_keys(dataset: Dataset) -> Dataset:
     return dataset.map(own, features=features, desc="Arguments of the template")
 
 
-def _converted(dataset: Dataset, form: Form, sieve: Sieve, num_proc: int | None) -> Dataset:
-    """Return the rows in the form of their kind, those that cannot be brought to it left out."""
-    if form.convert is None:
-        return dataset
-
-    def judge(example: dict) -> tuple[str, list[str]]:
-        form.convert(example)
-        return "", []
-
-    dataset = judged(dataset, judge, sieve, num_proc)
-    replaced = [name for name in form.used if name in dataset.column_names]
-    return dataset.map(form.convert, remove_columns=replaced, desc=f"From {form.name}")
-
-
 def _with_texts(dataset: Dataset, names: list[str], sieve: Sieve, num_proc: int | None) -> Dataset:
     """Return the rows in which the columns `names` hold text or messages, the same in every row."""
     first = {n: next((v for v in dataset[n] if v is not None), None) for n in names}
 
-    def judge(example: dict) -> tuple[str, list[str]]:
+    def judge(example: dict) -> None:
         for name in names:
-            if found := text_flaw(name, example[name]):
-                return found, []
-            if type(example[name]) is not type(first[name]):
-                other = f"`{name}` is {_kind(example[name])}, in other rows {_kind(first[name])}"
-                return other, []
-        return "", []
+            text = example[name]
+            check_text(name, text)
+            if type(text) is not type(first[name]):
+                raise RowError(f"`{name}` is {_kind(text)}, in other rows {_kind(first[name])}")
 
     return judged(dataset, judge, sieve, num_proc)
 
@@ -155,22 +142,16 @@ def _with_prompt(dataset: Dataset, sieve: Sieve) -> Dataset:
     if has_prompt and all(len(chosen) <= 1 for chosen in dataset["chosen"]):
         return dataset  # answers alone
 
-    def judge(example: dict) -> tuple[str, list[str]]:
-        chosen, rejected = (pruned(example[name]) for name in ("chosen", "rejected"))
-        if chosen[:-1] == rejected[:-1]:
-            return "", []
-        raise RowError(
-            "`chosen` and `rejected` are conversations that differ before their last message; "
-            "give what they share as a column `prompt`"
-        )
-
     def split(example: dict) -> dict:
         chosen, rejected = (pruned(example[name]) for name in ("chosen", "rejected"))
+        if chosen[:-1] != rejected[:-1]:
+            raise RowError(
+                "`chosen` and `rejected` are conversations that differ before their last message; "
+                "give what they share as a column `prompt`"
+            )
         return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
-    dataset = judged(dataset, judge, sieve, None)
-    split_up = [name for name in COLUMNS["pairs"] if name in dataset.column_names]
-    return dataset.map(split, remove_columns=split_up, desc="Finding prompts")
+    return converted(dataset, split, sieve, None, replaced=COLUMNS["pairs"], desc="Finding prompts")
 
 
 def _unmixed(dataset: Dataset, names: list[str]) -> Dataset:
@@ -253,68 +234,67 @@ def sides(example: dict) -> list[dict]:
     return [{**kept, "completion": example[name]} for name in names]
 
 
-def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], str] | None) -> Judge:
-    """Return what says of a row of a kind why it cannot be trained on."""
+def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None) -> Judge:
+    """Return the judge of the rows of a kind."""
     judge = {
         "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
         "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
         "prompts": lambda row: _judge_prompt(row, tokenizer),
     }[kind]
 
-    def with_check(row: dict) -> tuple[str, list[str]]:
-        flaw, unshown = judge(row)
-        return flaw or (check(row) if check else ""), unshown
+    def with_check(row: dict) -> list[str]:
+        unshown = judge(row)
+        if check is not None:
+            check(row)
+        return unshown
 
     return with_check
 
 
-def _judge_pair(example: dict, tokenizer, max_length: int) -> tuple[str, list[str]]:
-    """Why a pair cannot be trained on, empty if it can; and what the template does not show."""
+def _judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
     if not example["prompt"]:
-        return "`prompt` is empty", []
+        raise RowError("`prompt` is empty")
     if pruned(example["chosen"]) == pruned(example["rejected"]):
-        return "`chosen` and `rejected` are equal", []
-    encode = side_encoder(tokenizer, max_length)
-    encoded = [encode(side) for side in sides(example)]
-    unshown = sorted({name for side in encoded for name in side["unshown"]})
-    if flaw := next(filter(None, (_unsupervised(side, max_length) for side in encoded)), ""):
-        return flaw, []
+        raise RowError("`chosen` and `rejected` are equal")
+    encoded = [_supervised(side, tokenizer, max_length) for side in sides(example)]
     if encoded[0]["input_ids"] == encoded[1]["input_ids"]:
         if max(side["length"] for side in encoded) <= max_length:
-            return "the chat template renders `chosen` and `rejected` alike", []
-        return (
+            raise RowError("the chat template renders `chosen` and `rejected` alike")
+        raise RowError(
             f"`chosen` and `rejected` differ only after data.max_length ({max_length} tokens); "
             "raise it"
-        ), []
-    return "", unshown
+        )
+    return sorted({name for side in encoded for name in side["unshown"]})
 
 
-def _judge_labelled(example: dict, tokenizer, max_length: int) -> tuple[str, list[str]]:
+def _judge_labelled(example: dict, tokenizer, max_length: int) -> list[str]:
     if example["label"] is None:
-        return "`label` is missing", []
-    (side,) = map(side_encoder(tokenizer, max_length), sides(example))
-    return _unsupervised(side, max_length), side["unshown"]
+        raise RowError("`label` is missing")
+    (side,) = sides(example)
+    return _supervised(side, tokenizer, max_length)["unshown"]
 
 
-def _judge_prompt(example: dict, tokenizer) -> tuple[str, list[str]]:
+def _judge_prompt(example: dict, tokenizer) -> list[str]:
     if isinstance(example["prompt"], str):
-        return "", []
+        return []
     conversation = Conversation.of(tokenizer, example["prompt"], {})  # as GRPO renders it
-    return "", conversation.unshown(prompting=True)
+    return conversation.unshown(prompting=True)
 
 
-def side_encoder(tokenizer, max_length: int | None) -> Callable[[dict], dict]:
+def side_encoder(tokenizer, max_length: int) -> Callable[[dict], dict]:
     """Return a function from one of `sides` to token ids and labels."""
     return encoder(tokenizer, kind="prompt_completion", max_length=max_length, assistant_only=True)
 
 
-def _unsupervised(encoded: dict, max_length: int) -> str:
-    """Why a completion has no token to learn; empty if it has one."""
+def _supervised(side: dict, tokenizer, max_length: int) -> dict:
+    """Return one of `sides`, encoded. Raises RowError where its completion has no token to
+    learn."""
+    encoded = side_encoder(tokenizer, max_length)(side)
     if any(label != IGNORE_INDEX for label in encoded["labels"]):
-        return ""
+        return encoded
     if encoded["length"] <= max_length:
-        return "no message of its completion is the assistant's"
-    return (
+        raise RowError("no message of its completion is the assistant's")
+    raise RowError(
         f"its prompt alone fills data.max_length ({max_length} tokens); raise it, or shorten the "
         "prompt"
     )

@@ -11,8 +11,8 @@ from liger_trainer.runs.data.forms import NAMES as FORMS
 from liger_trainer.runs.typed import filled
 
 ENDINGS = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
-# Keys of the section `data` that an entry of `data.mix` has for itself, and what is not set there.
-_OF_ENTRIES = {"path": None, "loader": None, "name": None, "columns": None, "form": None}
+# Keys of the section `data` that an entry of `data.mix` has for itself.
+_OF_ENTRIES = ("path", "loader", "name", "columns", "form")
 _AT_LEAST = {"samples": 0, "num_proc": 1, "shuffle_buffer": 1, "max_length": 2, "max_examples": 2}
 _NOT_STREAMED = {
     "packing": "remove the key: which examples share a row is known once all lengths are",
@@ -114,6 +114,11 @@ class DataArguments:
             self._check_stream()
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out examples."""
+        return bool(self.eval_path or self.eval_split or self.eval_fraction)
+
+    @property
     def sources(self) -> list[Source]:
         """The data sets that are trained on."""
         if self.mix is None:
@@ -133,7 +138,7 @@ class DataArguments:
         if self.mix is None:
             self.sources[0].check("data")
             return
-        given = [key for key, usual in _OF_ENTRIES.items() if getattr(self, key) != usual]
+        given = [key for key in _OF_ENTRIES if getattr(self, key) is not None]
         given += ["split"] if self.split != "train" else []
         if given:
             raise ValueError(

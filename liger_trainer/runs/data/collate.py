@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,6 +33,11 @@ class PackedDataset(torch.utils.data.Dataset):
             row["labels"] += example["labels"]
             row["position_ids"] += range(len(example["input_ids"]))
         return row
+
+
+def unpacked(rows: Any) -> Iterator[dict[str, Any]]:
+    """Return the examples, of packed rows those that were packed."""
+    return iter(rows.dataset if isinstance(rows, PackedDataset) else rows)
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:

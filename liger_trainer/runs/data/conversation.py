@@ -82,6 +82,14 @@ class Conversation:
             return True  # the template looked for it
 
 
+def prompt_ids(prompt: str | list[dict], tokenizer) -> list[int]:
+    """Return the token ids of a text, or of messages that the assistant is to answer."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    text = Conversation.of(tokenizer, prompt, {}).render(prompting=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def require_template(tokenizer) -> None:
     """Raise ValueError for a tokenizer without chat template."""
     if tokenizer.chat_template is None:

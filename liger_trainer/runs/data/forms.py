@@ -49,6 +49,11 @@ class Form:
         """The columns that `convert` replaces."""
         return (*self.columns, *self.optional) if self.convert else ()
 
+    def taken(self, row: dict) -> dict:
+        """Return a row with what is trained on. Raises RowError for one that cannot be brought to
+        its form."""
+        return {**row, **self.convert(row)} if self.convert else row
+
 
 def messages_of(turns: Any, column: str, system: str | None = None) -> Messages:
     """Return turns of `{from, value}` as messages; those that are messages already stay.

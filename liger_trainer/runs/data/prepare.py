@@ -28,6 +28,22 @@ _TEXT_KINDS = {form.kind for form in TEXT_FORMS}
 
 
 @dataclass(frozen=True)
+class Purpose:
+    """What a method makes of its examples."""
+
+    examples: str = "text"  # `Method.examples`; all but "text" are tokenized by its trainer
+    needed: Iterable[str] = ()  # columns that have to be there besides, for reward functions
+    # raises RowError for a row that a reward function could never reward
+    check: Callable[[dict], None] | None = None
+    # the processor of text and images; None for a method that takes no images
+    load_processor: Callable[[], Any] | None = None
+    tools: bool = True  # whether its trainer gives a column `tools` to the chat template
+
+
+TEXT = Purpose()
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Datasets for the trainer, and what was left out on the way."""
 
@@ -45,47 +61,22 @@ class Prepared:
         return "streamed" if isinstance(self.train, IterableDataset) else str(len(self.train))
 
 
-def prepare(
-    data: DataArguments,
-    tokenizer,
-    *,
-    seed: int,
-    examples: str = "text",
-    needed: Iterable[str] = (),
-    check: Callable[[dict], str] | None = None,
-    load_processor: Callable[[], Any] | None = None,
-    tools: bool = True,
-) -> Prepared:
+def prepare(data: DataArguments, tokenizer, purpose: Purpose = TEXT, *, seed: int) -> Prepared:
     """Load and split; text is tokenized and, if asked to, packed, other examples are checked.
-
-    Args:
-        examples: what the method trains on, `Method.examples`. All but "text" are tokenized by the
-            method's trainer.
-        needed: columns that have to be there besides the examples', for reward functions.
-        check: why no reward function could ever reward a row; empty if one could.
-        load_processor: the processor of text and images; None for a method that takes no images.
-        tools: whether the method's trainer gives a column `tools` to the chat template.
 
     Raises ValueError when no format is recognized, when no example has a label left, and, unless
     `data.invalid` is "drop", for examples that cannot be trained on.
     """
     splits, notes, sieves, kinds = load_splits(data, seed), [], [], []
     parts = {"training": splits.train, "held-out": splits.held_out}
-    processor = processor_for(splits.train + splits.held_out, data, load_processor)
-    options = {
-        "seed": seed,
-        "needed": needed,
-        "check": check,
-        "processor": processor,
-        "tools": tools,
-    }
+    processor = processor_for(splits.train + splits.held_out, data, purpose)
     fitted = {what: [] for what in parts}
     for what, part in ((what, part) for what, some in parts.items() for part in some):
         sieve = Sieve(what, part.source.label if len(splits.train) > 1 else "", data.invalid, notes)
-        form = form_of(part.columns, examples, part.source.form)
+        form = form_of(part.columns, purpose.examples, part.source.form)
         if form.convert and what == "training":
             notes.append(f"{part.source.label}: {form.name} rows, taken as {form.kind}")
-        fitted[what].append(fit(part, data, tokenizer, form, sieve, **options))
+        fitted[what].append(fit(part, data, tokenizer, form, sieve, purpose, processor, seed))
         sieves.append(sieve)
         kinds.append(form.kind)
     labels = {what: [part.source.label for part in some] for what, some in parts.items()}
@@ -97,7 +88,7 @@ def prepare(
         seed=seed,
         notes=notes,
     )
-    if examples == "labelled":
+    if purpose.examples == "labelled":
         check_both_labels(train)
     held_out = concatenated(fitted["held-out"], labels["held-out"]) if splits.held_out else None
     if data.packing:
@@ -117,9 +108,7 @@ def _unused_tools(part: Part, form: Form) -> str:
     return f"{part.source.label}: `tools` go to reward functions, not to the chat template"
 
 
-def processor_for(
-    parts: list[Part], data: DataArguments, load_processor: Callable[[], Any] | None
-) -> Any | None:
+def processor_for(parts: list[Part], data: DataArguments, purpose: Purpose) -> Any | None:
     """Return the processor, if any of the data sets has images.
 
     Raises ValueError where the method, another key or the model has no use for them.
@@ -127,7 +116,7 @@ def processor_for(
     pictured = next((part for part in parts if has_images(part.columns)), None)
     if pictured is None:
         return None
-    if load_processor is None:
+    if purpose.load_processor is None:
         raise ValueError(
             f"data: {pictured.source.label} has images, which are for sft and dpo; remove the "
             "column, or use one of these methods"
@@ -135,7 +124,7 @@ def processor_for(
     for key in ("packing", "streaming"):
         if getattr(data, key):
             raise ValueError(f"data.{key}: not for examples with images; remove the key")
-    return load_processor()
+    return purpose.load_processor()
 
 
 def fit(
@@ -144,17 +133,14 @@ def fit(
     tokenizer,
     form: Form,
     sieve: Sieve,
-    *,
+    purpose: Purpose,
+    processor: Any | None,
     seed: int,
-    needed: Iterable[str] = (),
-    check: Callable[[dict], str] | None = None,
-    processor: Any | None = None,
-    tools: bool = True,
 ) -> Dataset | IterableDataset:
     """Return the rows that can be trained on: text as ids and labels, other kinds as their
     trainers take them. Raises ValueError as `prepare` does."""
-    rows = part.rows
-    if "tools" in part.columns and not tools:
+    rows, check = part.rows, purpose.check
+    if "tools" in part.columns and not purpose.tools:
         sieve.notes.append(_unused_tools(part, form))
     if processor is not None:
         rows = with_images(rows, part.source, sieve, data.num_proc)
@@ -167,13 +153,5 @@ def fit(
             return stream(rows, part.columns, data, tokenizer, form, sieve)
         return tokenized(rows, data, tokenizer, form, sieve)
     return prepare_examples(
-        rows,
-        tokenizer,
-        sieve,
-        form=form,
-        max_length=data.max_length,
-        needed=needed,
-        check=check,
-        seed=seed,
-        num_proc=data.num_proc,
+        rows, data, tokenizer, form, sieve, needed=purpose.needed, check=check, seed=seed
     )

@@ -12,7 +12,8 @@ from datasets import Dataset, IterableDataset
 ROW = "__row__"  # column with a row's number in its source, counted from 1
 
 
-Judge = Callable[[dict], tuple[str, list[str]]]  # a row's flaw, and what its template leaves out
+# Raises RowError for a row that cannot be used; returns what the chat template leaves out of it.
+Judge = Callable[[dict], list[str] | None]
 
 
 class RowError(ValueError):
@@ -59,14 +60,13 @@ def columns(dataset: Dataset | IterableDataset) -> list[str]:
 
 
 def judged(dataset: Dataset, judge: Judge, sieve: Sieve, num_proc: int | None) -> Dataset:
-    """Return the rows in which `judge` finds no flaw, neither in its answer nor as RowError."""
+    """Return the rows for which `judge` raises no RowError."""
 
     def judged(example: dict) -> dict:
         try:
-            flaw, unshown = judge(example)
+            return {"flaw": "", "unshown": ", ".join(judge(example) or ())}
         except RowError as error:
-            flaw, unshown = str(error), []
-        return {"flaw": flaw, "unshown": ", ".join(unshown)}
+            return {"flaw": str(error), "unshown": ""}
 
     found = dataset.map(
         judged, remove_columns=dataset.column_names, num_proc=num_proc, desc="Checking examples"
@@ -75,6 +75,26 @@ def judged(dataset: Dataset, judge: Judge, sieve: Sieve, num_proc: int | None) -
     kept = without_flawed(dataset, flaws, sieve)
     note_unshown((u for u, flaw in zip(found["unshown"], flaws, strict=True) if not flaw), sieve)
     return kept
+
+
+def converted(
+    dataset: Dataset,
+    convert: Callable[[dict], dict],
+    sieve: Sieve,
+    num_proc: int | None,
+    *,
+    replaced: Iterable[str],
+    desc: str,
+) -> Dataset:
+    """Return the rows for which `convert` raises no RowError, with what it gives in place of the
+    columns `replaced`."""
+
+    def judge(example: dict) -> None:
+        convert(example)
+
+    dataset = judged(dataset, judge, sieve, num_proc)
+    present = [name for name in replaced if name in dataset.column_names]
+    return dataset.map(convert, remove_columns=present, desc=desc)
 
 
 def note_unshown(unshown: Iterable[str], sieve: Sieve) -> None:
@@ -86,21 +106,21 @@ def note_unshown(unshown: Iterable[str], sieve: Sieve) -> None:
         )
 
 
-def text_flaw(name: str, text: Any, *, may_be_empty: bool = False) -> str:
-    """Why the value of column `name` is neither text nor chat messages; empty if it is one."""
+def check_text(name: str, text: Any, *, may_be_empty: bool = False) -> None:
+    """Raise RowError for a value of column `name` that is neither text nor chat messages."""
     if text is None:
-        return f"`{name}` is missing"
-    if isinstance(text, str):
-        return "" if may_be_empty or text.strip() else f"`{name}` is empty"
-    if not isinstance(text, list):
-        return f"`{name}` is {text!r}, which is neither text nor a list of messages"
-    for i, message in enumerate(text, 1):
-        flaw = _message_flaw(message)
-        if flaw:
-            return f"message {i} of `{name}` {flaw}"
-    if not any(message.get("content") or message.get("tool_calls") for message in text):
-        return f"`{name}` is empty"
-    return ""
+        raise RowError(f"`{name}` is missing")
+    if isinstance(text, list):
+        for i, message in enumerate(text, 1):
+            if flaw := _message_flaw(message):
+                raise RowError(f"message {i} of `{name}` {flaw}")
+        is_empty = not any(m.get("content") or m.get("tool_calls") for m in text)
+    elif isinstance(text, str):
+        is_empty = not text.strip() and not may_be_empty
+    else:
+        raise RowError(f"`{name}` is {text!r}, which is neither text nor a list of messages")
+    if is_empty:
+        raise RowError(f"`{name}` is empty")
 
 
 def _message_flaw(message: Any) -> str:

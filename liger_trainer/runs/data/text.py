@@ -12,8 +12,8 @@ from liger_trainer.runs.data.rows import (
     ROW,
     RowError,
     Sieve,
+    check_text,
     note_unshown,
-    text_flaw,
     without_flawed,
 )
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
@@ -37,15 +37,12 @@ def tokenized(rows: Dataset, data: DataArguments, tokenizer, form: Form, sieve: 
     """
     encoded = rows.map(
         row_encoder(data, tokenizer, form),
-        remove_columns=rows.column_names,
-        features=_ENCODED,
+        remove_columns=[name for name in rows.column_names if name != ROW],
+        features=Features({**_ENCODED, ROW: rows.features[ROW]}),
         num_proc=data.num_proc,
         desc=f"Tokenizing {sieve.what} examples",
     )
-    flaws = encoded["flaw"][:]
-    without_flawed(rows, flaws, sieve)
-    kept = [i for i, flaw in enumerate(flaws) if not flaw]
-    encoded = encoded.select(kept) if len(kept) < len(flaws) else encoded
+    encoded = without_flawed(encoded, encoded["flaw"][:], sieve)
     _note(encoded, data, sieve)
     return encoded.select_columns(list(_TOKENS))
 
@@ -87,18 +84,16 @@ def row_encoder(data: DataArguments, tokenizer, form: Form) -> Callable[[dict], 
     )
 
     def encoded(row: dict) -> dict:
-        found = {"input_ids": [], "labels": [], "length": 0, "unshown": ""}
         try:
-            example = {**row, **form.convert(row)} if form.convert else row
-            flaw = flaw_of(form.kind, example)
-            if not flaw:
-                found = encode(example)
-                found["unshown"] = ", ".join(found["unshown"])
+            example = form.taken(row)
+            check_form(form.kind, example)
+            found = encode(example)
+            if all(label == IGNORE_INDEX for label in found["labels"]):
+                raise RowError(no_label)
         except RowError as error:
-            flaw = str(error)
-        if not flaw and all(label == IGNORE_INDEX for label in found["labels"]):
-            flaw = no_label
-        return {**found, "flaw": flaw}
+            nothing = {"input_ids": [], "labels": [], "length": 0, "unshown": ""}
+            return {**nothing, "flaw": str(error)}
+        return {**found, "unshown": ", ".join(found["unshown"]), "flaw": ""}
 
     return encoded
 
@@ -114,19 +109,21 @@ def _note(encoded: Dataset, data: DataArguments, sieve: Sieve) -> None:
     note_unshown(encoded["unshown"], sieve)
 
 
-def flaw_of(kind: str, example: dict) -> str:
-    """Why a row is not what its columns promise; empty if it is."""
+def check_form(kind: str, example: dict) -> None:
+    """Raise RowError for a row that is not what its columns promise."""
     if kind == "tokenized":
-        return "" if example["input_ids"] else "`input_ids` is empty"
-    if kind == "text":
+        if not example["input_ids"]:
+            raise RowError("`input_ids` is empty")
+    elif kind == "text":
         text = example["text"]
-        is_text = text is None or isinstance(text, str)
-        return text_flaw("text", text) if is_text else f"`text` is {text!r}, which is not text"
-    if kind == "messages":
+        if not (text is None or isinstance(text, str)):
+            raise RowError(f"`text` is {text!r}, which is not text")
+        check_text("text", text)
+    elif kind == "messages":
         messages = example["messages"]
         if isinstance(messages, str):
-            return "`messages` is text; name its column `text`, or give a list of messages"
-        return text_flaw("messages", messages)
-    return text_flaw("prompt", example["prompt"], may_be_empty=True) or text_flaw(
-        "completion", example["completion"]
-    )
+            raise RowError("`messages` is text; name its column `text`, or give a list of messages")
+        check_text("messages", messages)
+    else:
+        check_text("prompt", example["prompt"], may_be_empty=True)
+        check_text("completion", example["completion"])

@@ -19,7 +19,7 @@ Piece = tuple[str, bool]  # (text, whether it is trained on)
 
 
 def encoder(
-    tokenizer, *, kind: str, max_length: int | None, assistant_only: bool
+    tokenizer, *, kind: str, max_length: int, assistant_only: bool
 ) -> Callable[[dict], dict]:
     """Return a function from one example to `input_ids` and `labels`, both cut at `max_length`;
     with `length`, how many there were before, and `unshown`, the reasoning fields that the chat
@@ -140,15 +140,15 @@ def _prompt_pieces(tokenizer, example: dict) -> tuple[list[Piece], list[str]]:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    return _spoken(tokenizer, prompt + completion, example, first_trained=len(prompt))
+    return _spoken(tokenizer, prompt + completion, example, len(prompt))
 
 
 def _message_pieces(tokenizer, example: dict) -> tuple[list[Piece], list[str]]:
-    return _spoken(tokenizer, example["messages"], example)
+    return _spoken(tokenizer, example["messages"], example, 0)
 
 
 def _spoken(
-    tokenizer, messages: list[dict], example: dict, *, first_trained: int = 0
+    tokenizer, messages: list[dict], example: dict, first_trained: int
 ) -> tuple[list[Piece], list[str]]:
     require_template(tokenizer)
     conversation = Conversation.of(tokenizer, messages, example)
@@ -163,7 +163,7 @@ def _bos(tokenizer) -> str:
     return tokenizer.bos_token if starts else ""
 
 
-def turn_pieces(conversation: Conversation, first_trained: int = 0) -> list[Piece]:
+def turn_pieces(conversation: Conversation, first_trained: int) -> list[Piece]:
     """Return the rendered conversation, cut where assistant turns (from `first_trained` on) begin
     and end.
 

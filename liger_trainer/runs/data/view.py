@@ -11,8 +11,8 @@ from datasets import IterableDataset
 
 from liger_trainer.runs.data.alignment import side_encoder, sides
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.collate import PackedDataset
-from liger_trainer.runs.data.conversation import Conversation
+from liger_trainer.runs.data.collate import PackedDataset, unpacked
+from liger_trainer.runs.data.conversation import prompt_ids
 from liger_trainer.runs.data.prepare import Prepared
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 from liger_trainer.runs.data.vision import VisionCollator
@@ -61,7 +61,7 @@ def sequences(
     if "input_ids" in row:
         return [_sequence("", row, len(row["input_ids"]))]
     if not {"chosen", "completion"} & set(row):
-        ids = _prompt_ids(row, tokenizer)
+        ids = prompt_ids(row["prompt"], tokenizer)
         return [Sequence("prompt", ids, [False] * len(ids), len(ids))]
     names = ["chosen", "rejected"] if "chosen" in row else ["completion"]
     encode = side_encoder(tokenizer, max_length)
@@ -91,11 +91,6 @@ def counts(prepared: Prepared, data: DataArguments, tokenizer, what: str) -> Cou
     return found
 
 
-def unpacked(rows: Any) -> Iterator[dict[str, Any]]:
-    """Return the examples, of packed rows those that were packed."""
-    return iter(rows.dataset if isinstance(rows, PackedDataset) else rows)
-
-
 def _sequence(name: str, encoded: dict[str, Any], length: int) -> Sequence:
     trained = [label != IGNORE_INDEX for label in encoded["labels"]]
     return Sequence(name, encoded["input_ids"], trained, length)
@@ -112,10 +107,3 @@ def _pictured(row: dict[str, Any], processor) -> list[Sequence]:
         trained = batch["completion_mask"][i] if pairs else batch["labels"][i] != IGNORE_INDEX
         found.append(Sequence(name, ids, trained[kept].bool().tolist(), len(ids)))
     return found
-
-
-def _prompt_ids(row: dict[str, Any], tokenizer) -> list[int]:
-    if isinstance(row["prompt"], str):
-        return tokenizer(row["prompt"])["input_ids"]
-    text = Conversation.of(tokenizer, row["prompt"], {}).render(prompting=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -20,7 +20,7 @@ from liger_trainer.runs.data.conversation import REASONING, pruned
 from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import RowError, Sieve, judged
 from liger_trainer.runs.data.sources import files_of
-from liger_trainer.runs.data.text import flaw_of
+from liger_trainer.runs.data.text import check_form
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 
 IMAGES = ("images", "image")  # the columns that hold them
@@ -82,10 +82,9 @@ def with_images(
         several = value if isinstance(value, list) else [] if value is None else [value]
         return {"images": [_stored(item, folders) for item in several]}
 
-    def judge(row: dict) -> tuple[str, list[str]]:
+    def judge(row: dict) -> None:
         for number, stored in enumerate(row["images"], 1):
             _check_readable(stored, number)
-        return "", []
 
     others = {n: feature for n, feature in rows.features.items() if n not in IMAGES}
     rows = rows.map(
@@ -114,9 +113,10 @@ def prepare_images(
     def convert(row: dict) -> dict:
         return _structured(row, form, assistant_only=data.assistant_only)
 
-    def judge(row: dict) -> tuple[str, list[str]]:
-        check = length_check(VisionCollator(processor), data.max_length)
-        return check({**convert(row), "images": row["images"]}), []
+    check = length_check(VisionCollator(processor), data.max_length)
+
+    def judge(row: dict) -> None:
+        check({**convert(row), "images": row["images"]})
 
     rows = judged(rows, judge, sieve, data.num_proc)
     names = ("prompt", "completion") if data.assistant_only else ("messages",)
@@ -128,23 +128,23 @@ def prepare_images(
     )
 
 
-def length_check(collator: VisionCollator, max_length: int) -> Callable[[dict], str]:
-    """Return a function that tells why a row does not fit the model; its answer is empty if it
-    does."""
+def length_check(collator: VisionCollator, max_length: int) -> Callable[[dict], None]:
+    """Return a function that raises RowError for a row that does not fit the model."""
 
-    def check(row: dict) -> str:
+    def check(row: dict) -> None:
         try:
             batch = collator([row])
         except (ValueError, TypeError, IndexError) as error:
             raise RowError(f"the processor refuses it: {' '.join(str(error).split())}") from error
         length = batch["input_ids"].shape[1]
         if length > max_length:
-            return (
+            raise RowError(
                 f"it has {length} tokens with its images, more than data.max_length "
                 f"({max_length}), and images cannot be cut; raise it"
             )
         labels = batch.get("labels")
-        return "" if labels is None or (labels != IGNORE_INDEX).any() else "nothing is trained on"
+        if labels is not None and not (labels != IGNORE_INDEX).any():
+            raise RowError("nothing is trained on")
 
     return check
 
@@ -171,9 +171,8 @@ def placed(messages: list[dict], count: int) -> list[dict]:
 def _structured(row: dict, form: Form, *, assistant_only: bool) -> dict[str, Any]:
     if row.get("tools"):
         raise RowError("it has tools, which do not reach the chat template beside images")
-    example = {**row, **form.convert(row)} if form.convert else row
-    if flaw := flaw_of(form.kind, example):
-        raise RowError(flaw)
+    example = form.taken(row)
+    check_form(form.kind, example)
     count = len(row["images"])
     if form.kind == "messages":
         prompt, completion = _split(example["messages"], strict=assistant_only)

@@ -1,9 +1,15 @@
-"""Who hooked a module: an engine, whose hooks run around a deferred call, or somebody else."""
+"""Who hooked a module, and how to compute where an engine's hooks have gathered weights.
+
+An engine's hooks are run around a call of the module, whatever that call computes; anybody else's
+want to see or change what the module's own forward takes and returns.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _global_hooks
 
@@ -55,7 +61,53 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _is_an_engines(hook: object) -> bool:
+def only_gathered(modules: Iterable[nn.Module], bystander: nn.Module) -> bool:
+    """Whether the hooks on `modules` are an engine's, and the same as those on `bystander`.
+
+    `bystander` holds no weights: what is put on it as well cannot depend on what a module computes.
+    Hooks that do (those of tensor parallelism reduce what a split layer returns) are not the same.
+    """
+    everywhere = set(map(_written_as, _forward_hooks(bystander)))
+    return all(
+        everywhere.issuperset(map(_written_as, _forward_hooks(module)))
+        and "forward" not in vars(module)
+        and not foreign_hooks(module)
+        and not has_backward_hooks(module)
+        for module in modules
+    )
+
+
+def call_nested(
+    modules: Sequence[nn.Module], x: torch.Tensor, body: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Call `modules` with `x`, one inside the other, and `body` in place of the innermost forward.
+
+    Whatever their hooks gather is there while `body` runs. What they register on inputs and outputs
+    gathers it again before the backward of all that `body` did, and frees it after that.
+    """
+    if not modules:
+        return body(x)
+    outer, *inner = modules
+    own = vars(outer)
+    own["forward"] = lambda x: call_nested(inner, x, body)
+    try:
+        return outer(x)
+    finally:
+        del own["forward"]
+
+
+def _forward_hooks(module: nn.Module) -> Iterator[Callable]:
+    yield from module._forward_hooks.values()
+    yield from module._forward_pre_hooks.values()
+
+
+def _written_as(hook: Callable) -> tuple[str, str]:
+    """Where the code of a hook is: one definition makes a function for each module."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    return f"{getattr(hook, '__module__', '')}.".startswith(_ENGINES)
+    name = getattr(hook, "__qualname__", type(hook).__qualname__)
+    return getattr(hook, "__module__", ""), name
+
+
+def _is_an_engines(hook: Callable) -> bool:
+    return f"{_written_as(hook)[0]}.".startswith(_ENGINES)

@@ -1,0 +1,84 @@
+"""Signals, a kill, a full disk: whatever ends a run early leaves the checkpoint before."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from run_folders import at_step, state, train
+from safetensors.torch import load_file
+
+from liger_trainer.runs import checkpoints
+
+
+def press(times):
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_signal_waits_for_a_save(finished, monkeypatch, capsys):
+    shutil.rmtree(finished)
+    at_step(monkeypatch, "_save_optimizer_and_scheduler", 2, lambda: press(2))
+    assert train("recipe.yaml") == 130
+    assert "Saving; once more" in capsys.readouterr().err
+    checkpoint, passed = checkpoints.newest(finished, state(finished)["id"])
+    # The first signal came while step 2 was saved, so that one more step was made and saved.
+    assert checkpoint.name == "checkpoint-3"
+    assert passed == []
+
+
+def test_a_third_signal_ends_a_save_and_tells_what_is_left(finished, monkeypatch, capsys):
+    shutil.rmtree(finished)
+    at_step(monkeypatch, "_save_optimizer_and_scheduler", 4, lambda: press(3))
+    assert train("recipe.yaml") == 130
+    assert "out/checkpoint-2 is complete. Continue with:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_final_evaluation_keeps_the_model(finished, monkeypatch, capsys, number):
+    shutil.rmtree(finished)
+    at_step(monkeypatch, "evaluation_loop", 1, lambda: os.kill(os.getpid(), number))
+    assert train("recipe.yaml", "training.max_steps=1") == 0
+    assert "the trained model is saved" in capsys.readouterr().out
+    assert state(finished)["state"] == "finished"
+    assert load_file(finished / "model.safetensors")
+
+
+def test_a_kill_during_a_save_leaves_the_checkpoint_before(finished):
+    shutil.rmtree(finished)
+    code = (
+        "import os, signal, sys; from transformers import Trainer\n"
+        "def save(self, *_):\n"
+        "    if self.state.global_step == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "plain = Trainer._save_scaler; Trainer._save_scaler = save\n"
+        "from liger_trainer import cli; cli.main(['train', 'recipe.yaml'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    found, passed = checkpoints.newest(finished, state(finished)["id"])
+    assert found.name == "checkpoint-2"
+    assert passed == ["checkpoint-4 is left aside: it was not saved to the end"]
+    assert checkpoints.owner(finished / "checkpoint-4") == state(finished)["id"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk with room for one checkpoint."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_in_one_line_and_loses_no_checkpoint(finished, small_disk, capsys):
+    assert train("recipe.yaml", f"training.output_dir={small_disk}/run") == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "checkpoint-4 could not be saved" in error
+    assert "checkpoint-2 is complete: continue with --resume" in error
+    assert not (small_disk / "run" / "checkpoint-4").exists()
