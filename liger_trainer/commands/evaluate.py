@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-HELP = "held-out metrics of a run's model, by its own recipe"
+HELP = "compute held-out metrics of a run's model, with the run's recipe"
 EXAMPLES = """examples:
   liger-trainer evaluate runs/smollm2-135m
   liger-trainer evaluate runs/mine data.path=other.jsonl data.eval_fraction=0.5 --json
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="wins over the run's value"
+        "overrides", nargs="*", metavar="section.key=value", help="overrides the run's value"
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 

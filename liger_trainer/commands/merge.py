@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-HELP = "make one model of a base and its trained adapter"
+HELP = "merge a trained adapter into its base model"
 EXAMPLES = """examples:
   liger-trainer merge runs/qwen3-8b-lora
   liger-trainer merge runs/qwen3-8b-lora --into models/mine
@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run with a peft section")
-    parser.add_argument("--into", metavar="FOLDER", help="default: RUN-merged")
+    parser.add_argument("--into", metavar="FOLDER", help="output folder (default: RUN-merged)")
 
 
 def main(options: argparse.Namespace) -> int:

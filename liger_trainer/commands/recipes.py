@@ -16,7 +16,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("action", nargs="?", choices=["list", "show"], default="list")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to show")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -33,8 +33,8 @@ _FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_e
 class RewardArguments:
     """The `reward` section. `training.reward_weights` weighs the functions; without it, equally."""
 
-    functions: list[str] | None = None  # of REWARDS, or `module:function` of your own
-    sandbox: str = "auto"  # for code that is run; or a name of SANDBOXES, where `process` is unsafe
+    functions: list[str] | None = None  # names of REWARDS, or your own as `module:function`
+    sandbox: str = "auto"  # where generated code runs: "auto" or a sandbox; `process` is unsafe
 
     def __post_init__(self):
         for name in self.functions or ():
