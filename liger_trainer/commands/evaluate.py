@@ -31,7 +31,9 @@ def main(options: argparse.Namespace) -> int:
     run = open_run(options.run, [*options.overrides, "training.report_to=none"])
     trainer, prepared = load_trained(run.recipe, run.path)
     if prepared.eval is None:
-        raise ValueError("evaluate: the recipe holds nothing out; set data.eval_fraction=0.1, say")
+        raise ValueError(
+            "evaluate: the recipe has no held-out examples; set data.eval_fraction=0.1, for example"
+        )
     now = {k: v[-1] for k, v in held_out([trainer.evaluate()]).items()}
     if options.json:
         print(json.dumps(now, indent=2))

@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
 
     output = Path(options.output).expanduser() if options.output else None
     if output is not None and output.exists() and not output.is_file():
-        raise ValueError(f"--output: {output} is there, and is no regular file")
+        raise ValueError(f"--output: {output} exists and is not a regular file")
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output: there is no folder {str(output.parent)!r}")
     run = open_run(options.run)

@@ -32,7 +32,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"{run.path} holds a whole model already, no adapter")
     into = Path(options.into).expanduser() if options.into else Path(f"{run.path}-merged")
     if into.exists():
-        raise ValueError(f"--into: {into} is there already; choose another folder")
+        raise ValueError(f"--into: {into} exists already; choose another folder")
     if not into.parent.is_dir():
         raise ValueError(f"--into: there is no folder {str(into.parent)!r}")
     # 4-bit weights would be rounded again: the adapter is added to what they were made of.

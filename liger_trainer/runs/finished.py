@@ -45,7 +45,7 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
     record = run_folder.read(path)
     if record is None:
         raise ValueError(
-            f"{path} holds no run: it has no {run_folder.RUN_FILE}. Name the folder that "
+            f"{path} holds no run: it has no {run_folder.RUN_FILE}. Give the folder that "
             "training.output_dir was"
         )
     if record["state"] != "finished":

@@ -40,8 +40,8 @@ class RewardArguments:
         for name in self.functions or ():
             if not isinstance(name, str) or (name not in REWARDS and ":" not in name):
                 raise ValueError(
-                    f"reward.functions: no function {name!r}; there is {', '.join(REWARDS)}, and "
-                    "`module:function` for one of your own"
+                    f"reward.functions: no function {name!r}; the functions are "
+                    f"{', '.join(REWARDS)}, and `module:function` for your own"
                 )
         if self.sandbox not in ("auto", *SANDBOXES):
             raise ValueError(
@@ -264,5 +264,5 @@ def _imported(name: str) -> Reward:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward.functions: {name!r} cannot be imported: {error}") from error
     if not callable(found):
-        raise ValueError(f"reward.functions: {name!r} is a {type(found).__name__}, no function")
+        raise ValueError(f"reward.functions: {name!r} is a {type(found).__name__}, not a function")
     return found

@@ -18,7 +18,7 @@ def folder() -> Path:
     places = [package / "recipes", package.parent / "recipes"]
     found = next((path for path in places if path.is_dir()), None)
     if found is None:
-        raise FileNotFoundError(f"this installation has no recipes; looked for {places[0]}")
+        raise FileNotFoundError(f"this installation has no recipes; looked in {places[0]}")
     return found
 
 

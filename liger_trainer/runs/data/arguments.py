@@ -48,10 +48,10 @@ class Source:
                 f"{where}.loader ({', '.join(LOADERS)})"
             )
         if self.path == [] or not all(isinstance(p, str) for p in self.paths):
-            raise ValueError(f"{where}.path: {self.path!r} is no path and no list of paths")
+            raise ValueError(f"{where}.path: {self.path!r} is neither a path nor a list of paths")
         if self.loader is not None and self.loader not in LOADERS:
             raise ValueError(
-                f"{where}.loader: no loader {self.loader!r}; there is {', '.join(LOADERS)}"
+                f"{where}.loader: no loader {self.loader!r}; the loaders are {', '.join(LOADERS)}"
             )
         if self.form is not None and self.form not in FORMS:
             raise ValueError(f"{where}.form: {self.form!r} is none of {', '.join(FORMS)}")
@@ -141,9 +141,7 @@ class DataArguments:
         given = [key for key in _OF_ENTRIES if getattr(self, key) is not None]
         given += ["split"] if self.split != "train" else []
         if given:
-            raise ValueError(
-                f"data.{given[0]}: with data.mix, it belongs to the entries that it is for"
-            )
+            raise ValueError(f"data.{given[0]}: with data.mix, set it in the entries of the mix")
         if not self.mix:
             raise ValueError("data.mix is empty; list the data sets, each with its path")
         for i, source in enumerate(self.sources):
@@ -166,7 +164,7 @@ class DataArguments:
                 f"data.eval_fraction is {self.eval_fraction}; it must lie between 0 and 1"
             )
         if self.group is not None and not self.eval_fraction:
-            raise ValueError("data.group: it is for data.eval_fraction, which is not set")
+            raise ValueError("data.group: it requires data.eval_fraction, which is not set")
 
     def _check_stream(self) -> None:
         for key, advice in _NOT_STREAMED.items():
