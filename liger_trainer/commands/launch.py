@@ -1,4 +1,4 @@
-"""`liger-trainer launch`: a recipe in several processes, by `accelerate launch`."""
+"""`liger-trainer launch`: a recipe in several processes, through `accelerate launch`."""
 
 from __future__ import annotations
 

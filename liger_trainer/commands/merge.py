@@ -1,4 +1,4 @@
-"""`liger-trainer merge`: one model of a base and the adapter that was trained on it."""
+"""`liger-trainer merge`: merge a trained adapter into its base model."""
 
 from __future__ import annotations
 

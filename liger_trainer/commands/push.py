@@ -1,4 +1,4 @@
-"""`liger-trainer push`: the model of a run to a hub, with a card about it."""
+"""`liger-trainer push`: upload the model of a run to a hub, with a model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`liger-trainer train`: run a recipe, or say what it would do."""
+"""`liger-trainer train`: run a recipe, or print what it would do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that has ended, and what it left: for the commands that come after training."""
+"""A finished run and its output, for the commands that follow training."""
 
 from __future__ import annotations
 

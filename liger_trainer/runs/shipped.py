@@ -1,4 +1,4 @@
-"""What comes with the package: recipes, configurations of accelerate, data. A leaf.
+"""Files that come with the package: recipes, accelerate configurations, data. A leaf.
 
 The folder `recipes` lies inside the package in a wheel, beside it in a checkout.
 """
