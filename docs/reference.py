@@ -77,13 +77,13 @@ def recipe_reference() -> str:
 
 {NOTE}
 
-A recipe is a YAML file with a `method` and the sections below. The command line wins over the
-recipe, and the recipe wins over defaults. `section.key=null` restores a default. An unknown key is
+A recipe is a YAML file with a `method` and the sections below. The command line overrides the
+recipe, and the recipe overrides defaults. `section.key=null` restores a default. An unknown key is
 an error that names the nearest known one.
 
 ## method
 
-| method | trainer | columns of an example | sets | keys of `data` that it refuses |
+| method | trainer | columns of an example | fixed settings | refused keys of `data` |
 |---|---|---|---|---|
 {_lines(_methods())}
 
@@ -102,7 +102,7 @@ The loaders are {_codes(loaders)}.
 
 {_table(*SECTIONS["data"])}
 
-An entry of `data.mix`; its keys mean what they mean for a single data set:
+An entry of `data.mix` has these keys, with the same meaning as for a single data set:
 
 {_table(*MIX)}
 
@@ -110,7 +110,8 @@ An entry of `data.mix`; its keys mean what they mean for a single data set:
 
 The keys are the fields of the installed `transformers.TrainingArguments`, or of the method's TRL
 configuration (`DPOConfig` for `dpo`, and so on). `bf16: auto` is the one value that this package
-adds: on where the machine computes bf16 natively. These defaults differ from the dataclass:
+adds: it turns bf16 on if the machine computes it natively. These defaults differ from the
+dataclass:
 
 | method | defaults |
 |---|---|
@@ -118,7 +119,7 @@ adds: on where the machine computes bf16 natively. These defaults differ from th
 
 ### training.liger_kernel_config
 
-Switches for `training.use_liger_kernel: true`.
+Switches that apply with `training.use_liger_kernel: true`. Set one to `false` to turn its rule off.
 
 {_table(*KERNELS)}
 
@@ -129,17 +130,19 @@ set it. Without the section, all weights are trained.
 
 ## reward
 
-For `grpo` and `rloo`. The functions are {_codes(rewards)}. The sandboxes are {_codes(sandboxes)}.
+Applies to `grpo` and `rloo`. The functions are {_codes(rewards)}. The sandboxes are
+{_codes(sandboxes)}.
 
 {_table(*SECTIONS["reward"])}
 
 ## teacher
 
-For `distillation`: the model to learn from. The keys are those of [model](#model).
+Applies to `distillation`: the model to learn from. Its keys are those of [model](#model).
 
 ## Shipped recipes
 
-Memory is that of weights, gradients and optimizer; with LoRA, of the frozen weights.
+*Memory* covers weights, gradients and optimizer; with LoRA, the frozen weights. Activations come on
+top: `liger-trainer plan` estimates the total.
 
 | recipe | model | memory | about |
 |---|---|---|---|
@@ -164,9 +167,9 @@ def command_reference() -> str:
 
 {NOTE}
 
-Exit codes: 0, done; 1, training failed, `plan` found that it does not fit, or `--strict` or
-`--dry-run` found something; 2, wrong input; 130, interrupted. Every command
-takes `--debug`, which shows the traceback of an error.
+Exit codes: 0, success; 1, training failed, `plan` found that the run does not fit, or `--strict` or
+`--dry-run` found a problem; 2, wrong input; 130, interrupted. Every command takes `--debug`, which
+shows the traceback of an error.
 
 {_lines(sections)}"""
 

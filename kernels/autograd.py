@@ -1,4 +1,4 @@
-"""What the autograd functions of all kernels share."""
+"""Helpers shared by the autograd functions of all kernels."""
 
 from __future__ import annotations
 

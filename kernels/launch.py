@@ -1,4 +1,4 @@
-"""Launch the kernels that run many times in a step with half of the host's work.
+"""Launch kernels that run many times per step, at half of the host cost.
 
 At each launch Triton works out which of its compiled variants fits the arguments, which takes 5 to
 20 us. It depends on the tensors' dtypes and alignment, on whether an integer is 1, divisible by 16

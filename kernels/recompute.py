@@ -1,22 +1,22 @@
-"""Outputs that backward makes again instead of keeping them.
+"""Outputs that backward recomputes instead of saving them.
 
-A norm's output and a gated product are saved for backward by the linear layers that read them,
-although one cheap kernel gives them back from tensors that are saved anyway. A function that makes
-such an output marks it with how it was made (`recomputable`). Within `recomputing()`, autograd then
-keeps the recipe instead of the tensor; the first reader in backward runs it, the others share the
-result, and after the last one it is gone. Results are the same bit for bit: it is the same kernel
-on the same bits.
+The linear layers that read a norm's output or a gated product save it for backward, although one
+cheap kernel can recompute it from tensors that are saved anyway. A function that produces such an
+output marks it with the way to recompute it, its recipe (`recomputable`). Within `recomputing()`,
+autograd then saves the recipe instead of the tensor. The first reader in backward runs it, the
+others share the result, and it is freed after the last one. Results are identical bit for bit: the
+same kernel runs on the same input.
 
 The dtype casts of a marked tensor (three bf16 copies for q, k and v under autocast) are recipes
-too, and of any other tensor that was cast from 16 bits to fp32 the 16 bits are kept, once.
+too. For any other tensor that was cast from 16 bits to fp32, the 16 bits are kept, once.
 
-Everything else is kept as it is. Saved-tensor hooks take the check for in-place changes away from
-autograd; it is made here, with the same outcome.
+Everything else is saved as usual. Saved-tensor hooks disable autograd's check for in-place changes,
+so the check is made here, with the same outcome.
 
-A recipe that nobody took ends with the block. Else whoever keeps such an output, detached, would
-keep its sources and the graph that they hang in.
+A recipe that was not used ends with the block. Otherwise anyone who keeps such an output, detached,
+would also keep its sources and their graph alive.
 
-Within other people's saved-tensor hooks (checkpointing, offloading) theirs decide, and nothing is
+Inside other saved-tensor hooks (checkpointing, offloading), those take precedence, and nothing is
 marked.
 """
 

@@ -1,4 +1,4 @@
-"""What every kernel shares: when Triton runs, how an op is registered, how a tensor becomes rows.
+"""Helpers shared by all kernels: when Triton runs, op registration, tensors viewed as rows.
 
 Nothing here is particular to an operation. Each kernel file imports `triton`, `tl` from here, so
 that it can be imported where Triton is absent (the torch reference then runs).

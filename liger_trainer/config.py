@@ -26,9 +26,9 @@ class KernelConfig:
     attention: bool = True  # plain, packed and windowed rows attend without a mask
     swiglu: bool = True  # SiLU times a gate
     geglu: bool = True  # GELU times a gate
-    cross_entropy: bool = True  # the loss of logits that exist
-    fused_linear_cross_entropy: bool = True  # output head and loss in one, without logits
-    lora: bool = True  # a linear layer and its adapters in one
+    cross_entropy: bool = True  # cross entropy of materialized logits
+    fused_linear_cross_entropy: bool = True  # output head and loss as one operation, no logits
+    lora: bool = True  # a linear layer and its adapters as one operation
     activation_memory: str | float = "lean"  # or "keep", or a budget: "auto" or GiB
 
     @property

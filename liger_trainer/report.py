@@ -1,4 +1,4 @@
-"""What was swapped, what was not, and why; kept true while the model runs."""
+"""What was swapped, what was not, and why; kept up to date while the model runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stock flag: `use_liger_kernel=True` of every Trainer, also of TRL's, uses this package.
+"""The stock flag: `use_liger_kernel=True` uses this package in every Trainer, including TRL's.
 
 The one global change that the package makes, and only when asked: transformers' hook for another
 kernel package is redirected, TRL's trainers become the classes of `liger_trainer.trl` where their

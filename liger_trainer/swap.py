@@ -1,4 +1,4 @@
-"""Changing what one module instance computes, and changing it back.
+"""Change what one module instance computes, and change it back.
 
 A swap replaces the instance's class with a subclass made for it. Parameters, hooks, names and
 `isinstance` stay as they are, copies and pickles work, and no other instance notices. Calling the

@@ -1,4 +1,4 @@
-"""Every private or unstable symbol of other packages that this one leans on, and what for.
+"""Every private or unstable symbol of other packages that this one relies on, and what for.
 
 A release of torch, transformers, TRL or PEFT may take one away without notice. The tests resolve
 each in the installed versions and say which feature is affected; `liger-trainer env` lists the

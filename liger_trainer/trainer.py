@@ -72,7 +72,7 @@ class LigerTrainer(Trainer):
                 data_collator = _collator(processing_class, train_dataset)
         elif model_init_kwargs:
             raise ValueError(
-                "model_init_kwargs are for a model given by name or path; this one is loaded"
+                "model_init_kwargs apply to a model given by name or path; this one is loaded"
             )
         super().__init__(
             model,

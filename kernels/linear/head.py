@@ -1,4 +1,4 @@
-"""A linear head, as it goes through all operations on it, and the plan of a call.
+"""A linear head, as all operations on it take it, and the plan of a call.
 
     logits [N, V] = sum_t hidden_t [N, H_t] @ weight_t [V, H_t]^T + bias [V]
 

@@ -4,15 +4,15 @@
     total  = sum over groups of loss(scores of the group)
 
 A group is a set of sequences whose loss depends on no other sequence: the pair of a preference
-loss, one sequence of a policy loss, or the whole batch. As soon as the logits of a group are there,
-its loss is evaluated on the group's few numbers, its gradient taken by autograd, and the group's d
-hidden and d weight are finished before the next logits take the place. So a loss written in a few
-lines of plain torch costs three GEMMs of 2 N H V FLOP (two with a frozen head, one
-without gradient), N the number of tokens with a label, and one workspace of memory. A group that
-does not fit the workspace has its logits computed twice (four GEMMs).
+loss, one sequence of a policy loss, or the whole batch. As soon as the logits of a group are
+computed, its loss is evaluated on a few numbers per token and differentiated by autograd, and the
+group's d hidden and d weight are finished before the next logits overwrite the workspace. So a loss
+written in a few lines of plain torch costs three GEMMs of 2 N H V FLOP (two with a frozen head, one
+without gradient), with N the number of tokens with a label, and one workspace of memory. If a group
+does not fit the workspace, its logits are computed twice (four GEMMs).
 
-The gradient of the logits is formed before the caller scales the loss: in fp16 small ones
-underflow, use bf16.
+The gradient of the logits is computed before the caller scales the loss. In fp16 small gradients
+underflow, so use bf16.
 
 B sequences of T tokens, H hidden size, V vocabulary, G groups of K sequences (B = G K).
 """

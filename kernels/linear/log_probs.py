@@ -3,7 +3,7 @@
     logits = sum_t hidden_t @ weight_t^T + bias          scores = what `scores.py` defines
 
 for N tokens, hidden size H, vocabulary V; one term for a plain head, a second one for a low-rank
-adapter on it. The result is an ordinary differentiable tensor: any loss may be made of it.
+adapter on it. The result is an ordinary differentiable tensor that any loss can be computed from.
 
 Cost, in GEMMs of 2 N H V FLOP with N the number of tokens that have a label:
 
@@ -14,12 +14,12 @@ Cost, in GEMMs of 2 N H V FLOP with N the number of tokens that have a label:
 
 `weighting` declares the gradient g_n of log_probs in advance: "uniform" (the same for all
 tokens: negative log-likelihood) or "probability" (proportional to the token's probability:
-dynamic fine-tuning, arXiv:2508.05629). All three GEMMs are then finished in forward. A gradient
-that breaks the promise turns all gradients but those of ignored tokens into NaN, as does one that
-arrives at another output.
-In fp16 the gradient of the logits is then formed before a loss scale reaches it: use bf16.
+dynamic fine-tuning, arXiv:2508.05629). All three GEMMs are then finished in forward. If the actual
+gradient differs from the declared one, or a gradient arrives at another output, all gradients but
+those of ignored tokens become NaN.
+In fp16 the gradient of the logits is then computed before a loss scale is applied, so use bf16.
 
-A loss whose formula is known up front needs no promise: `log_prob_loss.py`.
+A loss whose formula is known up front needs no declaration: see `log_prob_loss.py`.
 """
 
 from __future__ import annotations

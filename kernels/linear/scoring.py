@@ -1,12 +1,12 @@
 """The chunk loop of a linear head whose tokens are scored: log-probabilities and their gradient.
 
-Two ways to a gradient, both used by `log_probs.py` and `log_prob_loss.py`, which say what they
-compute and cost:
+There are two ways to compute the gradient. Both are used by `log_probs.py` and `log_prob_loss.py`,
+which describe what they compute and what it costs:
 
 - `forward` and `backward`: the caller computes the loss, and its gradient arrives in backward. The
-  last workspace of logits is kept until then; what did not fit it is computed again.
-- `forward_with_gradient`: the gradient of the loss in the scores of some rows is known as soon as
-  their scores are. It is used at once, and nothing is computed twice.
+  last workspace of logits is kept until then; logits that did not fit it are recomputed.
+- `forward_with_gradient`: the gradient of the loss with respect to the scores of some rows is known
+  as soon as the scores are. It is used at once, and nothing is computed twice.
 
 Legend: N tokens, V vocabulary, H_t width of term t.
 """

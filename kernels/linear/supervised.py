@@ -1,9 +1,9 @@
-"""Which tokens carry a label: their order, and their number, without stalling the device.
+"""Find the tokens that have a label, and count them without stalling the device.
 
-The linear cross entropy pays only for supervised tokens. Their number lives on the device, and the
-host needs it to size the GEMMs. Reading it at once would drain the device's queue, so the
-host queues the first `FIRST_ROWS` rows of work, which need no count, and only then waits: while the
-device computes those rows the count arrives and the rest is queued behind them.
+Linear cross entropy computes only supervised tokens. Their number is on the device, but the host
+needs it to size the GEMMs. Reading it at once would drain the device's queue. So the host first
+queues `FIRST_ROWS` rows of work, which need no count, and only then waits: the count arrives while
+the device computes those rows, and the rest is queued behind them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The chunk loop of a linear head: logits a workspace at a time, and three GEMMs.
 
-A step turns logits into values of each token, and where it can into the gradient of the logits, in
-place. What the step is differs between the operations: `cross_entropy.py`, `divergence.py`, and
-`scoring.py` for log-probabilities.
+A step turns logits into values for each token and, if possible, into their own gradient in place.
+Each operation has its own step: `cross_entropy.py`, `divergence.py`, and `scoring.py` for
+log-probabilities.
 
 Legend: N tokens, V vocabulary, H_t width of term t, g the gradient that backward receives.
 """

@@ -1,6 +1,6 @@
 """The chunk loop of cross entropy: losses of tokens, and their gradient up to the factor g.
 
-Used by `cross_entropy.py`, which says what it computes and what it costs.
+Used by `cross_entropy.py`, which describes what it computes and what it costs.
 
 Legend: N tokens, V vocabulary, H_t width of term t, g the gradient that backward receives.
 """

@@ -6,9 +6,9 @@
     sum_v exp(y_v - top), y_label - top, ...                       one all-reduce of their stack
 
 Every sum over the vocabulary is a sum over ranks of local sums; y and the formulas of loss and
-scores are those of `loss.py` and `scores.py`. So a few numbers per token travel, and neither logits
-nor weight. d weight and d bias are complete on each rank. d hidden is this rank's part: the caller
-sums it over the ranks, once. The three GEMMs have V / p columns each.
+scores are those of `loss.py` and `scores.py`. So ranks exchange a few numbers per token, but
+neither logits nor weights. d weight and d bias are complete on each rank. d hidden is this rank's
+part: the caller sums it over the ranks, once. The three GEMMs have V / p columns each.
 
 Every rank of the group must make the same calls with the same hidden states, labels and options:
 the number of rows in a workspace follows from the largest shard, so that they match.

@@ -1,4 +1,4 @@
-"""How many rows of logits exist at once, and in which order the rows pass through them."""
+"""Choose how many rows of logits exist at once, and in which order rows are processed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Losses and token statistics of logits that exist."""
+"""Losses and token statistics of materialized logits."""

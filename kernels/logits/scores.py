@@ -1,4 +1,4 @@
-"""What one pass over the logits tells about each token: formulas, options, torch reference.
+"""Scores of each token from one pass over its logits: formulas, options, torch reference.
 
 For one token with logits z [V], label c and y as in `transform.py`:
 

@@ -1,9 +1,9 @@
 """What a model does to its logits before the softmax: formula, torch and Triton.
 
-    y = softcap * tanh(scale * z / softcap) / temperature      (scale * z / temperature without)
+    y = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature without one
 
 Softcap is the tanh bound of Gemma 2 (arXiv:2408.00118). The temperature divides both scale and
-softcap: two numbers remain.
+softcap, so two numbers remain.
 """
 
 from __future__ import annotations

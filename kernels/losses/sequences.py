@@ -1,8 +1,8 @@
-"""What the losses on sequences of log-probabilities share: masked sums, counts, checks.
+"""Helpers shared by the losses on sequences: masked sums, counts, checks.
 
-The losses of alignment training (`preference`, `reference_free`, `kto`, `policy`) read log p_t, the
+The losses of alignment training (`dpo`, `reference_free`, `kto`, `grpo`) read log p_t, the
 log-probability that the model gives the token at position t, for T positions per sequence. `mask`
-is True at the tokens that a loss covers; whatever stands elsewhere has no influence and gradient 0.
+is True at the tokens that a loss covers; values elsewhere have no influence and gradient 0.
 All of it is plain torch in the dtype of the log-probabilities, fp32 or fp64, and never waits for
 the device.
 """

@@ -1,2 +1,2 @@
-"""The commands of `liger-trainer`. A module declares its arguments and holds its `main`; what takes
-long to import is imported when it runs."""
+"""The commands of `liger-trainer`. Each module declares its arguments and has a `main`, which
+imports slow modules only when it runs."""

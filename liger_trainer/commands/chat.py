@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "talk with the model of a run"
+HELP = "chat with the model of a run"
 EXAMPLES = """examples:
   liger-trainer chat runs/smollm2-135m
 

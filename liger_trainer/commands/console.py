@@ -1,4 +1,4 @@
-"""Tables and text on the terminal; in a file, lines are as long as they are."""
+"""Tables and text for the terminal; in a file, lines are not wrapped."""
 
 from __future__ import annotations
 

@@ -13,15 +13,15 @@ from liger_trainer.commands import train
 if TYPE_CHECKING:
     from liger_trainer.runs.data.view import Counts, Sequence
 
-HELP = "what the model will see of the data"
+HELP = "show what the model will see of the data"
 EXAMPLES = """examples:
   liger-trainer data sft/smollm2-135m
   liger-trainer data mine.yaml --rows 10 data.max_length=1024
   liger-trainer data mine.yaml --rows 1 --json
 
-Tokens that are trained on are green; in a file they stand in ⟦ ⟧. The examples are the first ones
-after the data is shuffled and split; training shuffles them once more. Of a stream, the first 1000
-rows are counted. The model's weights are not loaded.
+Tokens that are trained on are green on a terminal, and enclosed in ⟦ ⟧ in a file. The examples are
+the first ones after the data is shuffled and split; training shuffles them again. For a stream,
+only the first 1000 rows are counted. The model's weights are not loaded.
 """
 _TRAINED, _READ, _MARKS = "bold green", "dim", ("⟦", "⟧")
 

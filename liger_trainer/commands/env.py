@@ -17,7 +17,7 @@ _OPTIONAL = {
     "argcomplete": "completion in the shell",
 }
 
-HELP = "versions, devices, and what is missing"
+HELP = "print versions, devices, and missing packages"
 EXAMPLES = """examples:
   liger-trainer env
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-HELP = "held-out metrics of a run's model, by its own recipe"
+HELP = "compute held-out metrics of a run's model, with the run's recipe"
 EXAMPLES = """examples:
   liger-trainer evaluate runs/smollm2-135m
   liger-trainer evaluate runs/mine data.path=other.jsonl data.eval_fraction=0.5 --json
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="wins over the run's value"
+        "overrides", nargs="*", metavar="section.key=value", help="overrides the run's value"
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
@@ -31,7 +31,9 @@ def main(options: argparse.Namespace) -> int:
     run = open_run(options.run, [*options.overrides, "training.report_to=none"])
     trainer, prepared = load_trained(run.recipe, run.path)
     if prepared.eval is None:
-        raise ValueError("evaluate: the recipe holds nothing out; set data.eval_fraction=0.1, say")
+        raise ValueError(
+            "evaluate: the recipe has no held-out examples; set data.eval_fraction=0.1, for example"
+        )
     now = {k: v[-1] for k, v in held_out([trainer.evaluate()]).items()}
     if options.json:
         print(json.dumps(now, indent=2))

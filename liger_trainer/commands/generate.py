@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-HELP = "completions of the base and the trained model, side by side"
+HELP = "generate completions with the base and the trained model, side by side"
 EXAMPLES = """examples:
   liger-trainer generate runs/smollm2-135m --prompts questions.txt
   liger-trainer generate runs/mine --prompts rows.jsonl --new-tokens 256 --output answers.jsonl
 
-A line of a text file is a prompt; a row of a .jsonl file has `prompt` (text or chat messages) or
-`messages`. Nothing is sampled: the most likely token is written.
+In a text file, each line is a prompt. In a .jsonl file, each row has `prompt` (text or chat
+messages) or `messages`. Decoding is greedy.
 """
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt or .jsonl")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--output", metavar="FILE.jsonl", help="write there, not to the terminal")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write here, not to the terminal")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
 
     output = Path(options.output).expanduser() if options.output else None
     if output is not None and output.exists() and not output.is_file():
-        raise ValueError(f"--output: {output} is there, and is no regular file")
+        raise ValueError(f"--output: {output} exists and is not a regular file")
     if output is not None and not output.parent.is_dir():
         raise ValueError(f"--output: there is no folder {str(output.parent)!r}")
     run = open_run(options.run)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-HELP = "what would be swapped in a model, without its weights"
+HELP = "show what would be swapped in a model, without loading weights"
 EXAMPLES = """examples:
   liger-trainer inspect Qwen/Qwen3-8B
   liger-trainer inspect models/mine.gguf --json
@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="exit 1 if an eligible site is refused"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the model's own code from the hub"
+    )
 
 
 def main(options: argparse.Namespace) -> int:

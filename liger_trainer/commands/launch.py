@@ -1,4 +1,4 @@
-"""`liger-trainer launch`: a recipe in several processes, by `accelerate launch`."""
+"""`liger-trainer launch`: a recipe in several processes, through `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 from liger_trainer.commands import train
 
-HELP = "run a recipe in several processes, by accelerate"
+HELP = "train in several processes, through accelerate"
 EXAMPLES = """examples:
   liger-trainer launch sft/qwen3-8b-full --processes 4 --accelerate fsdp2
   liger-trainer launch mine.yaml --processes 2 training.learning_rate=1e-5
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ddp",
         metavar="NAME_OR_FILE",
         help="configuration: ddp, fsdp2, zero2, zero3, tensor_parallel, context_parallel, "
-        "sequence_parallel, or a file of `accelerate config` (default: %(default)s)",
+        "sequence_parallel, or a file from `accelerate config` (default: %(default)s)",
     )
 
 

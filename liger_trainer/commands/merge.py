@@ -1,4 +1,4 @@
-"""`liger-trainer merge`: one model of a base and the adapter that was trained on it."""
+"""`liger-trainer merge`: merge a trained adapter into its base model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-HELP = "make one model of a base and its trained adapter"
+HELP = "merge a trained adapter into its base model"
 EXAMPLES = """examples:
   liger-trainer merge runs/qwen3-8b-lora
   liger-trainer merge runs/qwen3-8b-lora --into models/mine
@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run with a peft section")
-    parser.add_argument("--into", metavar="FOLDER", help="default: RUN-merged")
+    parser.add_argument("--into", metavar="FOLDER", help="output folder (default: RUN-merged)")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -32,7 +32,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"{run.path} holds a whole model already, no adapter")
     into = Path(options.into).expanduser() if options.into else Path(f"{run.path}-merged")
     if into.exists():
-        raise ValueError(f"--into: {into} is there already; choose another folder")
+        raise ValueError(f"--into: {into} exists already; choose another folder")
     if not into.parent.is_dir():
         raise ValueError(f"--into: there is no folder {str(into.parent)!r}")
     # 4-bit weights would be rounded again: the adapter is added to what they were made of.

@@ -9,14 +9,14 @@ from liger_trainer.commands import train
 from liger_trainer.runs.memory import ENGINES, GIB, Memory, Run, peak, usable
 from liger_trainer.runs.shapes import CONFIGS
 
-HELP = "memory and communication on N GPUs"
+HELP = "estimate memory and communication on N GPUs"
 EXAMPLES = """examples:
   liger-trainer plan sft/llama-3.1-8b-full --gpus 8 --memory 80
   liger-trainer plan mine.yaml --gpus 64 --memory 80 --bandwidth 50
   liger-trainer plan sft/qwen3-8b-lora --shape qwen3-8b --gpus 1 --memory 24
 
-Exit code 0: it fits; 1: it does not; 2: wrong input. `docs/planning.md` has the formulas, and how
-they compare with measured steps.
+Exit code 0: it fits; 1: it does not; 2: wrong input. `docs/planning.md` gives the formulas and
+compares them with measured steps.
 """
 
 
@@ -29,17 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=ENGINES, help="default: ddp on one GPU, fsdp2 on several"
     )
     parser.add_argument(
-        "--shape", choices=CONFIGS, help="sizes of the model, in place of its configuration"
+        "--shape", choices=CONFIGS, help="a well-known size, in place of the model's configuration"
     )
     parser.add_argument(
-        "--bandwidth", type=float, metavar="GB/s", help="that one GPU can send, for times"
+        "--bandwidth", type=float, metavar="GB/s", help="send rate of one GPU; prints times"
     )
     parser.add_argument(
         "--tflops",
         type=float,
         default=500.0,
         metavar="TFLOP/s",
-        help="that one GPU sustains, for times (default: %(default)g)",
+        help="sustained throughput of one GPU, for times (default: %(default)g)",
     )
 
 

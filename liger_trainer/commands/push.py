@@ -1,24 +1,24 @@
-"""`liger-trainer push`: the model of a run to a hub, with a card about it."""
+"""`liger-trainer push`: upload the model of a run to a hub, with a model card."""
 
 from __future__ import annotations
 
 import argparse
 
-HELP = "put the model of a run on a hub"
+HELP = "upload the model of a run to a hub"
 EXAMPLES = """examples:
   liger-trainer push runs/smollm2-135m --to me/smollm2-humaneval --private
   liger-trainer push runs/smollm2-135m --to me/smollm2-humaneval --dry-run
 
-The token is that of `hf auth login`, or HF_TOKEN. Checkpoints stay here.
+The access token comes from `hf auth login` or HF_TOKEN. Checkpoints are not uploaded.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--to", required=True, metavar="NAME", help="of the repository: user/model")
-    parser.add_argument("--private", action="store_true", help="if the repository is new")
-    parser.add_argument("--dry-run", action="store_true", help="print the card and the files")
+    parser.add_argument("--to", required=True, metavar="NAME", help="the repository: user/model")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="print the card and files only")
 
 
 def main(options: argparse.Namespace) -> int:

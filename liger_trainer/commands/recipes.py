@@ -16,7 +16,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("action", nargs="?", choices=["list", "show"], default="list")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="of the recipe to show")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -27,7 +27,7 @@ def main(options: argparse.Namespace) -> int:
         return _list(recipe_names())
     if options.name not in recipe_names():
         raise ValueError(
-            f"recipes show: no recipe {options.name!r}; there is {', '.join(recipe_names())}"
+            f"recipes show: no recipe {options.name!r}; the recipes are {', '.join(recipe_names())}"
         )
     sys.stdout.write(shipped(f"{options.name}.yaml").read_text(encoding="utf-8"))
     return 0

@@ -1,4 +1,4 @@
-"""`liger-trainer train`: run a recipe, or say what it would do."""
+"""`liger-trainer train`: run a recipe, or print what it would do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from liger_trainer.runs.run import RunResult
 
 
-HELP = "run a recipe"
+HELP = "train a model with a recipe"
 EXAMPLES = """examples:
   liger-trainer train sft/smollm2-135m
   liger-trainer train mine.yaml training.learning_rate=2e-5 data.path=train.jsonl
@@ -30,24 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every command that runs a recipe takes."""
     add_recipe(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print configuration, injection plan and conflicts"
+        "--dry-run", action="store_true", help="print every value, the injection plan and problems"
     )
     parser.add_argument("--resume", action="store_true", help="continue a run, or extend it")
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace the run in the output folder, once the new one has begun to train",
+        help="replace the run in the output folder, once the new one has taken its first step",
     )
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add the recipe and its overrides."""
     recipe = parser.add_argument(
-        "recipe", metavar="RECIPE", help="a YAML file, or a name of `liger-trainer recipes`"
+        "recipe", metavar="RECIPE", help="a YAML file, or a name from `liger-trainer recipes`"
     )
     recipe.completer = _recipes
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="wins over the recipe's value"
+        "overrides", nargs="*", metavar="section.key=value", help="overrides the recipe's value"
     )
 
 

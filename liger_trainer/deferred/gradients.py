@@ -1,4 +1,4 @@
-"""The functions of torch that ask for gradients of deferred logits: hooks, and `autograd.grad`."""
+"""torch functions that request gradients of deferred logits: hooks, and `autograd.grad`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The place of deferred logits in the autograd graph: gradients that reach the logits themselves.
 
 A consumer sends its gradients to the head's operands directly, and along the logits themselves a
-`DeferredGradient`, which is computed if somebody looks: hooks, `retain_grad` and
-`torch.autograd.grad` see what they would see of plain logits.
+`DeferredGradient`, which is computed only if it is needed: hooks, `retain_grad` and
+`torch.autograd.grad` get the same values as with plain logits.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The functions of torch on every logit, and the losses, that deferred logits implement without
-their value. `views.py` has those that select tokens, `gradients.py` those about gradients."""
+"""Losses and elementwise torch functions that deferred logits implement without their value.
+`views.py` has the functions that select tokens, `gradients.py` those about gradients."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Calls of an output head, made by whoever consumes its logits.
+"""Calls of an output head, made by the consumer of its logits.
 
-A deferred head is called for real when its logits are consumed: through `nn.Module.__call__`, with
+A deferred head is actually called when its logits are consumed: through `nn.Module.__call__`, with
 every hook on it, but with the consumer's work in place of the head's own forward. The weights are
-read there and nowhere else. So whatever gathers weights before a module's forward, frees them after
-it, gathers them again before its backward and reduces their gradients does so for the loss just as
-it would for the logits, and nothing has to be known about it.
+read there and nowhere else. So an engine that gathers weights before a module's forward, frees them
+after it, gathers them again before its backward and reduces their gradients does all of this for
+the loss as it would for the logits, and this module needs to know nothing about it.
 
 Only tensors pass through the hooks. They get a one-element *anchor* that depends on the results:
 what a hook registers on the module's output then runs before the backward of the results, and no

@@ -1,12 +1,12 @@
 """Deferred logits: the output of a head, computed on first access.
 
-The head returns `DeferredLogits`, which holds the head's input and follows what the model's own
-forward does to logits (cast, multiply, divide, tanh, slice, view). The loss consumes them: it calls
-the head (`head_call.py`) and computes loss and gradients where the weights are. So every model
-keeps its own forward and its own loss function. Anything else that touches the logits gets their
-value, bit for bit what the plain head computes, as a view of it where torch gives a view.
+The head returns `DeferredLogits`, which holds the head's input and records what the model's own
+forward does to the logits (cast, multiply, divide, tanh, slice, view). The loss consumes them: it
+calls the head (`head_call.py`) and computes loss and gradients there, where the weights are. So
+every model keeps its own forward and its own loss function. Any other use of the logits gets their
+value, bit for bit what the plain head computes, as a view if torch would return one.
 
-Their place in the autograd graph, and gradients of the logits themselves: `graph.py`.
+For their place in the autograd graph, and for gradients of the logits themselves, see `graph.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The call of a head that made deferred logits: its weights, its modes, whether they still hold."""
+"""The head call behind deferred logits: its weights and modes, and whether they are still valid."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 A `Deferred` stands for the result of an operation, with the right shape, strides, dtype and device.
 A subclass intercepts the few functions that it implements without the value (`handlers`); every
-other use computes the value once, keeps it, and goes on with it. So code that knows nothing of
-deferral sees an ordinary tensor.
+other use computes the value once and keeps it. So code that knows nothing about deferral sees an
+ordinary tensor.
 
 Autograd. A deferred tensor has a `grad_fn` of its own, which sends a gradient that arrives at it to
 its operands; an intercepted function bypasses it. Gradients are complete on either path.

@@ -1,4 +1,4 @@
-"""Scores of labels under logits, and divergences of them, that may be deferred: never built then.
+"""Scores of labels, and divergences, from logits that may be deferred; then they stay deferred.
 
 Also registers the expressions with which user code scores tokens.
 """

@@ -1,4 +1,4 @@
-"""The functions of torch that give the same logits of other tokens, without their value."""
+"""torch functions that select or rearrange the tokens of deferred logits, without their value."""
 
 from __future__ import annotations
 

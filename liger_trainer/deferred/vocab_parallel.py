@@ -1,12 +1,13 @@
-"""Heads that a rank holds some rows of: how the weight is split, seen where the head runs.
+"""Heads of which each rank holds some rows.
 
-Tensor parallelism wraps a linear layer: what enters becomes a DTensor that every rank has whole,
-the weight is a DTensor split by rows, and what leaves is gathered. Where the linear function itself
-runs, both are seen as they are, and a consumer can take its place with the local rows. Whatever
-the wrapper does to the gradient of the input (a sum over the ranks) it does for the consumer, too.
+Tensor parallelism wraps a linear layer: the input becomes a DTensor replicated on every rank, the
+weight is a DTensor split by rows, and the output is gathered. Inside the wrapper, where the linear
+function itself runs, both are visible, and a consumer can replace it with its work on the local
+rows. What the wrapper does to the gradient of the input (a sum over the ranks), it does for the
+consumer too.
 
-A weight that is split over data ranks is another matter: there the input is a plain tensor, and the
-weight is gathered before.
+A weight that is sharded over data-parallel ranks is a different case: there the input is a plain
+tensor, and the weight is gathered beforehand.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Find what can be swapped in a model, prove it equal, swap it, and put it back."""
+"""Find what can be swapped in a model, verify that it is equal, swap it, and restore it."""

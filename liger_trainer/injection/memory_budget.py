@@ -1,4 +1,4 @@
-"""Checkpoint as few layers as a memory budget demands: `activation_memory: auto`, or a number.
+"""Checkpoint as few layers as a memory budget requires: `activation_memory: auto`, or a number.
 
 With L layers, of which the last k keep their activations and the others are checkpointed, a step
 of n tokens takes
@@ -7,14 +7,14 @@ of n tokens takes
 
 where `base` is what is allocated before the forward (weights, optimizer states), `cost` the bytes
 that one token costs in a layer that keeps its activations, beyond one that is checkpointed, and
-`rest` everything else at the peak (gradients, the head's workspace, one layer computed again),
+`rest` everything else at the peak (gradients, the head's workspace, one recomputed layer),
 seen in a step of n_rest tokens.
 
 The first step measures: it keeps one layer. From the second on, k is the largest number that fits.
 A forward that runs out of memory is repeated with fewer layers, from the same random state; so is a
-whole step, by a trainer, in one process before gradients have accumulated. Either gives the result
-that it would have given. The first layers are those that are checkpointed: backward comes to them
-when the others' activations are gone.
+whole step, by a trainer, in one process before gradients have accumulated. Either gives the same
+result as without the failure. The first layers are the ones that are checkpointed: backward reaches
+them when the activations of the others are already freed.
 """
 
 from __future__ import annotations

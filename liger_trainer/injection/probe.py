@@ -1,9 +1,9 @@
-"""Does a candidate compute the same function as the original?
+"""Check whether a candidate computes the same function as the original.
 
 Both run on random input, and on a random copy of the weights (at initialization they are 1 or 0,
 which hides most mistakes), at several magnitudes (clamps and epsilons show only at the extremes),
-forward and backward. In fp32 they must agree to rounding. In 16 bits the candidate must be as near
-to the original in fp32 as the original in 16 bits is; and every output must have the same dtype.
+forward and backward. In fp32 they must agree to rounding. In 16 bits the candidate must be about as
+close to the original in fp32 as the original in 16 bits is. Every output must have the same dtype.
 """
 
 from __future__ import annotations

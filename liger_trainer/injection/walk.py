@@ -1,4 +1,4 @@
-"""Put the kernels into a model, and take them out again."""
+"""Inject the kernels into a model, and remove them again."""
 
 from __future__ import annotations
 

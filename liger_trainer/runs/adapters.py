@@ -26,7 +26,7 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
     run = read_json(folder / "run.json")
     if not any((folder / name).is_file() for name in MODEL_FILES) and run:
         raise ValueError(
-            f"model.name_or_path: the run in {folder} has left no model, its state is "
+            f"model.name_or_path: the run in {folder} left no model; its state is "
             f"{run.get('state')!r}: finish it with --resume"
         )
     if not (folder / "adapter_config.json").is_file():

@@ -1,4 +1,4 @@
-"""The model card of a run: what it came from, how it was trained, what it reaches."""
+"""The model card of a run: base model, training and results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What would make a run fail, found before anything is loaded or written."""
+"""Find what would make a run fail, before anything is loaded or written."""
 
 from __future__ import annotations
 

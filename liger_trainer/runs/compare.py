@@ -1,4 +1,4 @@
-"""What distinguishes a recipe from that of an earlier run."""
+"""Differences between a recipe and that of an earlier run."""
 
 from __future__ import annotations
 

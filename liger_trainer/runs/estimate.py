@@ -144,13 +144,15 @@ def _covered(recipe: Recipe, fields: dict) -> KernelConfig:
     if recipe.method not in _METHODS:
         raise ValueError(f"plan: not for method {recipe.method}; it is for {', '.join(_METHODS)}")
     if not fields.get("use_liger_kernel"):
-        raise ValueError("plan: the formulas are those of training.use_liger_kernel=true")
+        raise ValueError("plan: the formulas assume training.use_liger_kernel=true")
     kernels = KernelConfig.from_dict(fields.get("liger_kernel_config"))
     switched_off = [
         f.name for f in dataclasses.fields(kernels) if getattr(kernels, f.name) is False
     ]
     if switched_off:
-        raise ValueError(f"plan: the formulas are for all kernels; off: {', '.join(switched_off)}")
+        raise ValueError(
+            f"plan: the formulas assume that all kernels are on; off: {', '.join(switched_off)}"
+        )
     if located(recipe.model)[1] is not None:
         raise ValueError("plan: the model is an adapter; name its base, and give a peft section")
     if recipe.model.quantization:
@@ -181,7 +183,7 @@ def _meta_model(recipe: Recipe, shape: str | None):
                 f"Without it, --shape is one of {', '.join(CONFIGS)}"
             ) from error
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(f"plan: {type(config).__name__} is no language model of transformers")
+            raise ValueError(f"plan: {type(config).__name__} is not a transformers language model")
     else:
         settings = dict(CONFIGS[shape])
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)

@@ -1,4 +1,4 @@
-"""A run that has ended, and what it left: for the commands that come after training."""
+"""A finished run and its output, for the commands that follow training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
     record = run_folder.read(path)
     if record is None:
         raise ValueError(
-            f"{path} holds no run: it has no {run_folder.RUN_FILE}. Name the folder that "
+            f"{path} holds no run: it has no {run_folder.RUN_FILE}. Give the folder that "
             "training.output_dir was"
         )
     if record["state"] != "finished":

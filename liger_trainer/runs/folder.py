@@ -189,7 +189,7 @@ def read(path: Path) -> dict[str, Any] | None:
     needed = ("state", "id", "recipe", "files", "replaced")
     if not isinstance(found, dict) or not all(key in found for key in needed):
         raise ValueError(
-            f"{file} is not of this version of the program: choose another training.output_dir, "
+            f"{file} is from another version of liger-trainer: choose another training.output_dir, "
             "or remove the file"
         )
     return found
@@ -203,7 +203,7 @@ def _claimed(recipe: Recipe, *, resume: bool) -> RunFolder:
     checkpoint, notes = checkpoints.newest(path, earlier["id"])
     if checkpoint is None and earlier["state"] == "finished":
         raise ValueError(
-            f"--resume: the run in {path} is finished and has left no complete checkpoint to go on "
+            f"--resume: the run in {path} is finished and left no complete checkpoint to continue "
             "from: set training.save_strategy for runs that are to be extended"
             + "".join(f"; {note}" for note in notes)
         )

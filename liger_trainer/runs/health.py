@@ -1,4 +1,4 @@
-"""Noticing that training has diverged: weights or losses that are NaN or infinite."""
+"""Detect that training has diverged: weights or losses that are NaN or infinite."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ _WEIGHT_KEYS = (
 class ModelArguments:
     """The `model` section. Fields without a comment are arguments of `from_pretrained`."""
 
-    name_or_path: str | None = None  # the folder of a run or of an adapter is a model, too
+    name_or_path: str | None = None  # hub name, or folder of a model, a run or an adapter
     package: str | None = None  # installed Python package; name_or_path is then a folder inside it
-    tokenizer: str | None = None  # another name or path for the tokenizer
-    chat_template: str | None = None  # a Jinja file, for a tokenizer that has no chat template
+    tokenizer: str | None = None  # name or path, if it is not the model's
+    chat_template: str | None = None  # a Jinja file, for a tokenizer without chat template
     config: dict[str, Any] | None = None  # attributes of the model's configuration to override
     quantization: dict[str, Any] | None = None  # fields of transformers.BitsAndBytesConfig
     gguf_file: str | None = None
@@ -65,7 +65,7 @@ class ModelArguments:
     cache_dir: str | None = None
     token: str | bool | None = None
     local_files_only: bool | None = None
-    trust_remote_code: bool = False  # never asked about: a prompt would wait for nobody
+    trust_remote_code: bool = False  # run the model's own code from the hub; never prompted for
 
     @property
     def label(self) -> str:

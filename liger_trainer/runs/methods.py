@@ -160,7 +160,7 @@ def refuse_unused(method: str, values: dict[str, Any]) -> None:
             )
     if chosen.teacher != (values.get("teacher") is not None):
         raise ValueError(
-            f"teacher: {method} needs one; name a model as in the section model"
+            f"teacher: {method} needs a teacher; set its model with the keys of the section model"
             if chosen.teacher
             else f"teacher: not for {method}; remove the section, or use method: distillation"
         )
@@ -174,7 +174,7 @@ def _check_reward(method: str, values: dict[str, Any]) -> None:
     functions = (values.get("reward") or {}).get("functions")
     if not functions:
         raise ValueError(
-            f"reward: {method} needs a reward; name one or more functions, for example "
+            f"reward: {method} needs rewards; name one or more functions, for example "
             "`reward: {functions: [parses, passes_tests]}`"
         )
     weights = values["training"].get("reward_weights")

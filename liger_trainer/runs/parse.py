@@ -74,7 +74,7 @@ def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
     if id(node) in known:
         size = known[id(node)]
         if size is None:
-            raise ValueError("an alias stands for what it is part of")
+            raise ValueError("an alias refers to a value that contains it")
         return size
     known[id(node)] = None
     size = 1
@@ -93,7 +93,7 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, (str, int)):
-                raise ValueError(f"{where or 'a key'}: {key!r} is no name")
+                raise ValueError(f"{where or 'a key'}: {key!r} is not a name")
         return {k: _plain(v, f"{where}.{k}" if where else str(k)) for k, v in value.items()}
     if isinstance(value, list):
         return [_plain(item, where) for item in value]
@@ -103,5 +103,5 @@ def _plain(value: Any, where: str) -> Any:
         return value
     raise ValueError(
         f"{where or 'the value'}: a {type(value).__name__} is neither text, number, list nor "
-        "mapping; put it into quotes"
+        "mapping; put it in quotes"
     )

@@ -229,7 +229,7 @@ def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> No
             target[parent] = {}
         target = target[parent]
         if not isinstance(target, dict):
-            raise ValueError(f"{override!r}: {parent!r} holds a value, not keys")
+            raise ValueError(f"{override!r}: {parent!r} is a value, not a section with keys")
     before = target.get(leaf)
     had = hidden(before, leaf)
     source = "command line" if before is None else f"command line; the recipe has {had}"
@@ -282,7 +282,7 @@ def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) 
     given = dict(given)
     for old, new in _RENAMED.items():
         if old in given and new in given:
-            raise ValueError(f"training: {old} and {new} are one option; keep one")
+            raise ValueError(f"training: {old} and {new} are the same option; keep one")
         wrong, right = (old, new) if new in fields else (new, old)
         if wrong in given:
             given[right] = given.pop(wrong)

@@ -33,15 +33,15 @@ _FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_e
 class RewardArguments:
     """The `reward` section. `training.reward_weights` weighs the functions; without it, equally."""
 
-    functions: list[str] | None = None  # of REWARDS, or `module:function` of your own
-    sandbox: str = "auto"  # for code that is run; or a name of SANDBOXES, where `process` is unsafe
+    functions: list[str] | None = None  # names of REWARDS, or your own as `module:function`
+    sandbox: str = "auto"  # where generated code runs: "auto" or a sandbox; `process` is unsafe
 
     def __post_init__(self):
         for name in self.functions or ():
             if not isinstance(name, str) or (name not in REWARDS and ":" not in name):
                 raise ValueError(
-                    f"reward.functions: no function {name!r}; there is {', '.join(REWARDS)}, and "
-                    "`module:function` for one of your own"
+                    f"reward.functions: no function {name!r}; the functions are "
+                    f"{', '.join(REWARDS)}, and `module:function` for your own"
                 )
         if self.sandbox not in ("auto", *SANDBOXES):
             raise ValueError(
@@ -264,5 +264,5 @@ def _imported(name: str) -> Reward:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward.functions: {name!r} cannot be imported: {error}") from error
     if not callable(found):
-        raise ValueError(f"reward.functions: {name!r} is a {type(found).__name__}, no function")
+        raise ValueError(f"reward.functions: {name!r} is a {type(found).__name__}, not a function")
     return found

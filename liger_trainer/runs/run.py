@@ -161,7 +161,7 @@ class _Run:
         before = facts.earlier.get("engine", engine)
         if before != engine:
             raise ValueError(
-                f"--resume: the run was {before}, this one is {engine}, which sees other "
+                f"--resume: the run was {before}, this one is {engine}, which sees different "
                 "batches or cannot read its checkpoint; start it as before"
             )
         if trainer.injection_report is not None:

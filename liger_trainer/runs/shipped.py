@@ -1,4 +1,4 @@
-"""What comes with the package: recipes, configurations of accelerate, data. A leaf.
+"""Files that come with the package: recipes, accelerate configurations, data. A leaf.
 
 The folder `recipes` lies inside the package in a wheel, beside it in a checkout.
 """
@@ -18,7 +18,7 @@ def folder() -> Path:
     places = [package / "recipes", package.parent / "recipes"]
     found = next((path for path in places if path.is_dir()), None)
     if found is None:
-        raise FileNotFoundError(f"this installation has no recipes; looked for {places[0]}")
+        raise FileNotFoundError(f"this installation has no recipes; looked in {places[0]}")
     return found
 
 

@@ -62,7 +62,7 @@ def _import(module: str):
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("trl"):
             raise
-        raise ImportError(f"{module} is not there: pip install 'trl>=1.16'") from error
+        raise ImportError(f"{module} is not available: pip install 'trl>=1.16'") from error
 
 
 @functools.cache

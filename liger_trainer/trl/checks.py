@@ -117,9 +117,9 @@ def check_ranks(trainer: Trainer) -> None:
     sampling = _SAMPLING & {cls.__name__ for cls in type(trainer).__mro__}
     if sampling and (getattr(trainer.model, "_tp_size", None) or 1) > 1:
         raise ValueError(
-            f"{sampling.pop()} samples other completions in every process, and the processes that "
-            "share a model by tensor parallelism need the same ones: use FSDP2 or ZeRO-3, or train "
-            "on a fixed data set (SFT, DPO)."
+            f"{sampling.pop()} samples different completions in every process, but the processes "
+            "that share a model by tensor parallelism need the same ones: use FSDP2 or ZeRO-3, or "
+            "train on a fixed data set (SFT, DPO)."
         )
 
 

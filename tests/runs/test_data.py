@@ -177,7 +177,7 @@ def test_an_unreadable_file_is_named(tmp_path, content, message):
         ({"path": "a", "eval_split": "test", "eval_fraction": 0.1}, "keep one"),
         ({"path": "a", "eval_fraction": 1.5}, "between 0 and 1"),
         ({"path": "a", "max_length": 0}, "at least 2"),
-        ({"path": "a", "group": "b"}, "data.group: it is for data.eval_fraction"),
+        ({"path": "a", "group": "b"}, "data.group: it requires data.eval_fraction"),
         ({"path": "a", "invalid": "ignore"}, "neither 'raise' nor 'drop'"),
     ],
 )

@@ -107,7 +107,7 @@ def test_trained_tokens_are_colored_on_a_terminal_and_marked_in_a_file(recipe, c
     [
         (["--rows", "-1"], "--rows is -1"),
         (["data.path=missing.jsonl"], "no file 'missing.jsonl'"),
-        (["data.path=[]"], "data.path: [] is no path"),
+        (["data.path=[]"], "data.path: [] is neither a path"),
         (["data.max_length=2"], "data.max_length (2 tokens): raise it"),
         (["data.streaming=true"], "data.eval_fraction: not for data.streaming"),
         (["data.pth=a"], "did you mean 'path'?"),

@@ -87,7 +87,7 @@ def test_sharegpt_may_call_functions(tmp_path):
     [
         ([{"from": "narrator", "value": "a"}], "turn 2 of `conversations` is from 'narrator'"),
         ([{"from": "gpt", "value": None}], r"turn 2 .* has the value None"),
-        ([{"from": "function_call", "value": "{"}], "turn 2 .* is no call in JSON"),
+        ([{"from": "function_call", "value": "{"}], "turn 2 .* is not a call in JSON"),
     ],
 )
 def test_a_turn_that_cannot_be_used_is_named(tmp_path, turns, message):
@@ -319,5 +319,5 @@ def test_tokenized_rows_are_checked(tmp_path, change, message):
 
 
 def test_tokenized_rows_that_are_no_numbers_are_named(tmp_path):
-    with pytest.raises(ValueError, match="`input_ids` is no list of whole numbers"):
+    with pytest.raises(ValueError, match="`input_ids` is not a list of integers"):
         prepared(tmp_path, [{"input_ids": ["a", "b"]}])

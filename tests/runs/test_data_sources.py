@@ -87,7 +87,7 @@ def test_folders_of_save_to_disk_are_read(tmp_path):
     assert load_source(Source(path=one))["text"][:] == rows["text"][:]
     assert load_source(Source(path=one, split="train[:20%]"))["text"][:] == ["a 0", "a 1"]
     assert load_source(Source(path=several, split="test"))["text"][:] == ["a 3"]
-    with pytest.raises(ValueError, match=r"no split 'train'; there is first, test"):
+    with pytest.raises(ValueError, match=r"no split 'train'; the splits are first, test"):
         load_source(Source(path=several))
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"one cannot be loaded"):
@@ -218,8 +218,8 @@ def test_the_labels_of_a_mix_are_checked_as_a_whole(tmp_path):
         ({"mix": [{"path": "a", "weight": 1}, {"path": "b"}]}, r"data\.mix\[1\]: no weight"),
         ({"mix": [{"weight": 1}]}, r"set exactly one of data\.mix\[0\]\.path"),
         ({"mix": [{"path": "a"}], "mix_until": "end"}, r"data\.mix_until: 'end' is none of"),
-        ({"path": []}, r"data\.path: \[\] is no path"),
-        ({"path": [1]}, r"data\.path: \[1\] is no path"),
+        ({"path": []}, r"data\.path: \[\] is neither a path"),
+        ({"path": [1]}, r"data\.path: \[1\] is neither a path"),
     ],
 )
 def test_a_wrong_mix_is_told(fields, message):

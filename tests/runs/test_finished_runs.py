@@ -66,7 +66,7 @@ def test_dpo_begins_from_a_run(here, tmp_path, first):
     ("words", "message"),
     [
         (["lora.yaml", "model.name_or_path=lora"], "is an adapter already; remove the section"),
-        (["full.yaml", "model.name_or_path=./cut"], "has left no model, its state is 'running'"),
+        (["full.yaml", "model.name_or_path=./cut"], "left no model; its state is 'running'"),
     ],
 )
 def test_what_no_stage_can_begin_from(here, capsys, words, message):
@@ -124,7 +124,7 @@ def test_evaluate_gives_what_the_run_recorded(here, capsys, name):
 
 def test_evaluate_needs_something_held_out(here, capsys):
     assert run("evaluate", "full", "data.eval_fraction=0") == 2
-    assert "the recipe holds nothing out" in capsys.readouterr().err
+    assert "the recipe has no held-out examples" in capsys.readouterr().err
 
 
 def test_generate_shows_both_models(here, tmp_path, capsys):
@@ -302,7 +302,7 @@ def test_an_adapter_without_a_base_is_refused(here, tmp_path, capsys):
             "there is no folder",
         ),
         (["merge", "lora", "--into", "full.yaml/x"], "there is no folder"),
-        (["merge", "lora", "--into", "full"], "is there already"),
+        (["merge", "lora", "--into", "full"], "exists already"),
     ],
 )
 def test_what_cannot_be_written_is_told_before_anything_is_loaded(here, capsys, words, message):

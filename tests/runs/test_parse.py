@@ -35,7 +35,7 @@ def test_aliases_are_copies():
         ("a: !!binary aGk=", "a: a bytes is neither text"),
         ("a: {b: .nan}", "a.b: not a number"),
         ("? [a]\n: 1", "unhashable"),
-        ("~: 1", "None is no name"),
+        ("~: 1", "None is not a name"),
         ("a: !!python/name:os.system", "could not determine a constructor"),
         ("a: !!int x", "invalid literal"),
         ("a: [", "but found '<stream end>' in line 1"),

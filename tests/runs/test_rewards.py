@@ -90,10 +90,10 @@ def test_the_columns_a_reward_needs_are_its_parameters(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("parse", "no function 'parse'; there is parses"),
+        ("parse", "no function 'parse'; the functions are parses"),
         ("no_such_module:f", "cannot be imported"),
         ("json:no_such", "cannot be imported"),
-        ("json:__name__", "is a str, no function"),
+        ("json:__name__", "is a str, not a function"),
     ],
 )
 def test_a_reward_that_does_not_exist_is_named(name, message):

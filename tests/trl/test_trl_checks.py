@@ -93,7 +93,7 @@ def test_processes_that_share_a_model_do_not_sample_from_it(method):
     """That the completions differ is seen in two processes: tests/helpers/engine_trainers.py."""
     trainer = without_construction(method)
     trainer.model._tp_size = 2
-    with pytest.raises(ValueError, match=f"{method}Trainer samples other completions"):
+    with pytest.raises(ValueError, match=f"{method}Trainer samples different completions"):
         check_ranks(trainer)
     trainer.model._tp_size = None
     check_ranks(trainer)

@@ -1,1 +1,1 @@
-"""What to look for in a model, and what to put there. One file per rule; no model is named."""
+"""What to look for in a model, and its replacement. One file per rule; no model is named."""

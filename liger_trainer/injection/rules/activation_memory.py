@@ -1,4 +1,4 @@
-"""What the model's forward leaves behind for backward: `liger_kernel_config.activation_memory`."""
+"""What the model's forward saves for backward: `liger_kernel_config.activation_memory`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Attention through transformers' interface, which reads the bounds of a PackedMask, not the mask.
+"""Attention through transformers' interface, with the bounds of a PackedMask in place of the mask.
 
 A module's forward gets its attention function from a global of its source file, an
 AttentionInterface. The module gets its own forward, the same code with that name bound to an
-interface whose `sdpa` knows packed masks (`swap.rebind`); everything else it hands through.
+interface whose `sdpa` knows packed masks (`swap.rebind`) and which passes on everything else.
 """
 
 from __future__ import annotations

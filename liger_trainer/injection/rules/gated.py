@@ -1,9 +1,9 @@
-"""SwiGLU and GeGLU: an activation whose result is multiplied with another projection.
+"""SwiGLU and GeGLU: an activation whose result is multiplied by another projection.
 
 The activation module is swapped, not the MLP around it: it returns a deferred activation, and the
-multiplication of that with anything of its shape runs the fused kernel. So every way of writing a
-gated MLP is served, dense, packed or as experts, and none has to be recognized. Whatever else
-happens to the activation computes it as before.
+multiplication of that by a tensor of the same shape runs the fused kernel. So every way of writing
+a gated MLP works, dense, packed or as experts, and none has to be recognized. Any other use of the
+result computes the activation as before.
 
 Small inputs and compiled code use the activation itself: there the fusion does not pay, or the
 compiler does it.

@@ -1,4 +1,4 @@
-"""RMSNorm with a gate, a forward of two tensors: which formula it is, is found by trying them."""
+"""RMSNorm with a gate, a forward of two tensors; its formula is found by trying the known ones."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Attention masks that need not exist: of plain causal rows, packed rows and sliding windows.
+"""Avoid building attention masks for plain causal rows, packed rows and sliding windows.
 
-transformers makes a mask wherever it cannot tell that rows are plain. To see that nothing is packed
-it reads the position ids back from the device, and while it compiles it can read nothing, so that
-compiled models attend through a [T, T] mask. A forward that was given no position ids packs
-nothing, and a packed or windowed row is described by where its documents begin.
+transformers builds a mask whenever it cannot tell that rows are plain. To see that nothing is
+packed, it reads the position ids back from the device. While compiling it cannot read them, so
+compiled models attend through a [T, T] mask. But if a forward gets no position ids, nothing is
+packed, and a packed or windowed row is described by where its documents begin.
 
-The functions that make masks are globals of the model's source file. As for the rotary function,
+The functions that build masks are globals of the model's source file. As for the rotary function,
 the module gets its own forward, the same code with these names bound to ours (`swap.rebind`).
 """
 

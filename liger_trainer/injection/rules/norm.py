@@ -1,8 +1,8 @@
 """RMSNorm (also with a gate) and LayerNorm, in whatever form a model writes them.
 
 A norm is a module without children that has a small float attribute (its epsilon), at most a weight
-and a bias, both one-dimensional, and that forgets how large a row of its input is. Which formula it
-is, is found by trying them, in training and in evaluation mode.
+and a bias, both one-dimensional, and whose output does not depend on the scale of an input row. Its
+formula is found by trying the known ones, in training and in evaluation mode.
 """
 
 from __future__ import annotations

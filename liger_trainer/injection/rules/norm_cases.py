@@ -1,4 +1,4 @@
-"""Is a module a norm over the last dimension, and the inputs that tell which."""
+"""Whether a module is a norm over the last dimension, and the inputs that identify which one."""
 
 from __future__ import annotations
 

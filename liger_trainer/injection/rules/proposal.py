@@ -1,4 +1,4 @@
-"""What a rule proposes for a module, and what it may know while it looks."""
+"""What a rule proposes for a module, and the context that it may use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Rotary position embedding: the function that a module's forward calls on (q, k, cos, sin).
 
 The function is a global of the model's source file, which every model of that architecture shares.
-So not the global is changed: the module gets its own forward, the same code with that one name
+The global itself is not changed: the module gets its own forward, the same code with that one name
 bound to the kernel (`swap.rebind`).
 """
 

@@ -1,1 +1,1 @@
-"""From data as people have it to examples that a trainer takes."""
+"""From data in its common forms to the examples that a trainer takes."""

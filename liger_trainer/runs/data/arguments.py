@@ -31,7 +31,7 @@ class Source:
     split: str = "train"
     columns: dict[str, str] | None = None
     form: str | None = None
-    weight: float | None = None  # share of rows, relative to the others; none: every row once
+    weight: float | None = None  # relative share of rows; without weights, every row once
 
     @property
     def label(self) -> str:
@@ -48,10 +48,10 @@ class Source:
                 f"{where}.loader ({', '.join(LOADERS)})"
             )
         if self.path == [] or not all(isinstance(p, str) for p in self.paths):
-            raise ValueError(f"{where}.path: {self.path!r} is no path and no list of paths")
+            raise ValueError(f"{where}.path: {self.path!r} is neither a path nor a list of paths")
         if self.loader is not None and self.loader not in LOADERS:
             raise ValueError(
-                f"{where}.loader: no loader {self.loader!r}; there is {', '.join(LOADERS)}"
+                f"{where}.loader: no loader {self.loader!r}; the loaders are {', '.join(LOADERS)}"
             )
         if self.form is not None and self.form not in FORMS:
             raise ValueError(f"{where}.form: {self.form!r} is none of {', '.join(FORMS)}")
@@ -76,27 +76,27 @@ class DataArguments:
     # hub name, folder, or .json, .jsonl, .csv, .parquet files (also .gz): one, a list, a glob
     path: str | list[str] | None = None
     loader: str | None = None  # one of LOADERS, which come with this package
-    # several data sets: each has path or loader, and name, split, columns, form, weight
+    # several data sets; each has path or loader, and optional name, split, columns, form, weight
     mix: list[dict[str, Any]] | None = None
-    # when a mix by weight ends, as in datasets.interleave_datasets: at the end of the first data
+    # when a weighted mix ends, as in datasets.interleave_datasets: at the end of the first data
     # set, or of all (all_exhausted, which repeats rows, or all_exhausted_without_replacement)
     mix_until: str = "first_exhausted"
     name: str | None = None  # configuration of a hub dataset
     split: str = "train"  # or a slice of one: train[:90%]
-    # held-out examples in files or a data set of their own
+    # files or a data set with held-out examples
     eval_path: str | list[str] | None = None
     eval_split: str | None = None  # held-out split of the same data set
-    eval_fraction: float | None = None  # share of `split` that is held out, by the seed
-    columns: dict[str, str] | None = None  # {prompt: question}: our name to the dataset's
-    form: str | None = None  # what a row is, where its columns fit more than one form
-    max_examples: int | None = None  # of each data set, after shuffling by the seed
-    max_length: int = 2048  # tokens of an example; longer ones are cut
-    packing: bool = False  # several examples fill a row; they do not attend to each other
-    assistant_only: bool = True  # train on assistant turns and completions alone
+    eval_fraction: float | None = None  # share of `split` to hold out, chosen with the seed
+    columns: dict[str, str] | None = None  # {prompt: question}: expected name, then yours
+    form: str | None = None  # the form of a row, if its columns fit more than one
+    max_examples: int | None = None  # of each data set, after shuffling with the seed
+    max_length: int = 2048  # tokens per example; longer ones are truncated
+    packing: bool = False  # several examples share a row, without attending to each other
+    assistant_only: bool = True  # train on assistant turns and completions only
     streaming: bool = False  # read while training, for data larger than memory and disk
-    shuffle_buffer: int = 10_000  # rows of a stream among which the next one is drawn
-    num_proc: int | None = None  # processes that tokenize
-    # column whose equal values stay on one side of `eval_fraction`: pairs of one prompt, say
+    shuffle_buffer: int = 10_000  # rows in the shuffle buffer of a stream
+    num_proc: int | None = None  # processes for tokenization
+    # rows with equal values in this column stay on one side of `eval_fraction`
     group: str | None = None
     samples: int = 3  # held-out examples whose completions the report shows, before and after
     invalid: str = "raise"  # rows that cannot be trained on: "raise", or "drop" and count them
@@ -141,9 +141,7 @@ class DataArguments:
         given = [key for key in _OF_ENTRIES if getattr(self, key) is not None]
         given += ["split"] if self.split != "train" else []
         if given:
-            raise ValueError(
-                f"data.{given[0]}: with data.mix, it belongs to the entries that it is for"
-            )
+            raise ValueError(f"data.{given[0]}: with data.mix, set it in the entries of the mix")
         if not self.mix:
             raise ValueError("data.mix is empty; list the data sets, each with its path")
         for i, source in enumerate(self.sources):
@@ -166,7 +164,7 @@ class DataArguments:
                 f"data.eval_fraction is {self.eval_fraction}; it must lie between 0 and 1"
             )
         if self.group is not None and not self.eval_fraction:
-            raise ValueError("data.group: it is for data.eval_fraction, which is not set")
+            raise ValueError("data.group: it requires data.eval_fraction, which is not set")
 
     def _check_stream(self) -> None:
         for key, advice in _NOT_STREAMED.items():

@@ -89,7 +89,7 @@ def _calls(value: str, column: str, number: int) -> list[dict[str, Any]]:
     try:
         calls = json.loads(value)
     except ValueError as error:
-        raise RowError(f"turn {number} of `{column}` is no call in JSON: {error}") from error
+        raise RowError(f"turn {number} of `{column}` is not a call in JSON: {error}") from error
     calls = calls if isinstance(calls, list) else [calls]
     return [{"type": "function", "function": call} for call in calls]
 
@@ -105,7 +105,7 @@ def _instructed(row: dict) -> Messages:
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     for turn in row.get("history") or ():
         if not isinstance(turn, list) or len(turn) != 2:
-            raise RowError(f"`history` holds {turn!r}, not a question and its answer")
+            raise RowError(f"`history` holds {turn!r}, not a pair of question and answer")
         messages += [_said("user", turn[0]), _said("assistant", turn[1])]
     text = f"{instruction}\n\n{details}" if details else instruction
     return [*messages, _said("user", text)]
@@ -187,7 +187,7 @@ def form_of(names: list[str], examples: str, chosen: str | None = None) -> Form:
         found = [form for form in forms if form.name == chosen]
         if not found:
             usable = ", ".join(form.name for form in forms) or "none, so remove the key"
-            raise ValueError(f"data.form: {chosen} cannot become {examples}; of use are {usable}")
+            raise ValueError(f"data.form: {chosen} cannot become {examples}; use one of {usable}")
         if found[0] not in fits:
             raise ValueError(
                 f"data.form: {chosen} needs the columns {', '.join(found[0].columns)}; the "

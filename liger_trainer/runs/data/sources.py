@@ -32,7 +32,7 @@ def load_source(source: Source, *, streaming: bool = False) -> Dataset | Iterabl
     """
     dataset = _opened(source, streaming)
     if next(iter(dataset), None) is None if streaming else len(dataset) == 0:
-        raise ValueError(f"data: {source.label} holds no example in split {source.split!r}")
+        raise ValueError(f"data: {source.label} has no examples in split {source.split!r}")
     names = columns(dataset)
     for ours, theirs in (source.columns or {}).items():
         if theirs not in names:
@@ -130,7 +130,8 @@ def _load_saved(path: str, split: str) -> Dataset:
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split.split("[")[0] not in splits:
         raise ValueError(
-            f"data.split: {path} has no split {split!r}; there is {', '.join(map(str, splits))}"
+            f"data.split: {path} has no split {split!r}; the splits are "
+            f"{', '.join(map(str, splits))}"
         )
     sizes = {name: len(rows) for name, rows in splits.items()}
     (part,) = ReadInstruction.from_spec(split).to_absolute(sizes)

@@ -65,7 +65,7 @@ def given_ids(example: dict, vocabulary: int) -> tuple[list[int], list[int]]:
     found |= {n: example[n] for n in ("labels", "attention_mask") if example.get(n) is not None}
     for name, values in found.items():
         if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
-            raise RowError(f"`{name}` is no list of whole numbers")
+            raise RowError(f"`{name}` is not a list of integers")
         if len(values) != len(found["input_ids"]):
             raise RowError(
                 f"`{name}` has {len(values)} entries, `input_ids` has {len(found['input_ids'])}"

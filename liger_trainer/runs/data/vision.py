@@ -164,7 +164,7 @@ def placed(messages: list[dict], count: int) -> list[dict]:
         asker["content"][:0] = [{"type": "image"}] * count
         places = count
     if places != count:
-        raise RowError(f"it has {count} images, and {places} places for them in its messages")
+        raise RowError(f"it has {count} images, but {places} places for them in its messages")
     return parts
 
 
@@ -205,7 +205,7 @@ def _parts(content: str | list | None) -> list[dict]:
     for part in content:
         if part.get("type") not in ("text", "image") or len(part.keys() - {"type", "text"}):
             raise RowError(
-                f"a part of a message is {part!r}; it must be text, or the place of an image of "
+                f"a part of a message is {part!r}; it must be text, or the place of an image from "
                 "the column `images`"
             )
     return list(content)
