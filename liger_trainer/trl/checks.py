@@ -49,10 +49,10 @@ def check_options(trainer: type, args: TrainingArguments) -> None:
         raise ValueError(f"{type(args).__name__}: {error}") from error
 
 
-def _trl_name(trainer: type) -> str | None:
+def _trl_name(trainer: type) -> str:
     """Return the name of the class of TRL that `trainer` is made of."""
     bases = (cls.__qualname__ for cls in trainer.__mro__ if cls.__module__.startswith("trl."))
-    return next(bases, None)
+    return next(bases, "")
 
 
 def check_examples(trainer: Trainer) -> None:
