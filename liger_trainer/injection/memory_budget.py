@@ -87,6 +87,7 @@ class Budget:
     steps: int = 0
     told: int | None = None
     lowered: int = 0
+    too_many: int = 0  # tokens with which even one layer was too much, before it was measured
 
     def choose(self, tokens: int) -> int:
         """Return how many layers keep their activations in the step of `tokens` that begins."""
@@ -100,9 +101,12 @@ class Budget:
         return self.kept
 
     def _fit(self) -> int:
-        """Return how many layers may keep their activations in this step; 1 before it is known."""
+        """Return how many layers may keep their activations in this step.
+
+        Before it is known, one; none for as many tokens as that was too much for.
+        """
         if self.rest is None:
-            return 1
+            return int(not self.too_many or self.tokens < self.too_many)
         free = self.limit - self.base - self._rest_for(self.tokens)
         return max(0, min(len(self.layers), int(free / (self.cost * self.tokens))))
 
@@ -138,6 +142,8 @@ class Budget:
         self.device.release()
         self.limit = int(_LOWER * min(self.limit, self.device.peak()))
         self.lowered += 1
+        if self.rest is None:
+            self.too_many = min(self.too_many or self.tokens, self.tokens)
         self.kept = self.told = max(0, min(self._fit(), self.kept - 1))
         self.peak_before = self.device.peak()  # which tells nothing of the step as it is repeated
         logger.warning(

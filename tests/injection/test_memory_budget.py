@@ -81,6 +81,15 @@ def test_running_out_lowers_the_budget():
     assert "lowered 1 times" in str(budget)
 
 
+def test_running_out_before_anything_was_measured_is_not_tried_again():
+    budget, _ = simulated(10, base=2 * GIB, rest=1 << 20, cost=1 << 18)
+    assert budget.choose(1024) == 1
+    assert budget.lower() == 0  # before the last layer, which would have been measured
+    assert budget.choose(1024) == 0
+    assert budget.choose(4096) == 0
+    assert budget.choose(512) == 1  # fewer tokens may show what a layer takes
+
+
 @pytest.mark.parametrize("value", [0, -1, True, "8GiB", float("nan"), float("inf"), None])
 def test_values_that_are_no_budget(value):
     with pytest.raises(ValueError, match="positive number of GiB"):
