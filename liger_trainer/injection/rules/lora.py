@@ -108,7 +108,7 @@ def _gathered_modules(layer: nn.Module) -> list[nn.Module] | None:
     weights when they are called."""
     if torch.compiler.is_compiling():
         return None
-    found = [layer.base_layer]
+    found = [layer.get_submodule("base_layer")]
     for name in layer.active_adapters:
         parts = _parts_of(layer, name)
         if parts is not None:
