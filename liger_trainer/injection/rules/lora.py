@@ -116,7 +116,7 @@ def _gathered_modules(layer: nn.Module) -> list[nn.Module] | None:
             if not only_gathered((layer.base_layer, down, up), bystander=dropout):
                 return None
             found += [down, up]
-    return found
+    return found  # pyright: ignore[reportReturnType]
 
 
 def _fused_where_gathered(
