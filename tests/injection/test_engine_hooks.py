@@ -75,6 +75,19 @@ def test_hooks_on_every_module(owner, fused, products, every_size):
     assert bool(report.refused) == (not fused)
 
 
+def test_behind_an_engines_hooks_small_inputs_are_deferred_too(products):
+    """Processes whose rows have other lengths must call the same modules in the same order."""
+    model = GatedMLP()
+    inject(model, strict=True)
+    products.clear()
+    model(torch.randn(5, 8))
+    assert not products
+    seen = add_hooks(model, ENGINE)
+    model(torch.randn(5, 8))
+    assert len(products) == 1
+    assert model.act not in seen
+
+
 def test_the_plain_activation_is_what_others_hooks_see(every_size):
     model = GatedMLP()
     inject(model, strict=True)

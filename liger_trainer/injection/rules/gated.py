@@ -114,6 +114,8 @@ class FusedActivation(Swapped):
 
     The call is taken over, not the forward inside it: an engine's hooks, which gather and free
     parameters, have nothing to do for a module that has none, and would touch what it returns.
+    Where there are such hooks, inputs of every size are deferred: processes whose rows have
+    different lengths must call the same modules in the same order.
 
     Key: the gate, and the state of the module that it is proven for. Without gradients nothing is
     deferred: the caller may then change x in place, which autograd would not allow.
@@ -122,9 +124,10 @@ class FusedActivation(Swapped):
     _liger_unfused = False
 
     def __call__(self, *args, **kwargs):
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            (x,) = args
-            if type(x) in PLAIN and pays(x, MIN_ELEMENTS) and self._liger_may_defer(x):
+        x = args[0] if len(args) == 1 and not kwargs else None
+        if type(x) in PLAIN and not torch.compiler.is_compiling():
+            hooked = vars(self)["_forward_pre_hooks"]
+            if (hooked or pays(x, MIN_ELEMENTS)) and self._liger_may_defer(x):
                 return defer_activation(self, x)
         return super().__call__(*args, **kwargs)
 
