@@ -65,7 +65,10 @@ def test_null_means_the_default(tmp_path, section):
         ("training.do_predict=true", "there is no test set"),
         ("training.push_to_hub=true", "use `liger-trainer push`"),
         ("training.hub_token=abc", "use `liger-trainer push`"),
-        ("training.gradient_checkpointing=true training.activation_checkpointing=true", "one opt"),
+        (
+            "training.gradient_checkpointing=true training.activation_checkpointing=true",
+            "are the same option",
+        ),
         ("model.dtype=float99", "torch has no dtype 'float99'"),
     ],
 )

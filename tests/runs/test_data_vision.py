@@ -120,7 +120,7 @@ def test_rows_without_images_may_stand_beside_others(folder):
                     {"role": "assistant", "content": [{"type": "text", "text": "the cat"}]},
                 ]
             },
-            "it has 1 images, and 2 places",
+            "it has 1 images, but 2 places",
         ),
     ],
 )

@@ -296,7 +296,10 @@ def test_an_adapter_without_a_base_is_refused(here, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["generate", "full", "--prompts", "prompts.txt", "--output", "lora"], "no regular file"),
+        (
+            ["generate", "full", "--prompts", "prompts.txt", "--output", "lora"],
+            "not a regular file",
+        ),
         (
             ["generate", "full", "--prompts", "prompts.txt", "--output", "no/x"],
             "there is no folder",

@@ -29,7 +29,7 @@ def test_aliases_are_copies():
     ("text", "message"),
     [
         ("[" * 5000, "nested too deeply"),
-        ("&a [*a]", "part of"),
+        ("&a [*a]", "contains it"),
         ("a: 1\na: 2", "the key 'a' appears twice in line 2"),
         ("a: !!set {x}", "a: a set is neither text"),
         ("a: !!binary aGk=", "a: a bytes is neither text"),
