@@ -12,6 +12,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from liger_trainer.runs.engine import leave_group
 from liger_trainer.runs.shapes import CONFIGS
 
 TINY = CONFIGS["llama-1b"] | {
@@ -181,7 +182,7 @@ def work(case: tuple, engine: str, variant: str) -> dict:
             "loss": float(loss) / dist.get_world_size(),
         }
     finally:
-        dist.destroy_process_group()
+        leave_group()
 
 
 def _timed(step, cuda: bool) -> float:

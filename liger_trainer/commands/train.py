@@ -67,6 +67,7 @@ def main(options: argparse.Namespace) -> int:
         return _dry_run(_recipe(options), resume=options.resume, overwrite=options.overwrite)
     recipe = _recipe(options)
     from liger_trainer.runs.checks import conflicts
+    from liger_trainer.runs.engine import leave_group
     from liger_trainer.runs.run import run
 
     for conflict in conflicts(recipe) if _local_rank() == 0 else ():
@@ -79,7 +80,7 @@ def main(options: argparse.Namespace) -> int:
         print(f"\n{_what_is_left(recipe, command)}", file=sys.stderr)
         return 130
     finally:
-        _leave_together()
+        leave_group()
     return _tell(result, command)
 
 
@@ -102,14 +103,6 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _leave_together() -> None:
-    """End the process group, where there is one: torch complains of processes that do not."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _tell(result: RunResult, command: str) -> int:

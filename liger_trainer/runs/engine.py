@@ -3,6 +3,8 @@ how its processes agree."""
 
 from __future__ import annotations
 
+import time
+
 import torch
 from accelerate import Accelerator
 
@@ -35,3 +37,18 @@ def in_any_process(found: bool, args) -> bool:
     flag = torch.tensor(float(found), device=args.device)
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
     return bool(flag)
+
+
+def leave_group() -> None:
+    """Leave the process group, where there is one, after which the process may end.
+
+    A thread of gloo holds the tensors of the last collective for a moment after it is done, and
+    needs the interpreter to let go of them. If that shuts down first, it ends the thread within a
+    destructor, and the process aborts (SIGABRT).
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    uses_gloo = "gloo" in torch.distributed.get_backend_config()
+    torch.distributed.destroy_process_group()
+    if uses_gloo:
+        time.sleep(0.2)

@@ -22,6 +22,7 @@ from liger_trainer import inject
 from liger_trainer.deferred import Deferred
 from liger_trainer.kernels.runtime import every_size
 from liger_trainer.report import InjectionReport
+from liger_trainer.runs.engine import leave_group
 
 LAYOUTS = {
     "data and experts": {"fsdp_size": 2, "ep_size": 2},
@@ -84,7 +85,7 @@ def main(folder: str) -> None:
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

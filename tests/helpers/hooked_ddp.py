@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from liger_trainer import inject
+from liger_trainer.runs.engine import leave_group
 
 
 def case(name: str, find_unused: bool, hook_first: bool) -> list[str]:
@@ -70,7 +71,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from liger_trainer import inject, loss_scope
 from liger_trainer.deferred import logits as deferred
+from liger_trainer.runs.engine import leave_group
 
 IDS = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS, "labels": IDS.clone()}
@@ -181,4 +182,4 @@ if __name__ == "__main__":
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(answers))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()

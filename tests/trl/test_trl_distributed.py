@@ -92,6 +92,8 @@ def test_two_processes(method, logs):
 
 def main(engine: str, folder: Path) -> None:
     """What each process runs; the first writes the logs."""
+    from liger_trainer.runs.engine import leave_group
+
     logs = {
         f"{method} {flag}": train(engine, method, folder, flag)
         for method in METHODS
@@ -100,7 +102,7 @@ def main(engine: str, folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         (folder / "logs.json").write_text(json.dumps(logs))
     torch.distributed.barrier()  # one that leaves early takes the other's connection with it
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":
