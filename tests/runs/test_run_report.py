@@ -116,9 +116,9 @@ def test_speed_is_tokens_over_time_and_not_a_mean_of_speeds():
     assert summary["peak_memory_gib"] >= 1.5
 
 
-def test_a_run_without_kernels_says_so(tmp_path):
+def page_without_kernels(folder, **given) -> str:
     path = write_report(
-        tmp_path / "report.html",
+        folder / "report.html",
         title="t",
         summary=summarize([]) | {"steps": 0, "minutes": 0.0},
         log_history=[],
@@ -126,23 +126,18 @@ def test_a_run_without_kernels_says_so(tmp_path):
         recipe={},
         machine={},
         notes=[],
+        **given,
     )
-    assert "use_liger_kernel is off" in path.read_text()
+    return path.read_text()
+
+
+def test_a_run_without_kernels_says_so(tmp_path):
+    assert "use_liger_kernel is off" in page_without_kernels(tmp_path)
 
 
 def test_completions_are_escaped(tmp_path):
-    path = write_report(
-        tmp_path / "report.html",
-        title="t",
-        summary=summarize([]) | {"steps": 0, "minutes": 0.0},
-        log_history=[],
-        injection=None,
-        recipe={},
-        machine={},
-        notes=[],
-        samples=[{"prompt": "<script>", "before": "<b>", "after": "</table>", "expected": "&"}],
-    )
-    text = path.read_text()
+    row = {"prompt": "<script>", "before": "<b>", "after": "</table>", "expected": "&"}
+    text = page_without_kernels(tmp_path, samples=[row])
     assert "<script>" not in text
     assert "&lt;/table&gt;" in text
 
