@@ -1,16 +1,17 @@
-"""Launch kernels that run many times per step, at half of the host cost.
+"""Launch kernels that run many times per step, at two thirds of the host cost.
 
-At each launch Triton works out which of its compiled variants fits the arguments, which takes 5 to
-20 us. It depends on the tensors' dtypes and alignment, on whether an integer is 1, divisible by 16
-or wider than 32 bits, and on the constants. The same variant fits whenever all dtypes, alignments,
-integers and constants are those of an earlier launch, which is quicker to see.
+At each launch Triton works out which of its compiled variants fits the arguments: 7 us in all on a
+fast CPU, where `launch` takes 4.4. The variant depends on the tensors' dtypes and alignment, on
+whether an integer is 1, divisible by 16 or wider than 32 bits, and on the constants. The same
+variant fits whenever all dtypes, alignments, integers and constants are those of an earlier launch,
+which is quicker to see.
 """
 
 from __future__ import annotations
 
 import torch
 
-_MOST = 1024  # lengths differ from batch to batch; then the oldest entries are of no use
+_MOST = 1024  # where lengths differ from batch to batch, few entries are used twice
 _variants: dict[tuple, tuple] = {}
 
 
