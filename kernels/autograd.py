@@ -47,7 +47,7 @@ def depends_on(ctx, *tensors: torch.Tensor | None) -> None:
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     if wanted and not torch.compiler.is_compiling():
         with torch.enable_grad():
-            setattr(ctx, _LINK, _Link.apply(*wanted))
+            setattr(ctx, _LINK, Anchor.apply(*wanted))
 
 
 def _is_batched(grad) -> bool:
@@ -66,10 +66,12 @@ def forbid_derivative(grads: tuple, operands: Iterable[torch.Tensor | None]) -> 
     return tuple(None if g is None else next(marked) for g in grads)
 
 
-class _Link(torch.autograd.Function):
+class Anchor(torch.autograd.Function):
+    """One element that depends on the tensors in the graph, and sends them no gradient."""
+
     @staticmethod
     def forward(ctx, *tensors):
-        return tensors[0].new_empty(0)
+        return tensors[0].new_zeros(1)
 
     @staticmethod
     def backward(ctx, _):

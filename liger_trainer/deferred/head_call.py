@@ -30,6 +30,7 @@ from liger_trainer.deferred.vocab_parallel import (
     refuse_scattered,
 )
 from liger_trainer.hooks import is_hooked
+from liger_trainer.kernels.autograd import Anchor
 from liger_trainer.kernels.linear.head import LinearHead
 from liger_trainer.swap import Swapped
 
@@ -203,7 +204,8 @@ def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body, sh
 def _anchor_of(results: Results, hidden: torch.Tensor) -> torch.Tensor:
     differentiable = [r for r in results if r is not None and r.requires_grad]
     if torch.is_grad_enabled() and differentiable:
-        return _Anchor.apply(*differentiable)
+        # The results' backward waits until the gradient of the anchor has passed.
+        return Anchor.apply(*differentiable)
     return hidden.new_zeros(1)
 
 
@@ -214,18 +216,6 @@ def _behind(anchor: torch.Tensor, results: Results) -> Results:
     wanted = [r is not None and r.requires_grad for r in results]
     behind = iter(_Behind.apply(anchor, *(r for r, w in zip(results, wanted, strict=True) if w)))
     return tuple(next(behind) if w else r for r, w in zip(results, wanted, strict=True))
-
-
-class _Anchor(torch.autograd.Function):
-    """Keeps the results' backward waiting until the gradient of the anchor has passed."""
-
-    @staticmethod
-    def forward(ctx, *results):
-        return results[0].new_zeros(1)
-
-    @staticmethod
-    def backward(ctx, _):
-        return (None,) * len(ctx.needs_input_grad)
 
 
 class _Behind(torch.autograd.Function):
