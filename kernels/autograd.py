@@ -22,17 +22,20 @@ def first_derivative_only(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
-        if not torch.compiler.is_compiling() and any(map(_is_batched, grads)):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and any(map(_is_batched, grads)):
             raise RuntimeError(
                 "liger_trainer's kernels take one gradient at a time. For is_grads_batched=True "
                 "(a jacobian with vectorize=True), set use_liger_kernel=False or call "
                 "restore(model)."
             )
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             found = backward(ctx, *grads)
-        found = found if isinstance(found, tuple) else (found,)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if compiling:
             return found
+        found = found if isinstance(found, tuple) else (found,)
         return forbid_derivative(found, (*ctx.saved_tensors, *grads, getattr(ctx, _LINK, None)))
 
     return wrapper

@@ -12,13 +12,12 @@ x is kept once, in the dtype of the base's product, whatever the adapters' dtype
 added to y and dx in place. Dropout draws a seed and makes its mask from that, in backward again.
 
 What the adapters' products are computed in:
-- x and the adapters have one dtype (under autocast they are cast to its own): in that, with fp32
+- x and the adapters have one dtype (under autocast they are rounded to its own): in that, with fp32
   accumulation.
 - bf16 x, fp32 adapters (PEFT's default): exactly, as by fp32 products of a widened x, which is what
-  PEFT does; but a large x is not widened. In every product one operand is wide and bf16 and the
-  other narrow and fp32. The narrow one is split into three bf16 parts, which together hold its 24
-  bits, so one bf16 product of three times the rank is exact up to the fp32 sum. Where the result
-  is rounded to bf16 anyway (y and dx), 16 bits of both operands suffice.
+  PEFT does; but x is not widened. The narrow operand is split into three bf16 parts, which together
+  hold its 24 bits, so three bf16 products are exact up to the fp32 sum. Where the result is rounded
+  to bf16 anyway (y and dx), 16 bits of both operands suffice.
 - otherwise, and without Triton: in the adapters' dtype.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
@@ -27,7 +26,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.0968
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,8 +35,6 @@ import torch.nn.functional as F
 from ..autograd import depends_on, first_derivative_only
 from ..runtime import as_rows, on_device
 from .lora_products import products_for
-
-MIN_ELEMENTS = 10_000_000  # of x: below, the launches take longer than the products
 
 
 class Adapter(NamedTuple):
@@ -77,55 +74,33 @@ def _draw_seed() -> int:
 # --- autograd ------------------------------------------------------------------------------------
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
-def _cast(matrices: Sequence[torch.Tensor], dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
-    return (m if dtype is None else m.to(dtype) for m in matrices)
-
-
-def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    if _autocast_dtype(x) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
 class _LoRALinear(torch.autograd.Function):
-    """Of x, weight and bias, or of x and the base's own product `y`.
+    """The operation on x, weight and bias, or on x and the base layer's own product `y`.
 
-    `settings` holds (scale, dropout) of each adapter, `matrices` A and B of each; under autocast
-    `dtype` is what they are cast to.
+    `settings` holds (products, scale, dropout, seed) of each adapter, `matrices` its A and B.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, y, dtype, settings, *matrices):
+    def forward(ctx, x, weight, bias, y, settings, *matrices):
         x_NI = as_rows(x)
         if y is None:
             y_NO = F.linear(x_NI, weight, bias)
         else:
             y_NO = torch.empty(len(x_NI), y.shape[-1], dtype=y.dtype, device=y.device)
             y_NO.view(y.shape).copy_(y)
-        ctx.plans, kept = [], []
-        with _without_autocast(x), on_device(x):
-            for i, (scale, dropout) in enumerate(settings):
-                A, B = _cast(matrices[2 * i : 2 * i + 2], dtype)
-                products = products_for(x_NI, y_NO, A)
-                seed = _draw_seed() if dropout else None
+        needs, kept = ctx.needs_input_grad, []
+        with on_device(x):
+            for i, (products, scale, dropout, seed) in enumerate(settings):
+                A, B = matrices[2 * i], matrices[2 * i + 1]
                 D_NI = x_NI * dropout_mask(x_NI, seed, dropout) if dropout else x_NI
-                scale = scale / (1.0 - dropout) if dropout < 1.0 else 0.0
-                first, second = products.prepared(A, B.t())
-                h, operand = products.narrow(D_NI, first, scale)
-                products.add(y_NO, operand, second)
-                ctx.plans.append((products, scale, dropout, seed))
-                kept.append(h if ctx.needs_input_grad[7 + 2 * i] else None)
-        keeps_x = any((ctx.needs_input_grad[1], *ctx.needs_input_grad[6::2]))
+                h = products.add_product(y_NO, D_NI, A, B.t(), scale)
+                kept.append(h if needs[6 + 2 * i] else None)
+        keeps_x = needs[1] or any(needs[5::2])
         if not keeps_x:
             depends_on(ctx, x)
         ctx.save_for_backward(x if keeps_x else None, weight, *matrices, *kept)
-        ctx.dtype, ctx.x_shape, ctx.x_dtype = dtype, x.shape, x.dtype
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        ctx.settings, ctx.x_shape, ctx.x_dtype = settings, x.shape, x.dtype
+        return y_NO if x.dim() == 2 else y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
     @first_derivative_only
@@ -136,61 +111,68 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, dy):
         x, weight, *saved = ctx.saved_tensors
-        count = len(ctx.plans)
+        count = len(ctx.settings)
         matrices, kept = saved[: 2 * count], saved[2 * count :]
-        needs_x, needs_weight, needs_bias, needs_y = ctx.needs_input_grad[:4]
+        needs = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, needs_y = needs[:4]
         dy_NO, x_NI = as_rows(dy), None if x is None else as_rows(x)
 
         dx_NI, started = None, weight is not None
         if needs_x and started:
-            dx_NI = dy_NO @ weight.to(dy.dtype)
+            dx_NI = dy_NO @ (weight if weight.dtype == dy.dtype else weight.to(dy.dtype))
         elif needs_x:
             shape = len(dy_NO), ctx.x_shape[-1]
             dx_NI = torch.empty(shape, dtype=ctx.x_dtype, device=dy.device)
         grads = []
-        for i, (products, scale, dropout, seed) in enumerate(ctx.plans):
-            A, B = _cast(matrices[2 * i : 2 * i + 2], ctx.dtype)
-            needs_A, needs_B = ctx.needs_input_grad[6 + 2 * i : 8 + 2 * i]
+        for i, (products, scale, dropout, seed) in enumerate(ctx.settings):
+            A, B = matrices[2 * i], matrices[2 * i + 1]
+            needs_A, needs_B = needs[5 + 2 * i], needs[6 + 2 * i]
             dA = dB = None
-            first, second = products.prepared(B.t(), A)
-            operand, h = products.narrow_again(dy_NO, first, scale, kept[i])
             if needs_B:
-                dB = products.over_rows(h, dy_NO).t().to(matrices[2 * i + 1])
+                dB = products.gradient_b(dy_NO, kept[i])
             if needs_A or needs_x:
-                keep = None
-                if dropout:
-                    wide = x_NI if dx_NI is None else dx_NI
-                    keep = dropout_mask(wide, seed, dropout)
+                wide_NI = dx_NI if x_NI is None else x_NI
+                keep = dropout_mask(wide_NI, seed, dropout) if dropout else None
+                into = dx_NI if keep is None or dx_NI is None else torch.empty_like(dx_NI)
+                beta = int(started and keep is None)
+                dh = products.add_product(into, dy_NO, B.t(), A, scale, beta)
                 if needs_A:
-                    D_NI = x_NI if keep is None else x_NI * keep
-                    dA = products.over_rows(operand, D_NI).to(matrices[2 * i])
-                if dx_NI is not None and keep is None:
-                    products.add(dx_NI, operand, second, beta=int(started))
-                elif dx_NI is not None and keep is not None:
-                    part = torch.empty_like(dx_NI)
-                    products.add(part, operand, second, beta=0)
-                    part *= keep
-                    dx_NI = dx_NI.add_(part) if started else part
+                    dA = products.gradient_a(dh, x_NI if keep is None else x_NI * keep)
+                if keep is not None and dx_NI is not None:
+                    into *= keep
+                    dx_NI = dx_NI.add_(into) if started else into
                 started = True
             grads += [dA, dB]
         return (
             None if dx_NI is None else dx_NI.view(ctx.x_shape),
-            (dy_NO.t() @ x_NI).to(weight.dtype) if needs_weight and x_NI is not None else None,
+            dy_NO.t() @ x_NI if needs_weight else None,
             dy_NO.sum(0) if needs_bias else None,
             dy if needs_y else None,
             None,
-            None,
-            *grads,
+            *grads,  # autograd casts all of these to their tensors' dtypes
         )
 
 
+def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _apply(x, weight, bias, y, adapters: Sequence[Adapter]) -> torch.Tensor:
-    settings = tuple((float(a.scale), a.dropout) for a in adapters)
-    matrices = [matrix for a in adapters for matrix in (a.A, a.B)]
-    dtype = _autocast_dtype(x)
-    if dtype is not None:
-        x = x.to(dtype)
-    return _LoRALinear.apply(x, weight, bias, y, dtype, settings, *matrices)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y_dtype = x.dtype if y is None else y.dtype
+    settings, matrices = [], []
+    for A, B, scale, dropout in adapters:
+        seed = None
+        if dropout:
+            seed, scale = _draw_seed(), scale / (1.0 - dropout) if dropout < 1.0 else 0.0
+        settings.append((products_for(x, y_dtype, A, autocast), scale, dropout, seed))
+        matrices += A, B
+    return _LoRALinear.apply(x, weight, bias, y, settings, *matrices)
 
 
 def lora_linear(

@@ -1,211 +1,83 @@
-"""Products of a wide operand, of many rows and columns, and a narrow one of an adapter's rank.
+"""The adapter's products in a LoRA layer: of a wide operand (x or dy) and narrow ones (A, B, h).
 
-How each is computed, by the operands' dtypes: `lora_linear.py`.
+N is rows, R an adapter's rank, K and I widths. There are three ways, with the same methods:
+
+- `InDtype`: torch's products of operands cast to one dtype.
+- `lora_in_registers.InRegisters`: Triton kernels that split or round the narrow operands as they
+  load them. Two launches in place of five calls: where inputs are small, the host is the limit.
+- `lora_in_parts.InParts`: products by cuBLAS of narrow operands that were split in advance. Large
+  inputs and high ranks would split them in too many programs.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import torch
 
-from ..launch import launch
-from ..runtime import cdiv, next_power_of_2, tl, triton, use_triton
+from ..runtime import use_triton
+from .lora_in_parts import InParts, matmul_fp32
+from .lora_in_registers import InRegisters
 
-_BLOCK = 1024
-
-
-# --- three bf16 parts of an fp32 number ---------------------------------------------------------
+_LARGE = 1 << 29  # elements of x times rank: from here on the device is the limit
 
 
-@triton.jit
-def _split(x):
-    """hi + mid + lo == x, each with the 8 bits of a bf16."""
-    hi = x.to(tl.bfloat16)
-    rest = x - hi.to(tl.float32)
-    mid = rest.to(tl.bfloat16)
-    return hi, mid, (rest - mid.to(tl.float32)).to(tl.bfloat16)
+class Products(Protocol):
+    def add_product(self, y_NK, x_NI, first_RI, second_RK, scale: float, beta: int = 1):
+        """Set y = beta y + h second, where h = scale x firstᵀ [N, R]. Return h.
+
+        y may be None, if h alone is wanted.
+        """
+
+    def gradient_a(self, dh_NR, x_NK) -> torch.Tensor:
+        """Return dhᵀ x [R, K], in fp32 or the adapter's dtype."""
+
+    def gradient_b(self, dy_NK, h_NR) -> torch.Tensor:
+        """Return dyᵀ h [K, R], in fp32 or the adapter's dtype."""
 
 
-@triton.jit
-def _split_row(
-    m_ptr, out_ptr, stride_r, stride_k, row, col, R, K, EXACT: tl.constexpr
-):  # fmt: skip
-    """One row of m [R, K] to [3R, K] (hi, mid, lo) if EXACT, else to [4R, K] (hi, hi, hi, mid)."""
-    mask = col < K
-    m = tl.load(m_ptr + row * stride_r + col.to(tl.int64) * stride_k, mask=mask, other=0.0)
-    hi, mid, lo = _split(m)
-    out_ptrs, part = out_ptr + row * K + col, tl.cast(R, tl.int64) * K
-    tl.store(out_ptrs, hi, mask=mask)
-    tl.store(out_ptrs + part, mid if EXACT else hi, mask=mask)
-    tl.store(out_ptrs + 2 * part, lo if EXACT else hi, mask=mask)
-    if not EXACT:
-        tl.store(out_ptrs + 3 * part, mid, mask=mask)
+class InDtype(NamedTuple):
+    """All operands are cast to `dtype`."""
 
+    dtype: torch.dtype
 
-@triton.jit
-def _split_pair_kernel(
-    first_ptr, second_ptr, first_out, second_out, stride_r1, stride_k1, stride_r2, stride_k2,
-    R, K1, K2, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Split first [R, K1] exactly, and second [R, K2] not."""
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    if row < R:
-        _split_row(first_ptr, first_out, stride_r1, stride_k1, row, col, R, K1, True)
-    else:
-        _split_row(second_ptr, second_out, stride_r2, stride_k2, row - R, col, R, K2, False)
+    def add_product(self, y_NK, x_NI, first_RI, second_RK, scale, beta=1):
+        x_NI, first_RI = x_NI.to(self.dtype), first_RI.to(self.dtype)
+        h_NR = torch.addmm(x_NI.new_empty(1), x_NI, first_RI.t(), beta=0, alpha=scale)
+        if y_NK is not None and y_NK.dtype == self.dtype:
+            y_NK.addmm_(h_NR, second_RK.to(self.dtype), beta=beta)
+        elif y_NK is not None:
+            product = h_NR @ second_RK.to(self.dtype)
+            y_NK.add_(product) if beta else y_NK.copy_(product)
+        return h_NR
 
+    def gradient_a(self, dh_NR, x_NK):
+        return self._over_rows(dh_NR, x_NK.to(self.dtype))
 
-@triton.jit
-def _store_parts(parts_ptr, h, row, col, R, mask):
-    """Store the parts of h in [N, 4R] (hi, mid, lo, hi)."""
-    hi, mid, lo = _split(h)
-    parts_ptrs = parts_ptr + row * (4 * R) + col
-    tl.store(parts_ptrs, hi, mask=mask)
-    tl.store(parts_ptrs + R, mid, mask=mask)
-    tl.store(parts_ptrs + 2 * R, lo, mask=mask)
-    tl.store(parts_ptrs + 3 * R, hi, mask=mask)
-
-
-@triton.jit
-def _gather_parts_kernel(
-    sums_ptr, parts_ptr, h_ptr, h_parts_ptr, scale, N, R,
-    FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Scale the sum of sums [N, 3R] and split it; forward keeps it as h [N, R], and backward splits
-    the h that was kept, too."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < tl.cast(N, tl.int64) * R
-    row, col = i // R, i % R
-    sums_ptrs = sums_ptr + row * (3 * R) + col
-    total = tl.load(sums_ptrs, mask=mask, other=0.0)
-    total += tl.load(sums_ptrs + R, mask=mask, other=0.0)
-    total += tl.load(sums_ptrs + 2 * R, mask=mask, other=0.0)
-    total *= scale
-    _store_parts(parts_ptr, total, row, col, R, mask)
-    if FORWARD:
-        tl.store(h_ptr + i, total, mask=mask)
-    if BACKWARD:
-        kept = tl.load(h_ptr + i, mask=mask, other=0.0)
-        _store_parts(h_parts_ptr, kept, row, col, R, mask)
-
-
-def split_pair(first_RK: torch.Tensor, second_RK: torch.Tensor):
-    """Split the first into three parts that hold all of its bits, and the second into two that
-    hold 16, of which the larger stands there thrice."""
-    (R, K1), K2 = first_RK.shape, second_RK.shape[1]
-    like = {"dtype": torch.bfloat16, "device": first_RK.device}
-    first, second = torch.empty(3 * R, K1, **like), torch.empty(4 * R, K2, **like)
-    widest = max(K1, K2)
-    block = min(_BLOCK, next_power_of_2(widest))
-    launch(
-        _split_pair_kernel, (2 * R, cdiv(widest, block)),
-        first_RK, second_RK, first, second, *first_RK.stride(), *second_RK.stride(), R, K1, K2,
-        block,
-    )  # fmt: skip
-    return first, second
-
-
-def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a b in fp32 for 16-bit a and b."""
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-# --- products of a wide operand, of many rows and columns, and a narrow one -----------------------
-# `prepared` is the pair of matrices that the wide operand is multiplied with and that the result
-# is: (A, Bᵀ) in the forward pass and (Bᵀ, A) in the backward pass, as the products take them.
-
-
-class OneDtype:
-    """All in one dtype."""
+    def gradient_b(self, dy_NK, h_NR):
+        return self._over_rows(dy_NK.to(self.dtype), h_NR)
 
     @staticmethod
-    def prepared(first_RK, second_RK):
-        return first_RK, second_RK
-
-    @staticmethod
-    def narrow(x_NK, first, scale):
-        """h = scale x firstᵀ [N, R], once to be kept and once as the functions below take it."""
-        h = torch.addmm(x_NK.new_empty(1), x_NK, first.t(), beta=0, alpha=scale)
-        return h, h
-
-    @classmethod
-    def narrow_again(cls, dy_NK, first, scale, h):
-        """`narrow` in the backward pass: the second of it, and that of the h that was kept."""
-        return cls.narrow(dy_NK, first, scale)[1], h
-
-    @staticmethod
-    def add(y_NK, h_NR, second, beta=1):
-        """y = beta y + h second, in place."""
-        y_NK.addmm_(h_NR, second, beta=beta)
-
-    @staticmethod
-    def over_rows(h_NR, x_NK):
-        """hᵀ x [R, K]; of 16-bit operands in fp32 where the device can."""
-        if x_NK.is_cuda and x_NK.element_size() == 2:
-            return _mm32(h_NR.t(), x_NK)
-        return torch.mm(h_NR.t(), x_NK)
+    def _over_rows(a_NI, b_NJ):
+        if a_NI.is_cuda and a_NI.element_size() == 2:
+            return matmul_fp32(a_NI.t(), b_NJ)
+        return torch.mm(a_NI.t(), b_NJ)
 
 
-class Widened(OneDtype):
-    """The wide one is cast to the narrow one's dtype."""
+def products_for(
+    x: torch.Tensor, y_dtype: torch.dtype, A: torch.Tensor, autocast: bool
+) -> Products:
+    """Return how the products of x, y and an adapter's matrices are computed.
 
-    @staticmethod
-    def narrow(x_NK, first, scale):
-        return OneDtype.narrow(x_NK.to(first.dtype), first, scale)
-
-    @staticmethod
-    def add(y_NK, h_NR, second, beta=1):
-        product = h_NR @ second
-        y_NK.add_(product) if beta else y_NK.copy_(product)
-
-    @staticmethod
-    def over_rows(h_NR, x_NK):
-        return torch.mm(h_NR.t(), x_NK.to(h_NR.dtype))
-
-
-class Split(OneDtype):
-    """The wide one bf16, the narrow one fp32, in bf16 parts."""
-
-    prepared = staticmethod(split_pair)
-
-    @staticmethod
-    def narrow(x_NK, first, scale):
-        N, R = len(x_NK), len(first) // 3
-        sums = _mm32(x_NK, first.t())
-        h, parts = sums.new_empty(N, R), x_NK.new_empty(N, 4 * R)
-        launch(
-            _gather_parts_kernel, (cdiv(N * R, _BLOCK),),
-            sums, parts, h, parts, scale, N, R, True, False, _BLOCK,
-        )  # fmt: skip
-        return h, parts
-
-    @classmethod
-    def narrow_again(cls, dy_NK, first, scale, h):
-        N, R = len(dy_NK), len(first) // 3
-        sums = _mm32(dy_NK, first.t())
-        parts = dy_NK.new_empty(N, 4 * R)
-        h_parts = parts if h is None else torch.empty_like(parts)
-        launch(
-            _gather_parts_kernel, (cdiv(N * R, _BLOCK),),
-            sums, parts, h, h_parts, scale, N, R, False, h is not None, _BLOCK,
-        )  # fmt: skip
-        return parts, h_parts
-
-    @staticmethod
-    def add(y_NK, parts, second, beta=1):
-        y_NK.addmm_(parts, second, beta=beta)
-
-    @staticmethod
-    def over_rows(parts, x_NK):
-        R = parts.shape[1] // 4
-        return _mm32(parts[:, : 3 * R].t(), x_NK).view(3, R, -1).sum(0)
-
-
-def products_for(x_NI: torch.Tensor, y_NO: torch.Tensor, A: torch.Tensor) -> type[OneDtype]:
-    """Return how the products of x, y and an adapter's matrices, all of A's dtype, are computed."""
-    if x_NI.dtype == y_NO.dtype == A.dtype:
-        return OneDtype
-    splits = x_NI.dtype == y_NO.dtype == torch.bfloat16 and A.dtype == torch.float32
-    return Split if splits and use_triton(x_NI) and x_NI.numel() else Widened
+    Under autocast, x already has its dtype, and the adapter's matrices are rounded to it.
+    """
+    dtype = x.dtype if autocast else A.dtype
+    is_16_bit = x.element_size() == 2 and x.dtype == y_dtype
+    if is_16_bit and x.numel() and use_triton(x):
+        large = x.numel() * A.shape[0] >= _LARGE
+        exact = x.dtype == torch.bfloat16 and dtype == torch.float32
+        if exact:
+            return InParts() if large else InRegisters(exact=True)
+        if dtype == x.dtype and not large:
+            return InRegisters(exact=False)
+    return InDtype(dtype)

@@ -55,10 +55,11 @@ class NoDriver:
 
 driver.set_active(NoDriver())
 
-from liger_trainer.kernels.layers import lora_linear as lora  # noqa: E402
 from liger_trainer.kernels.layers.gated_rms_norm import gated_rms_norm  # noqa: E402
 from liger_trainer.kernels.layers.glu import geglu, swiglu  # noqa: E402
 from liger_trainer.kernels.layers.layer_norm import layer_norm  # noqa: E402
+from liger_trainer.kernels.layers.lora_in_parts import InParts  # noqa: E402
+from liger_trainer.kernels.layers.lora_in_registers import InRegisters  # noqa: E402
 from liger_trainer.kernels.layers.rms_norm import rms_norm  # noqa: E402
 from liger_trainer.kernels.layers.rope import rope  # noqa: E402
 from liger_trainer.kernels.linear.supervised import partition  # noqa: E402
@@ -72,6 +73,13 @@ from liger_trainer.kernels.runtime import interpreted  # noqa: E402
 
 def leaf(*shape, dtype=torch.bfloat16):
     return torch.randn(shape).to(dtype).requires_grad_()
+
+
+def lora_products(products, x, A, B):
+    y = torch.zeros(len(x), len(B), dtype=x.dtype)
+    h = products.add_product(y, x, A, B.t(), 0.5)
+    products.gradient_a(products.add_product(x, y, B.t(), A, 0.5, 0), x)
+    products.gradient_b(y, h)
 
 
 def calls(rows: int, width: int):
@@ -93,8 +101,8 @@ def calls(rows: int, width: int):
             lambda i=interleaved, h=heads, t=table: rope(*h, t, t, interleaved=i),
         )
     A, B = leaf(rows, width, dtype=torch.float32), leaf(5, rows, dtype=torch.float32)
-    adapter = lora.Adapter(A, B, 0.5)
-    yield "lora_linear", lambda: lora.lora_linear(x, leaf(5, width), None, [adapter])
+    for products in (InRegisters(exact=True), InRegisters(exact=False), InParts()):
+        yield f"LoRA products {products}", lambda p=products: lora_products(p, x.detach(), A, B)
     options = {
         "": {},
         "smoothing": {"label_smoothing": 0.1},

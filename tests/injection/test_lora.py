@@ -96,13 +96,13 @@ def test_dropout_of_a_model_trains_and_is_off_in_evaluation():
     torch.testing.assert_close(ours(**batch()).loss, plain(**batch()).loss)
 
 
-def test_small_inputs_run_as_they_are(monkeypatch):
+def test_small_inputs_are_fused_too(monkeypatch):
     monkeypatch.setattr(runtime, "_every_size", ContextVar("every_size", default=False))
     ours = adapted()
     assert inject(ours).coverage["lora"] == (7, 7)
     calls = count_fused(monkeypatch)
     step(ours)
-    assert not calls
+    assert len(calls) == 7
 
 
 @pytest.mark.parametrize("mode", ["keep", "lean"])

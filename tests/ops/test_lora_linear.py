@@ -6,18 +6,19 @@ import torch.nn.functional as F
 from oracle import assert_matches, run
 
 from liger_trainer.kernels.layers import lora_linear as kernel
+from liger_trainer.kernels.layers import lora_products as products
+from liger_trainer.kernels.layers.lora_in_parts import _BLOCK, _gather_parts_kernel, split_pair
 from liger_trainer.kernels.layers.lora_linear import Adapter, add_adapters, lora_linear
-from liger_trainer.kernels.layers.lora_products import _BLOCK, _gather_parts_kernel, split_pair
 
 bf16, fp32 = torch.bfloat16, torch.float32
 pytestmark = pytest.mark.usefixtures("every_size")
 
 
-def operands(device, dtype, adapter_dtype, rows=(3, 17), width=48, out=40):
+def operands(device, dtype, adapter_dtype, rows=(3, 17), width=48, out=40, rank=5):
     torch.manual_seed(0)
     shapes = {
         "x": (*rows, width), "weight": (out, width), "bias": (out,),
-        "A": (5, width), "B": (out, 5), "A2": (3, width), "B2": (out, 3),
+        "A": (rank, width), "B": (out, rank), "A2": (3, width), "B2": (out, 3),
     }  # fmt: skip
     return {
         name: (torch.randn(shape, device=device) * shape[-1] ** -0.5).to(
@@ -41,13 +42,39 @@ def around(x, weight, bias, adapters):
 @pytest.mark.parametrize("function", [lora_linear, around])
 @pytest.mark.parametrize(
     ("dtype", "adapter_dtype"),
-    [(fp32, fp32), (bf16, bf16), (bf16, fp32), (torch.float16, fp32)],
+    [
+        (fp32, fp32),
+        (bf16, bf16),
+        (bf16, fp32),
+        (torch.float16, torch.float16),
+        (torch.float16, fp32),
+    ],
 )
 def test_as_exact_as_peft_s_formula(kernel_device, function, dtype, adapter_dtype):
     assert_matches(
         two_adapters(function),
         two_adapters(kernel.lora_linear_reference),
         operands(kernel_device, dtype, adapter_dtype),
+    )
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("adapter_dtype", [bf16, fp32])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"rows": (70,), "width": 600, "out": 300, "rank": 40},  # several blocks of everything
+        {"rows": (1100,), "width": 520, "out": 20, "rank": 16},  # several sums of everything
+        {"rows": (1,), "width": 1, "out": 1, "rank": 1},
+    ],
+)
+def test_of_any_shape(kernel_device, monkeypatch, shape, adapter_dtype, large):
+    monkeypatch.setattr(products, "_LARGE", 0 if large else float("inf"))
+    assert_matches(
+        two_adapters(lora_linear),
+        two_adapters(kernel.lora_linear_reference),
+        operands(kernel_device, bf16, adapter_dtype, **shape),
+        factor=16.0 if large else 4.0,  # tensor cores drop bits when they add up many products
     )
 
 
@@ -104,7 +131,7 @@ def test_more_elements_than_an_int32_holds(kernel_device):
     sums = torch.ones(_BLOCK // rank, 3 * rank, device=kernel_device)
     h = torch.zeros(_BLOCK // rank, rank, device=kernel_device)
     parts = torch.zeros(_BLOCK // rank, 4 * rank, device=kernel_device, dtype=bf16)
-    _gather_parts_kernel[(1,)](sums, parts, h, parts, scale, rows, rank, True, False, _BLOCK)
+    _gather_parts_kernel[(1,)](sums, h, parts, scale, rows, rank, 3, _BLOCK)
     assert (h == 6.0).all()
 
 

@@ -21,13 +21,8 @@ from torch import nn
 from liger_trainer.hooks import call_nested, is_hooked, only_gathered
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
-from liger_trainer.kernels.layers.lora_linear import (
-    MIN_ELEMENTS,
-    Adapter,
-    add_adapters,
-    lora_linear,
-)
-from liger_trainer.kernels.runtime import every_size, pays
+from liger_trainer.kernels.layers.lora_linear import Adapter, add_adapters, lora_linear
+from liger_trainer.kernels.runtime import every_size
 from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
@@ -38,17 +33,12 @@ _TOLERANCE_FP64 = 1e-10
 
 
 class FusedLoRA(Swapped):
-    """forward(x) as one operation; small inputs, and where that does not apply, as before.
-
-    Behind an engine's hooks, inputs of every size are fused: processes whose rows have different
-    lengths must call the same modules in the same order, or they gather different weights.
-    """
+    """forward(x) as one operation; where that does not apply, as before."""
 
     def forward(self, x, *args, **kwargs):
         usual = not (args or kwargs)
-        hooked = usual and self._modules["base_layer"]._forward_pre_hooks
-        gathered = _gathered_modules(self) if hooked else None
-        usual = usual and (gathered is not None or pays(x, MIN_ELEMENTS))
+        base = self._modules["base_layer"]
+        gathered = _gathered_modules(self) if usual and base._forward_pre_hooks else None
         adapters = active_adapters(self, x, gathered is not None) if usual else None
         if not adapters:
             if usual and not torch.compiler.is_compiling():
@@ -57,7 +47,6 @@ class FusedLoRA(Swapped):
         note(self, None)
         if gathered is not None:
             return _fused_where_gathered(gathered, x, adapters)
-        base = self.base_layer
         if not is_hooked(base) and _is_plain_linear(base, x):
             return lora_linear(x, base.weight, base.bias, adapters)
         return add_adapters(base(x), x, adapters)

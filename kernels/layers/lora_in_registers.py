@@ -1,0 +1,205 @@
+"""An adapter's products in Triton kernels that convert its matrices as they load them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..launch import launch
+from ..runtime import cdiv, next_power_of_2, tl, triton
+from .lora_in_parts import split
+
+_PROGRAMS = 1024  # more sums over rows than make so many bring nothing
+_ROWS_PER_SUM, _MOST_SUMS = 512, 16
+_ADD_BLOCKS = {"ROWS": 64, "COLUMNS": 256, "num_warps": 4}
+_OVER_ROWS_BLOCKS = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
+
+
+@triton.jit
+def _add_dot(total, a, b, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr, DOT: tl.constexpr):
+    """Return total + a b. An exact operand is fp32; of two exact ones 16 bits count."""
+    if A_EXACT and B_EXACT:
+        a_hi, a_mid, _ = split(a)
+        b_hi, b_mid, _ = split(b)
+        total = tl.dot(a_mid.to(DOT), b_hi.to(DOT), total)
+        total = tl.dot(a_hi.to(DOT), b_mid.to(DOT), total)
+        return tl.dot(a_hi.to(DOT), b_hi.to(DOT), total)
+    if A_EXACT:
+        hi, mid, lo = split(a)
+        total = tl.dot(lo.to(DOT), b.to(DOT), total)
+        total = tl.dot(mid.to(DOT), b.to(DOT), total)
+        return tl.dot(hi.to(DOT), b.to(DOT), total)
+    if B_EXACT:
+        hi, mid, lo = split(b)
+        total = tl.dot(a.to(DOT), lo.to(DOT), total)
+        total = tl.dot(a.to(DOT), mid.to(DOT), total)
+        return tl.dot(a.to(DOT), hi.to(DOT), total)
+    return tl.dot(a.to(DOT), b.to(DOT), total)
+
+
+@triton.jit
+def _narrow_kernel(
+    x_ptr, first_ptr, sums_ptr, stride_x, stride_r, stride_k, scale, N, R, K, columns_per_sum,
+    EXACT: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One sum of scale x firstᵀ over some of the columns, to sums [sums, N, R]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    r = tl.program_id(1) * RANK + tl.arange(0, RANK)
+    in_rows, in_rank = (row < N)[:, None], (r < R)[None, :]
+    start = tl.program_id(2) * columns_per_sum
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for offset in range(0, columns_per_sum, COLUMNS):
+        col = start + offset + tl.arange(0, COLUMNS)
+        x_ptrs = x_ptr + row[:, None] * stride_x + col[None, :]
+        x = tl.load(x_ptrs, mask=in_rows & (col < K)[None, :], other=0.0)
+        first_ptrs = first_ptr + col[:, None].to(tl.int64) * stride_k + r[None, :] * stride_r
+        first = tl.load(first_ptrs, mask=(col < K)[:, None] & in_rank, other=0.0)
+        if not EXACT:
+            first = first.to(x.dtype)
+        block = tl.zeros((ROWS, RANK), tl.float32)  # adding up in the tensor cores drops bits
+        total += _add_dot(block, x, first, False, EXACT, DOT)
+    sums_ptrs = sums_ptr + (tl.program_id(2).to(tl.int64) * N + row[:, None]) * R + r[None, :]
+    tl.store(sums_ptrs, total * scale, mask=in_rows & in_rank)
+
+
+@triton.jit
+def _add_kernel(
+    y_ptr, sums_ptr, h_ptr, second_ptr, stride_y, stride_r, stride_k, N, R, K,
+    SUMS: tl.constexpr, BETA: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y [N, K] = BETA y + h second, where h is the total of sums [SUMS, N, R], which is stored."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_rows, in_cols = (row < N)[:, None], (col < K)[None, :]
+    y_ptrs = y_ptr + row[:, None] * stride_y + col[None, :]
+    if BETA:
+        y = tl.load(y_ptrs, mask=in_rows & in_cols, other=0.0).to(tl.float32)
+    else:
+        y = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for offset in range(0, R, RANK):
+        r = offset + tl.arange(0, RANK)
+        mask = in_rows & (r < R)[None, :]
+        cell = row[:, None] * R + r[None, :]
+        total = tl.load(sums_ptr + cell, mask=mask, other=0.0)
+        for i in tl.static_range(1, SUMS):
+            total += tl.load(sums_ptr + i * tl.cast(N, tl.int64) * R + cell, mask=mask, other=0.0)
+        h = total.to(h_ptr.dtype.element_ty)
+        if tl.program_id(1) == 0:
+            tl.store(h_ptr + cell, h, mask=mask)
+        second_ptrs = second_ptr + r[:, None] * stride_r + col[None, :].to(tl.int64) * stride_k
+        second = tl.load(second_ptrs, mask=(r < R)[:, None] & in_cols, other=0.0)
+        if not EXACT:
+            second = second.to(h.dtype)
+        y = _add_dot(y, h, second, EXACT, EXACT, DOT)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=in_rows & in_cols)
+
+
+@triton.jit
+def _over_rows_kernel(
+    h_ptr, x_ptr, out_ptr, stride_x, stride_r, stride_k, N, R, K, rows_per_sum,
+    EXACT: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One sum of hᵀ x over some of the rows, to out [sums, R, K] or [sums, K, R]."""
+    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    r = tl.program_id(1) * RANK + tl.arange(0, RANK)
+    in_cols, in_rank = (col < K)[None, :], (r < R)[:, None]
+    start = tl.program_id(2).to(tl.int64) * rows_per_sum
+    end = tl.minimum(start + rows_per_sum, N)
+    total = tl.zeros((RANK, COLUMNS), tl.float32)
+    for offset in range(0, rows_per_sum, ROWS):
+        row = start + offset + tl.arange(0, ROWS)
+        x_ptrs = x_ptr + row[:, None] * stride_x + col[None, :]
+        x = tl.load(x_ptrs, mask=(row < end)[:, None] & in_cols, other=0.0)
+        h_ptrs = h_ptr + row[None, :] * R + r[:, None]
+        h = tl.load(h_ptrs, mask=(row < end)[None, :] & in_rank, other=0.0)
+        block = tl.zeros((RANK, COLUMNS), tl.float32)
+        total += _add_dot(block, h, x, EXACT, False, DOT)
+    cell = r[:, None].to(tl.int64) * stride_r + col[None, :].to(tl.int64) * stride_k
+    out_ptrs = out_ptr + tl.program_id(2).to(tl.int64) * R * K + cell
+    tl.store(out_ptrs, total, mask=in_rank & in_cols)
+
+
+class InRegisters(NamedTuple):
+    """Wide operands of 16 bits; the narrow ones fp32 and exact, or rounded to the wide ones' dtype.
+
+    An exact operand is split into three bf16 parts, of which two suffice where the result is
+    rounded to bf16. Accumulated in fp32.
+    """
+
+    exact: bool
+
+    def add_product(self, y_NK, x_NI, first_RI, second_RK, scale, beta=1):
+        sums = self._narrow(x_NI, first_RI, scale)
+        count, N, R = sums.shape
+        h_dtype = torch.float32 if self.exact else x_NI.dtype
+        if y_NK is None:
+            return sums.sum(0).to(h_dtype)
+        h, K = x_NI.new_empty(N, R, dtype=h_dtype), y_NK.shape[1]
+        launch(
+            _add_kernel, (cdiv(N, _ADD_BLOCKS["ROWS"]), cdiv(K, _ADD_BLOCKS["COLUMNS"])),
+            y_NK, sums, h, second_RK, y_NK.stride(0), *second_RK.stride(), N, R, K,
+            SUMS=count, BETA=beta, EXACT=self.exact, DOT=_dot_dtype(y_NK), RANK=16, **_ADD_BLOCKS,
+        )  # fmt: skip
+        return h
+
+    def gradient_a(self, dh_NR, x_NK):
+        R, K = dh_NR.shape[1], x_NK.shape[1]
+        return self._over_rows(dh_NR, x_NK, (R, K), (K, 1))
+
+    def gradient_b(self, dy_NK, h_NR):
+        R, K = h_NR.shape[1], dy_NK.shape[1]
+        return self._over_rows(h_NR, dy_NK, (K, R), (1, R))
+
+    def _narrow(self, x_NK, first_RK, scale):
+        """Return sums [sums, N, R] in fp32, whose total is scale x firstᵀ."""
+        (N, K), R = x_NK.shape, first_RK.shape[0]
+        rank = _rank_block(R)
+        blocks = _narrow_blocks(N, rank)
+        row_blocks = cdiv(N, blocks["ROWS"])
+        # Few rows need many programs; many sums take time where they are added up.
+        count = min(8 if N <= 1024 else 4 if N <= 2048 else 2, max(1, K // 256))
+        columns = cdiv(cdiv(K, count), blocks["COLUMNS"]) * blocks["COLUMNS"]
+        sums = x_NK.new_empty(count, N, R, dtype=torch.float32)
+        launch(
+            _narrow_kernel, (row_blocks, cdiv(R, rank), count),
+            x_NK, first_RK, sums, x_NK.stride(0), *first_RK.stride(), scale, N, R, K, columns,
+            EXACT=self.exact, DOT=_dot_dtype(x_NK), RANK=rank, **blocks,
+        )  # fmt: skip
+        return sums
+
+    def _over_rows(self, h_NR, x_NK, shape: tuple[int, int], strides: tuple[int, int]):
+        """Return hᵀ x in fp32, as a tensor of `shape`, in which R and K have the `strides`."""
+        (N, R), K = h_NR.shape, x_NK.shape[1]
+        rank, step = _rank_block(R), _OVER_ROWS_BLOCKS["ROWS"]
+        grid = cdiv(K, _OVER_ROWS_BLOCKS["COLUMNS"]), cdiv(R, rank)
+        count = min(_MOST_SUMS, cdiv(N, _ROWS_PER_SUM), max(1, _PROGRAMS // (grid[0] * grid[1])))
+        rows = cdiv(cdiv(N, count), step) * step
+        sums = x_NK.new_empty(cdiv(N, rows), *shape, dtype=torch.float32)
+        launch(
+            _over_rows_kernel, (*grid, len(sums)),
+            h_NR, x_NK, sums, x_NK.stride(0), *strides, N, R, K, rows,
+            EXACT=self.exact, DOT=_dot_dtype(x_NK), RANK=rank, **_OVER_ROWS_BLOCKS,
+        )  # fmt: skip
+        return sums[0] if len(sums) == 1 else sums.sum(0)
+
+
+def _rank_block(R: int) -> int:
+    return min(64, max(16, next_power_of_2(R)))  # a matrix product has 16 columns or more
+
+
+def _narrow_blocks(N: int, rank: int) -> dict[str, int]:
+    if N < 4096 and rank < 64:
+        return {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
+    if rank < 64:
+        return {"ROWS": 128, "COLUMNS": 64, "num_warps": 4, "num_stages": 4}
+    return {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 3}
+
+
+def _dot_dtype(x: torch.Tensor):
+    if not isinstance(split, triton.JITFunction):
+        return tl.float32  # the interpreter multiplies no bf16
+    return tl.float16 if x.dtype == torch.float16 else tl.bfloat16
