@@ -8,17 +8,18 @@ dropout, s a number. One summand per adapter.
 Backward, with h = s D(x) Aᵀ, which forward keeps beside x, and dh = s dy B:
     dx = dy W + Σ D(dh A)    dA = dhᵀ D(x)    dB = dyᵀ h    dW = dyᵀ x    db = Σ dy
 
-x is kept once, in the dtype of the base's product, whatever the adapters' dtype. Their products are
-added to y and dx in place. Dropout draws a seed and makes its mask from that, in backward again.
+x is saved once, in the dtype of the base layer's GEMM, whatever the adapters' dtype. The adapters'
+outputs are added to y and dx in place. Dropout draws a seed, from which both forward and backward
+generate the mask.
 
-What the adapters' products are computed in:
-- x and the adapters have one dtype (under autocast they are cast to its own): in that, with fp32
-  accumulation.
-- bf16 x, fp32 adapters (PEFT's default): exactly, as by fp32 products of a widened x, which is what
-  PEFT does; but a large x is not widened. In every product one operand is wide and bf16 and the
-  other narrow and fp32. The narrow one is split into three bf16 parts, which together hold its 24
-  bits, so one bf16 product of three times the rank is exact up to the fp32 sum. Where the result
-  is rounded to bf16 anyway (y and dx), 16 bits of both operands suffice.
+Precision of the adapters' GEMMs:
+- x and the adapters have the same dtype (under autocast, all are cast to autocast's): in that
+  dtype, with fp32 accumulation.
+- bf16 x, fp32 adapters (PEFT's default): as exact as PEFT's fp32 GEMMs, but without their fp32
+  copy of x. In every GEMM one operand is wide and bf16, and the other is narrow and fp32. The
+  narrow one is split into three bf16 parts, which together hold its 24 bits, so one bf16 GEMM of
+  three times the rank is exact up to the fp32 sum. Where the result is rounded to bf16 anyway (y
+  and dx), 16 bits of both operands suffice.
 - otherwise, and without Triton: in the adapters' dtype.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
@@ -37,11 +38,11 @@ from ..autograd import depends_on, first_derivative_only
 from ..runtime import as_rows, on_device
 from .lora_products import products_for
 
-MIN_ELEMENTS = 10_000_000  # of x: below, the launches take longer than the products
+MIN_ELEMENTS = 10_000_000  # of x: below this, the launches take longer than the GEMMs
 
 
 class Adapter(NamedTuple):
-    """A [R, I], B [O, R], their factor, the probability that dropout zeroes an element of x."""
+    """A low-rank adapter: A [R, I], B [O, R], their scale, and the dropout probability of x."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -50,7 +51,7 @@ class Adapter(NamedTuple):
 
 
 def lora_linear_reference(x, weight, bias, adapters, *, keeps=None):
-    """`lora_linear` in differentiable torch; `keeps` are the masks of the adapters with dropout."""
+    """Compute `lora_linear` in differentiable torch; `keeps` holds a dropout mask per adapter."""
     y = F.linear(x, weight, bias)
     total = y
     for i, (A, B, scale, dropout) in enumerate(adapters):
@@ -62,7 +63,7 @@ def lora_linear_reference(x, weight, bias, adapters, *, keeps=None):
 
 
 def dropout_mask(x: torch.Tensor, seed: int, probability: float) -> torch.Tensor:
-    """Return a bool tensor of x's shape, False with `probability`; the same for the same seed."""
+    """Return a bool tensor of x's shape, False with `probability`; deterministic for a seed."""
     generator = torch.Generator(device=x.device)
     generator.manual_seed(seed)
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
@@ -70,7 +71,7 @@ def dropout_mask(x: torch.Tensor, seed: int, probability: float) -> torch.Tensor
 
 
 def _draw_seed() -> int:
-    # From the CPU's generator: no waiting for the device, and checkpointing restores it.
+    # From the CPU's generator: this does not wait for the device, and checkpointing restores it.
     return int(torch.randint(2**62, ()))
 
 
@@ -93,10 +94,10 @@ def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """Of x, weight and bias, or of x and the base's own product `y`.
+    """Apply weight, bias and adapters to x; or only the adapters, added to the base output `y`.
 
-    `settings` holds (scale, dropout) of each adapter, `matrices` A and B of each; under autocast
-    `dtype` is what they are cast to.
+    `settings` holds (scale, dropout) of each adapter, and `matrices` its A and B. Under autocast,
+    `dtype` is the dtype that they are cast to.
     """
 
     @staticmethod
@@ -115,8 +116,8 @@ class _LoRALinear(torch.autograd.Function):
                 seed = _draw_seed() if dropout else None
                 D_NI = x_NI * dropout_mask(x_NI, seed, dropout) if dropout else x_NI
                 scale = scale / (1.0 - dropout) if dropout < 1.0 else 0.0
-                first, second = products.prepared(A, B.t())
-                h, operand = products.narrow(D_NI, first, scale)
+                first, second = products.prepare(A, B.t())
+                h, operand = products.project(D_NI, first, scale)
                 products.add(y_NO, operand, second)
                 ctx.plans.append((products, scale, dropout, seed))
                 kept.append(h if ctx.needs_input_grad[7 + 2 * i] else None)
@@ -141,8 +142,8 @@ class _LoRALinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_y = ctx.needs_input_grad[:4]
         dy_NO, x_NI = as_rows(dy), None if x is None else as_rows(x)
 
-        dx_NI, started = None, weight is not None
-        if needs_x and started:
+        dx_NI, has_dx = None, weight is not None
+        if needs_x and has_dx:
             dx_NI = dy_NO @ weight.to(dy.dtype)
         elif needs_x:
             shape = len(dy_NO), ctx.x_shape[-1]
@@ -152,10 +153,10 @@ class _LoRALinear(torch.autograd.Function):
             A, B = _cast(matrices[2 * i : 2 * i + 2], ctx.dtype)
             needs_A, needs_B = ctx.needs_input_grad[6 + 2 * i : 8 + 2 * i]
             dA = dB = None
-            first, second = products.prepared(B.t(), A)
-            operand, h = products.narrow_again(dy_NO, first, scale, kept[i])
+            first, second = products.prepare(B.t(), A)
+            operand, h = products.project_backward(dy_NO, first, scale, kept[i])
             if needs_B:
-                dB = products.over_rows(h, dy_NO).t().to(matrices[2 * i + 1])
+                dB = products.sum_over_rows(h, dy_NO).t().to(matrices[2 * i + 1])
             if needs_A or needs_x:
                 keep = None
                 if dropout:
@@ -163,15 +164,15 @@ class _LoRALinear(torch.autograd.Function):
                     keep = dropout_mask(wide, seed, dropout)
                 if needs_A:
                     D_NI = x_NI if keep is None else x_NI * keep
-                    dA = products.over_rows(operand, D_NI).to(matrices[2 * i])
+                    dA = products.sum_over_rows(operand, D_NI).to(matrices[2 * i])
                 if dx_NI is not None and keep is None:
-                    products.add(dx_NI, operand, second, beta=int(started))
+                    products.add(dx_NI, operand, second, beta=int(has_dx))
                 elif dx_NI is not None and keep is not None:
                     part = torch.empty_like(dx_NI)
                     products.add(part, operand, second, beta=0)
                     part *= keep
-                    dx_NI = dx_NI.add_(part) if started else part
-                started = True
+                    dx_NI = dx_NI.add_(part) if has_dx else part
+                has_dx = True
             grads += [dA, dB]
         return (
             None if dx_NI is None else dx_NI.view(ctx.x_shape),
@@ -199,18 +200,18 @@ def lora_linear(
     bias: torch.Tensor | None,
     adapters: Sequence[Adapter],
 ) -> torch.Tensor:
-    """y = x Wᵀ + b + Σ scale (D(x) Aᵀ) Bᵀ, over `adapters`, of which there is at least one.
+    """Return y = x Wᵀ + b + Σ scale (D(x) Aᵀ) Bᵀ, summed over one or more `adapters`.
 
     Args:
         x: [..., I], floating point.
-        weight: [O, I], of x's dtype, or any under autocast. Trainable or not.
+        weight: [O, I], of x's dtype, or of any dtype under autocast; trainable or frozen.
         bias: [O] or None.
         adapters: A [R, I] and B [O, R] of one dtype; D zeroes each element of x with the adapter's
             `dropout`, and divides the others by 1 - dropout.
 
     Returns y [..., O], of the dtype of x Wᵀ. Differentiable once.
 
-    Raises ValueError for matrices that do not fit each other.
+    Raises ValueError if the shapes or dtypes of an adapter do not fit.
 
     Hu et al., arXiv:2106.09685.
     """
@@ -219,9 +220,9 @@ def lora_linear(
 
 
 def add_adapters(y: torch.Tensor, x: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
-    """y + Σ scale (D(x) Aᵀ) Bᵀ, of y's dtype: `lora_linear` where something else made x Wᵀ + b.
+    """Return y + Σ scale (D(x) Aᵀ) Bᵀ, in y's dtype, for a base output y that is known already.
 
-    y is [..., O], and not changed; everything else as in `lora_linear`.
+    y is [..., O] and is not changed; everything else is as in `lora_linear`.
     """
     _check(x, y.shape[-1], adapters)
     return _apply(x, None, None, y, adapters)

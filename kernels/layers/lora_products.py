@@ -1,6 +1,6 @@
-"""Products of a wide operand, of many rows and columns, and a narrow one of an adapter's rank.
+"""GEMMs of a wide operand (many rows and columns) and a narrow one (an adapter's rank).
 
-How each is computed, by the operands' dtypes: `lora_linear.py`.
+`lora_linear.py` describes how the operands' dtypes determine the way that each is computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BLOCK = 1024
 
 @triton.jit
 def _split(x):
-    """hi + mid + lo == x, each with the 8 bits of a bf16."""
+    """Return hi, mid and lo in bf16 (8 bits each), with hi + mid + lo == x."""
     hi = x.to(tl.bfloat16)
     rest = x - hi.to(tl.float32)
     mid = rest.to(tl.bfloat16)
@@ -29,7 +29,8 @@ def _split(x):
 def _split_row(
     m_ptr, out_ptr, stride_r, stride_k, row, col, R, K, EXACT: tl.constexpr
 ):  # fmt: skip
-    """One row of m [R, K] to [3R, K] (hi, mid, lo) if EXACT, else to [4R, K] (hi, hi, hi, mid)."""
+    """Split a row of m [R, K] into [3R, K] (hi, mid, lo) if EXACT, else [4R, K] (hi three times,
+    mid)."""
     mask = col < K
     m = tl.load(m_ptr + row * stride_r + col.to(tl.int64) * stride_k, mask=mask, other=0.0)
     hi, mid, lo = _split(m)
@@ -46,7 +47,7 @@ def _split_pair_kernel(
     first_ptr, second_ptr, first_out, second_out, stride_r1, stride_k1, stride_r2, stride_k2,
     R, K1, K2, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Split first [R, K1] exactly, and second [R, K2] not."""
+    """Split the first [R, K1] exactly, and the second [R, K2] into its upper 16 bits."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if row < R:
@@ -71,8 +72,10 @@ def _gather_parts_kernel(
     sums_ptr, parts_ptr, h_ptr, h_parts_ptr, scale, N, R,
     FORWARD: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Scale the sum of sums [N, 3R] and split it; forward keeps it as h [N, R], and backward splits
-    the h that was kept, too."""
+    """Add the three [N, R] blocks of `sums` [N, 3R], scale the total, and split it.
+
+    Forward also stores the total as h [N, R]; backward also splits the saved h.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < tl.cast(N, tl.int64) * R
     row, col = i // R, i % R
@@ -90,8 +93,11 @@ def _gather_parts_kernel(
 
 
 def split_pair(first_RK: torch.Tensor, second_RK: torch.Tensor):
-    """Split the first into three parts that hold all of its bits, and the second into two that
-    hold 16, of which the larger stands there thrice."""
+    """Return the bf16 parts of both matrices, stacked: [3R, K1] and [4R, K2].
+
+    The first is split into three parts that hold all of its 24 bits, the second into two that hold
+    the upper 16. The larger one of these two is stored three times.
+    """
     (R, K1), K2 = first_RK.shape, second_RK.shape[1]
     like = {"dtype": torch.bfloat16, "device": first_RK.device}
     first, second = torch.empty(3 * R, K1, **like), torch.empty(4 * R, K2, **like)
@@ -112,48 +118,48 @@ def _mm32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-# --- products of a wide operand, of many rows and columns, and a narrow one -----------------------
-# `prepared` is the pair of matrices that the wide operand is multiplied with and that the result
-# is: (A, Bᵀ) in the forward pass and (Bᵀ, A) in the backward pass, as the products take them.
+# --- GEMMs of a wide operand and a narrow one ----------------------------------------------------
+# The wide operand is projected to the rank by the first of two matrices, and back by the second:
+# (A, Bᵀ) in forward, (Bᵀ, A) in backward. `prepare` returns them in the form that the GEMMs take.
 
 
 class OneDtype:
-    """All in one dtype."""
+    """All operands have one dtype."""
 
     @staticmethod
-    def prepared(first_RK, second_RK):
+    def prepare(first_RK, second_RK):
         return first_RK, second_RK
 
     @staticmethod
-    def narrow(x_NK, first, scale):
-        """h = scale x firstᵀ [N, R], once to be kept and once as the functions below take it."""
+    def project(x_NK, first, scale):
+        """Return h = scale x firstᵀ [N, R] twice: to save, and as the functions below take it."""
         h = torch.addmm(x_NK.new_empty(1), x_NK, first.t(), beta=0, alpha=scale)
         return h, h
 
     @classmethod
-    def narrow_again(cls, dy_NK, first, scale, h):
-        """`narrow` in the backward pass: the second of it, and that of the h that was kept."""
-        return cls.narrow(dy_NK, first, scale)[1], h
+    def project_backward(cls, dy_NK, first, scale, h):
+        """Return the projected dy and the saved h, both as the functions below take them."""
+        return cls.project(dy_NK, first, scale)[1], h
 
     @staticmethod
     def add(y_NK, h_NR, second, beta=1):
-        """y = beta y + h second, in place."""
+        """Compute y = beta y + h second, in place."""
         y_NK.addmm_(h_NR, second, beta=beta)
 
     @staticmethod
-    def over_rows(h_NR, x_NK):
-        """hᵀ x [R, K]; of 16-bit operands in fp32 where the device can."""
+    def sum_over_rows(h_NR, x_NK):
+        """Return hᵀ x [R, K]; on a GPU, in fp32 for 16-bit operands."""
         if x_NK.is_cuda and x_NK.element_size() == 2:
             return _mm32(h_NR.t(), x_NK)
         return torch.mm(h_NR.t(), x_NK)
 
 
 class Widened(OneDtype):
-    """The wide one is cast to the narrow one's dtype."""
+    """The wide operand is cast to the narrow one's dtype."""
 
     @staticmethod
-    def narrow(x_NK, first, scale):
-        return OneDtype.narrow(x_NK.to(first.dtype), first, scale)
+    def project(x_NK, first, scale):
+        return OneDtype.project(x_NK.to(first.dtype), first, scale)
 
     @staticmethod
     def add(y_NK, h_NR, second, beta=1):
@@ -161,17 +167,17 @@ class Widened(OneDtype):
         y_NK.add_(product) if beta else y_NK.copy_(product)
 
     @staticmethod
-    def over_rows(h_NR, x_NK):
+    def sum_over_rows(h_NR, x_NK):
         return torch.mm(h_NR.t(), x_NK.to(h_NR.dtype))
 
 
 class Split(OneDtype):
-    """The wide one bf16, the narrow one fp32, in bf16 parts."""
+    """The wide operand is bf16; the narrow one is fp32, and is split into bf16 parts."""
 
-    prepared = staticmethod(split_pair)
+    prepare = staticmethod(split_pair)
 
     @staticmethod
-    def narrow(x_NK, first, scale):
+    def project(x_NK, first, scale):
         N, R = len(x_NK), len(first) // 3
         sums = _mm32(x_NK, first.t())
         h, parts = sums.new_empty(N, R), x_NK.new_empty(N, 4 * R)
@@ -182,7 +188,7 @@ class Split(OneDtype):
         return h, parts
 
     @classmethod
-    def narrow_again(cls, dy_NK, first, scale, h):
+    def project_backward(cls, dy_NK, first, scale, h):
         N, R = len(dy_NK), len(first) // 3
         sums = _mm32(dy_NK, first.t())
         parts = dy_NK.new_empty(N, 4 * R)
@@ -198,13 +204,13 @@ class Split(OneDtype):
         y_NK.addmm_(parts, second, beta=beta)
 
     @staticmethod
-    def over_rows(parts, x_NK):
+    def sum_over_rows(parts, x_NK):
         R = parts.shape[1] // 4
         return _mm32(parts[:, : 3 * R].t(), x_NK).view(3, R, -1).sum(0)
 
 
 def products_for(x_NI: torch.Tensor, y_NO: torch.Tensor, A: torch.Tensor) -> type[OneDtype]:
-    """Return how the products of x, y and an adapter's matrices, all of A's dtype, are computed."""
+    """Return the class that computes the GEMMs of x, y and an adapter of A's dtype."""
     if x_NI.dtype == y_NO.dtype == A.dtype:
         return OneDtype
     splits = x_NI.dtype == y_NO.dtype == torch.bfloat16 and A.dtype == torch.float32
