@@ -20,7 +20,7 @@ __all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str):
-    """Load on first use: importing the package must not import transformers' trainer."""
+    """Load a public name on first use, so that importing the package imports no trainer."""
     if name not in _HOME:
         raise AttributeError(f"module 'liger_trainer' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"liger_trainer.{_HOME[name]}"), name)

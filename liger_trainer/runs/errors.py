@@ -7,5 +7,5 @@ class RunError(RuntimeError):
     """Training failed; the message says why, and what is left of it."""
 
 
-class ToldElsewhere(Exception):  # noqa: N818 (it is no error of its own)
+class ReportedElsewhere(Exception):  # noqa: N818 (it is no error of its own)
     """Another process of the run has failed, and says why."""

@@ -21,7 +21,7 @@ from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, what_is_left
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.engine import engine_of, save_whole_model
-from liger_trainer.runs.errors import RunError, ToldElsewhere
+from liger_trainer.runs.errors import ReportedElsewhere, RunError
 from liger_trainer.runs.folder import RunFolder
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.html import write_report
@@ -91,7 +91,7 @@ def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None
         if args.world_size > 1:
             broadcast_object_list(outcome)
         if isinstance(outcome[0], Exception):
-            raise outcome[0] if args.process_index == 0 else ToldElsewhere
+            raise outcome[0] if args.process_index == 0 else ReportedElsewhere
         yield folder, outcome[0]
 
 
