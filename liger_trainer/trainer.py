@@ -23,7 +23,7 @@ from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.injection.walk import inject, restore_for
 from liger_trainer.report import InjectionReport
-from liger_trainer.request import FLAG, Asked, config_of
+from liger_trainer.request import FLAG, Request, config_of
 from liger_trainer.trainer_hook import handled_for, without_request
 
 
@@ -59,10 +59,10 @@ class LigerTrainer(Trainer):
         processing_class=None,
         *positional,
         model_init_kwargs: dict[str, Any] | None = None,
-        liger_kernel_config: Asked = None,
+        liger_kernel_config: Request = None,
         **kwargs,
     ):
-        self._asked = liger_kernel_config
+        self._requested = liger_kernel_config
         if isinstance(model, (str, os.PathLike)):
             name, init = str(model), model_init_kwargs or {}
             model = _load_model(name, init)

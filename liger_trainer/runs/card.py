@@ -9,7 +9,7 @@ from liger_trainer.runs.summary import machine, telling
 
 
 def model_card(run: FinishedRun) -> str:
-    """Markdown with the metadata that a hub reads."""
+    """Return the model card in Markdown, with the metadata that a hub reads."""
     base = run.record["base"].get("name_or_path") or run.record["base"].get("package")
     method, summary = run.recipe.method, run.record["summary"]
     front = {

@@ -20,7 +20,7 @@ import torch
 from liger_trainer.config import KernelConfig
 from liger_trainer.request import CONFIG, FLAG
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.sources import near
+from liger_trainer.runs.data.sources import suggest_path
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.methods import (
     METHODS,
@@ -199,7 +199,7 @@ def _find(name: str | Path) -> Path:
         return shipped(f"{name}.yaml")
     close = difflib.get_close_matches(str(name), recipe_names(), n=3, cutoff=0.6)
     hint = f"; of the shipped ones, there is {', '.join(close)}" if close else ""
-    raise FileNotFoundError(f"no recipe {str(path)!r}{near(path)}{hint}")
+    raise FileNotFoundError(f"no recipe {str(path)!r}{suggest_path(path)}{hint}")
 
 
 def _read(path: Path) -> dict[str, Any]:

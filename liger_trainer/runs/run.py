@@ -18,7 +18,7 @@ from liger_trainer.injection.memory_budget import budget_of
 from liger_trainer.runs import folder as run_folder
 from liger_trainer.runs.adapters import location
 from liger_trainer.runs.build import build_trainer
-from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, what_is_left
+from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, resume_hint
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.engine import engine_of, save_whole_model
 from liger_trainer.runs.errors import ReportedElsewhere, RunError
@@ -239,7 +239,7 @@ class _Run:
         except SAVE_ERRORS as error:
             raise RunError(
                 f"the model could not be saved in {self.recipe.output_dir}: {error}. "
-                + what_is_left(self.recipe.output_dir, self.facts.run)
+                + resume_hint(self.recipe.output_dir, self.facts.run)
             ) from error
         finally:
             self.stop.saving(False)
@@ -303,7 +303,7 @@ class _Run:
         return (
             f"the weights became NaN or infinite by step {self.health.diverged}, and are not "
             "saved. Lower training.learning_rate, or look for examples that give no finite loss. "
-            + what_is_left(self.recipe.output_dir, self.facts.run)
+            + resume_hint(self.recipe.output_dir, self.facts.run)
         )
 
     def _report(self, path: Path, summary: dict[str, Any]) -> None:

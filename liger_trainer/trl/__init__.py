@@ -27,7 +27,7 @@ from liger_trainer.injection.rules.head import defers_logits
 from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.injection.walk import inject, injected_config, restore_for
 from liger_trainer.report import InjectionReport, Row, Status
-from liger_trainer.request import FLAG, Asked, asked, config_of, hidden
+from liger_trainer.request import FLAG, Request, config_of, hidden, requested
 from liger_trainer.trainer_hook import handled_for, without_request
 from liger_trainer.trl.checks import check_examples, check_options, check_ranks, check_reference
 from liger_trainer.trl.fused_head import attach_fused_head, check_adapter
@@ -88,10 +88,10 @@ class FusedTrainer:
 
     injection_report: InjectionReport | None = None
 
-    def __init__(self, *args, liger_kernel_config: Asked = None, **kwargs):
+    def __init__(self, *args, liger_kernel_config: Request = None, **kwargs):
         given = _training_arguments(args, kwargs)
-        self._asked = liger_kernel_config
-        config = self._kernel_config = asked(given, liger_kernel_config)
+        self._requested = liger_kernel_config
+        config = self._kernel_config = requested(given, liger_kernel_config)
         if config is None:
             super().__init__(*args, **kwargs)
             self._set_kernels()
@@ -247,7 +247,7 @@ def redirect() -> None:
     def make(cls, *args, **kwargs):
         given = _training_arguments(args, kwargs)
         own = kwargs.get("liger_kernel_config")
-        return object.__new__(cls if asked(given, own) is None else fused(cls))
+        return object.__new__(cls if requested(given, own) is None else fused(cls))
 
     base.__new__ = staticmethod(make)
 
