@@ -165,10 +165,12 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
 
 def _summary(result: RunResult) -> str:
     """Return the closing lines of a run."""
-    from liger_trainer.runs.summary import telling
+    from liger_trainer.runs.summary import headline_metrics
 
     numbers = result.summary
-    lines = [(f"held-out {name}", f"{b} before, {a} after") for name, b, a in telling(numbers)]
+    lines = [
+        (f"held-out {name}", f"{b} before, {a} after") for name, b, a in headline_metrics(numbers)
+    ]
     if numbers["tokens_per_second"]:
         lines.append(("speed", f"{numbers['tokens_per_second']:,.0f} tokens/s"))
     lines += [
