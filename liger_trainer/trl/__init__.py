@@ -142,9 +142,7 @@ class FusedTrainer:
         models: list[nn.Module] = []  # the policy, then its reference
 
         def add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=()):
-            plain = vars(model).get(
-                "forward"
-            )  # put there by others, such as hooks that move inputs
+            plain = vars(model).get("forward")  # set by others, such as hooks that move inputs
             original(model, temperature, cast_lm_head_to_fp32, outputs or ("log_probs",))
             models.append(model)
             check_reference(models[0], model)
