@@ -13,8 +13,8 @@ too. For any other tensor that was cast from 16 bits to fp32, the 16 bits are ke
 Everything else is saved as usual. Saved-tensor hooks disable autograd's check for in-place changes,
 so the check is made here, with the same outcome.
 
-A recipe that was not used ends with the block. Otherwise anyone who keeps such an output, detached,
-would also keep its sources and their graph alive.
+A recipe without readers expires at the end of the block. Otherwise, a detached output would keep
+its sources and their graph alive.
 
 Inside other saved-tensor hooks (checkpointing, offloading), those take precedence, and nothing is
 marked.
@@ -166,7 +166,7 @@ class Recipe:
             self.sources, self.version = (), -1
 
     def add_reader(self, y: torch.Tensor) -> bool:
-        """Register a reader of `y`; return False if this recipe does not give `y` as it is now."""
+        """Register a reader of `y`; return False if this recipe cannot reproduce `y` as it is."""
         if y._version != self.version:
             return False
         if self.packed is None:

@@ -5,7 +5,7 @@
 Shapes: x [..., I], W [O, I], b [O], A [R, I], B [O, R], y [..., O]; in code N is rows of x. D is
 dropout, s a number. One summand per adapter.
 
-Backward, with h = s D(x) Aᵀ, which forward keeps beside x, and dh = s dy B:
+Backward, with h = s D(x) Aᵀ, which forward saves in addition to x, and dh = s dy B:
     dx = dy W + Σ D(dh A)    dA = dhᵀ D(x)    dB = dyᵀ h    dW = dyᵀ x    db = Σ dy
 
 x is saved once, in the dtype of the base layer's GEMM, whatever the adapters' dtype. The adapters'

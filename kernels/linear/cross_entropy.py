@@ -6,9 +6,9 @@ for N tokens, hidden size H, vocabulary V. The sum has one term for a plain head
 low-rank adapter has a second one (hidden_2 = s * A x [N, r], weight_2 = B [V, r]).
 
 Cost. The floor for a trainable head is three GEMMs of 2 N H V FLOP (logits, d hidden,
-d weight), with N the number of *supervised* tokens. Exactly these are paid: tokens whose label is
-`ignore_index` are left out before the first GEMM (all but the first `FIRST_ROWS` tokens' worth,
-see `supervised.py`), and logits are turned into their gradient in place.
+d weight), with N the number of *supervised* tokens. No others run: tokens whose label is
+`ignore_index` are dropped before the first GEMM (except among the first `FIRST_ROWS` tokens, see
+`supervised.py`), and logits are overwritten with their gradient.
 
     reduction           head trainable                                   head frozen
     "sum", "mean"       3 GEMMs                                       2
@@ -16,8 +16,8 @@ see `supervised.py`), and logits are turned into their gradient in place.
 
 Memory. One workspace of logits (`workspace.py`). If all supervised tokens fit it, their gradient is
 kept until backward, where d weight is a single GEMM, accumulated in fp32 by the hardware. Over
-two workspaces d weight is summed in its own dtype, the second GEMM onto the rounded first; over
-more in an fp32 buffer that is rounded once.
+two workspaces, d weight is summed in its own dtype: the second GEMM adds to the rounded result of
+the first. Over more, it is summed in an fp32 buffer and rounded once.
 
 Row scaling. d loss_n / d logits is known up to the factor g_n that backward receives. It scales the
 rows of d hidden and, for d weight, the rows of `hidden` (N x H): never the logits (N x V).

@@ -7,9 +7,9 @@ for N tokens, one vocabulary V, and hidden sizes of the two models that may diff
 one term for a plain head; a head with a low-rank adapter has a second one (hidden_2 = s * A x
 [N, r], weight_2 = B [V, r]). The gradient reaches the student; the teacher is a constant.
 
-Cost, in GEMMs of 2 N H V FLOP with N the number of tokens that the mask keeps (tokens
-that it leaves out are dropped before the first GEMM, all but the first `FIRST_ROWS` tokens'
-worth, see `supervised.py`). One GEMM, `+ 1`, has the teacher's H, the others the student's:
+Cost, in GEMMs of 2 N H V FLOP with N the number of tokens that the mask keeps (the others are
+dropped before the first GEMM, except among the first `FIRST_ROWS` tokens, see `supervised.py`).
+The GEMM `+ 1` has the teacher's H, all others the student's:
 
     reduction           head trainable      head frozen         without gradient
     "sum", "mean"       3 + 1               2 + 1               1 + 1

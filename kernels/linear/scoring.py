@@ -28,7 +28,7 @@ from .workspace import group_workspace, pack_groups, round_up_rows
 
 
 class Scoring(Sweep):
-    """A sweep that scores rows, and computes their gradients once those of the scores are known."""
+    """A sweep that scores rows, and computes gradients once the scores' gradients are known."""
 
     def __init__(
         self, head: LinearHead, tokens: Tokens, plan: Plan, options: ScoreOptions,

@@ -185,7 +185,7 @@ def score(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, options: ScoreOptions, wanted: Sequence[str],
     shard: VocabShard | None,
 ) -> TokenScores:  # fmt: skip
-    """Return the scores of `kernels.logits.log_probs.score`; combine those of the ranks of a shard.
+    """Return the scores of `kernels.logits.log_probs.score`, combined over the ranks of a shard.
 
     With lse_r and entropy_r of rank r's logits alone, w_r = exp(lse_r - top), W = sum_r w_r:
 

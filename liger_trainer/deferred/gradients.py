@@ -70,7 +70,7 @@ def _sum(parts):
 def _autograd_grad(outputs, inputs, grad_outputs=None, retain_graph=None, create_graph=False,
                    only_inputs=True, allow_unused=None, is_grads_batched=False,
                    materialize_grads=False):  # fmt: skip
-    """Return gradients; those of logits are the sum of fused ones and of those of their value."""
+    """Return gradients; for deferred logits, the sum of what reached them and their value."""
     wanted = [inputs] if torch.is_tensor(inputs) else list(inputs)
     sources: list[list] = []  # for each input, where its gradients arrive
     for x in wanted:

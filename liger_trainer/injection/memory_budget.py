@@ -11,9 +11,9 @@ everything else at the peak (gradients, the head's workspace, one recomputed lay
 step of n_rest tokens.
 
 The first step measures: it keeps one layer. In all later steps, k is the largest number that fits.
-A forward that runs out of memory is repeated with fewer layers, from the same random state. A
-trainer repeats a whole step likewise, in one process before gradients have accumulated. Either
-gives the same result as without the failure. The first layers are the ones that are checkpointed:
+A forward that runs out of memory is repeated with fewer layers, from the same random state. In the
+same way, a trainer repeats a whole step, if there is one process and no gradients had accumulated.
+The result is the same as without the failure. The first layers are the ones that are checkpointed:
 backward reaches them when the activations of the others are already freed.
 """
 

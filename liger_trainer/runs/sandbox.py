@@ -219,7 +219,7 @@ def _command(
 def _view() -> list[tuple[str, ...]]:
     """Return the contents of a sandbox's file system: Python, its libraries, the folder `judge`.
 
-    Installed packages are hidden, because that of HumanEval holds the solutions.
+    Installed packages are hidden, because HumanEval's holds the solutions.
     """
     python = Path(os.path.realpath(sys.executable))
     prefix = python.parents[1]

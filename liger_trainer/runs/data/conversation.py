@@ -82,7 +82,7 @@ class Conversation:
 
 
 def prompt_ids(prompt: str | list[dict], tokenizer) -> list[int]:
-    """Return the token ids of a text, or of messages that the assistant is to answer."""
+    """Return the token ids of a text, or of messages for the assistant to answer."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = Conversation.of(tokenizer, prompt, {}).render(prompting=True)
