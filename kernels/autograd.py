@@ -16,8 +16,9 @@ def first_derivative_only(backward: Callable) -> Callable:
     so the second derivative of a plain `loss.backward(create_graph=True)` would silently lack the
     part that goes through the saved tensors.
 
-    The node lies between the gradients and what they depend on: the saved tensors and those of
-    `depends_on`. So `torch.autograd.grad`, which runs only what leads to its inputs, meets it too.
+    The node lies between the gradients and the tensors that they depend on: saved tensors, and
+    those passed to `depends_on`. So `torch.autograd.grad`, which runs only the nodes that lead to
+    its inputs, reaches it too.
     """
 
     @functools.wraps(backward)
@@ -45,8 +46,10 @@ _LINK = "_liger_link"
 
 
 def depends_on(ctx, *tensors: torch.Tensor | None) -> None:
-    """Note in a forward that the gradients depend on these, which are not saved: only their place
-    in the graph is kept."""
+    """Record in forward that the gradients depend on `tensors`, which are not saved.
+
+    Only their place in the graph is kept.
+    """
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     if wanted and not torch.compiler.is_compiling():
         with torch.enable_grad():
@@ -58,8 +61,10 @@ def _is_batched(grad) -> bool:
 
 
 def forbid_derivative(grads: tuple, operands: Iterable[torch.Tensor | None]) -> tuple:
-    """Return gradients whose own derivative, in `operands` or in whatever else, raises, if
-    `create_graph=True` asks for one."""
+    """Return `grads` such that, with `create_graph=True`, differentiating them raises.
+
+    `operands` are the tensors that the gradients depend on.
+    """
     present = [g for g in grads if g is not None]
     if not present or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grads
@@ -70,7 +75,7 @@ def forbid_derivative(grads: tuple, operands: Iterable[torch.Tensor | None]) -> 
 
 
 class Anchor(torch.autograd.Function):
-    """One element that depends on the tensors in the graph, and sends them no gradient."""
+    """Return one element that depends on `tensors` in the graph, but sends them no gradient."""
 
     @staticmethod
     def forward(ctx, *tensors):
@@ -82,6 +87,8 @@ class Anchor(torch.autograd.Function):
 
 
 class _NoDerivative(torch.autograd.Function):
+    """Return the gradients unchanged; the backward of this function raises."""
+
     @staticmethod
     def forward(ctx, count, *tensors):
         return tuple(g.view_as(g) for g in tensors[count:])

@@ -13,8 +13,8 @@ too. For any other tensor that was cast from 16 bits to fp32, the 16 bits are ke
 Everything else is saved as usual. Saved-tensor hooks disable autograd's check for in-place changes,
 so the check is made here, with the same outcome.
 
-A recipe that was not used ends with the block. Otherwise anyone who keeps such an output, detached,
-would also keep its sources and their graph alive.
+A recipe without readers expires at the end of the block. Otherwise, a detached output would keep
+its sources and their graph alive.
 
 Inside other saved-tensor hooks (checkpointing, offloading), those take precedence, and nothing is
 marked.
@@ -35,41 +35,41 @@ from .second_derivative import gradients
 _MARK = "_liger_recipe"
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _NARROW = (torch.bfloat16, torch.float16)
-_MIN_WIDENED = 1 << 20  # elements from which on 2 bytes each are worth a kernel
+_MIN_WIDENED = 1 << 20  # with fewer elements, saving 2 bytes each is not worth a kernel
 
 
 def recomputing() -> contextlib.AbstractContextManager:
-    """Within it, autograd keeps recipes of the tensors that are marked.
+    """Make autograd save recipes in place of marked tensors.
 
-    Does nothing within other saved-tensor hooks, or where torch allows none.
+    Does nothing inside other saved-tensor hooks, or where torch disables such hooks.
     """
     if not torch._C._autograd._saved_tensors_hooks_is_enabled() or _top_hooks(True) is not None:
         return contextlib.nullcontext()
     return _recomputing()
 
 
-class _Made(threading.local):
-    recipes: list[weakref.ref[Recipe]] | None = None  # those of the block
+class _Block(threading.local):
+    recipes: list[weakref.ref[Recipe]] | None = None  # made in this block of `recomputing`
 
 
-_made = _Made()
+_block = _Block()
 
 
 @contextlib.contextmanager
 def _recomputing() -> Iterator[None]:
-    before, _made.recipes = _made.recipes, []
+    before, _block.recipes = _block.recipes, []
     try:
         with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
     finally:
-        made, _made.recipes = _made.recipes, before
+        made, _block.recipes = _block.recipes, before
         for recipe in made:
-            if (unread := recipe()) is not None:
-                unread.expire()
+            if (alive := recipe()) is not None:
+                alive.expire()
 
 
 def _is_recomputing() -> bool:
-    """Whether the saved-tensor hooks in force are those of `recomputing`."""
+    """Return whether the innermost saved-tensor hooks are those of `recomputing`."""
     if torch.compiler.is_compiling():
         return False
     hooks = _top_hooks(True)
@@ -86,10 +86,10 @@ def recomputable(
 
     Args:
         y: a tensor that owns its memory.
-        function: gives `y` bit for bit, whenever it runs.
-        sources: tensors that autograd keeps for the backward of `y` anyway.
-        parameters: small ones (a norm's weight). They are copied: an engine may free them between
-            forward and backward, or an optimizer change them.
+        function: returns `y`, bit for bit, whenever it runs.
+        sources: tensors that autograd saves for the backward of `y` anyway.
+        parameters: small tensors (a norm's weight). They are copied, because an engine may free
+            them, or an optimizer may change them, between forward and backward.
     """
     if y.requires_grad and _is_recomputing():
         copies = tuple(None if p is None else p.detach().clone() for p in parameters)
@@ -102,8 +102,10 @@ def by_torch(
     sources: tuple[torch.Tensor, ...],
     parameters: tuple[torch.Tensor | None, ...] = (),
 ) -> torch.Tensor:
-    """`function(*sources, *parameters)` in plain torch; within `recomputing()` its backward keeps
-    only its arguments, and its result is marked."""
+    """Return `function(*sources, *parameters)`, computed in plain torch.
+
+    Within `recomputing()`, only the arguments are saved for backward, and the result is marked.
+    """
     arguments = (*sources, *parameters)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments)
     if not (needed and _is_recomputing()):
@@ -112,7 +114,7 @@ def by_torch(
 
 
 class _FromArguments(torch.autograd.Function):
-    """Keeps the arguments; backward runs the function again and differentiates that."""
+    """Save only the arguments; backward runs the function again and differentiates it."""
 
     @staticmethod
     def forward(ctx, function, *arguments):
@@ -137,7 +139,7 @@ def _autocast_state(x: torch.Tensor) -> dict[str, object]:
 
 
 class Recipe:
-    """How a tensor was made. What it needs is packed when the first reader is."""
+    """How to recompute a tensor. Its sources are packed when the first reader is."""
 
     __slots__ = (
         "__weakref__", "autocast", "casts", "dtype", "function", "output", "packed", "parameters",
@@ -151,20 +153,20 @@ class Recipe:
         self.autocast = _autocast_state(y)
         self.packed, self.value, self.stream = None, None, None
         self.readers = self.unread = 0
-        self.casts: dict[torch.dtype, weakref.ref[Recipe]] = {}  # each of which holds this one
-        if _made.recipes is not None:
-            _made.recipes.append(weakref.ref(self))
+        self.casts: dict[torch.dtype, weakref.ref[Recipe]] = {}  # weak: each holds this recipe
+        if _block.recipes is not None:
+            _block.recipes.append(weakref.ref(self))
 
     def __reduce__(self):
-        return _nothing, ()  # a tensor that is saved to a file goes without
+        return _nothing, ()  # a tensor that is saved to a file loses its recipe
 
     def expire(self) -> None:
-        """If nobody took it, let go of its sources; nobody will be given it."""
+        """Release the sources and accept no reader, unless there is one already."""
         if self.packed is None:
             self.sources, self.version = (), -1
 
-    def accepts(self, y: torch.Tensor) -> bool:
-        """Whether it gives `y` as it is now; registers one more reader if so."""
+    def add_reader(self, y: torch.Tensor) -> bool:
+        """Register a reader of `y`; return False if this recipe cannot reproduce `y` as it is."""
         if y._version != self.version:
             return False
         if self.packed is None:
@@ -177,6 +179,7 @@ class Recipe:
         return True
 
     def read(self) -> torch.Tensor:
+        """Return the tensor for one reader; it is recomputed for the first, freed by the last."""
         stream = _stream(self.packed[0])
         value = self.value if self.stream == stream else None
         if value is None:
@@ -185,17 +188,17 @@ class Recipe:
         self.unread -= 1
         if self.unread > 0:
             self.value, self.stream = value, stream
-        else:  # the last reader; with retain_graph they all come again
+        else:  # the last reader; with retain_graph=True, all of them read once more
             self.value, self.unread = None, self.readers
         return value
 
     def cast(self, y: torch.Tensor) -> Recipe | None:
-        """Return the recipe of `y`, a cast of what this one gives."""
+        """Return the recipe of `y`, a cast of this recipe's output."""
         output = self.output()
-        # As long as the output is unchanged, so it was when it was cast.
+        # If the output is unchanged now, it was also unchanged when it was cast.
         if output is None or output._version != self.version or output.device != y.device:
             return None
-        if output.stride() != y.stride():  # a cast that also lays it out anew
+        if output.stride() != y.stride():  # a cast that also changed the layout
             return None
         dtype = y.dtype
         known = self.casts.get(dtype, _nothing)()
@@ -210,14 +213,14 @@ def _nothing() -> None:
 
 
 def _mark(y: torch.Tensor, recipe: Recipe) -> None:
-    # On the memory, not on the tensor: an engine's hooks hand its readers another tensor of it.
+    # On the storage, because an engine's hooks pass on another tensor with the same storage.
     setattr(y.untyped_storage(), _MARK, recipe)
-    # Casts find it by the node that made their source. Weakly: nodes outlive what they keep.
+    # Also on the node, where casts of `y` look it up. Weak, because nodes outlive the tensors.
     y.grad_fn.metadata[_MARK] = weakref.ref(recipe)
 
 
 def _stream(packed: tuple) -> int | None:
-    """Return the CUDA stream that a recipe's sources would be read on."""
+    """Return the CUDA stream on which a recipe's sources would be read."""
     tensor = packed[0]
     while isinstance(tensor, Recipe):
         tensor = tensor.packed[0][0]
@@ -227,15 +230,15 @@ def _stream(packed: tuple) -> int | None:
 
 
 def _pack(t: torch.Tensor) -> tuple:
-    """(recipe, shape, strides and offset) or (tensor, version)."""
-    if type(t) in PLAIN and t.layout is torch.strided:  # others have no memory of their own
+    """Return (recipe, (shape, strides, offset)) or (tensor, version)."""
+    if type(t) in PLAIN and t.layout is torch.strided:  # other tensors have no storage of their own
         base = t._base if t._is_view() else t
         recipe = _marked_on(t.untyped_storage()) or _recipe_of_cast(base)
-        if recipe is not None and t.dtype == recipe.dtype and recipe.accepts(base):
-            # Held by its readers from here on: who keeps the memory is not to keep the sources.
+        if recipe is not None and t.dtype == recipe.dtype and recipe.add_reader(base):
+            # From now on its readers hold it: a holder of the storage must not hold the sources.
             setattr(t.untyped_storage(), _MARK, weakref.ref(recipe))
             return recipe, (t.shape, t.stride(), t.storage_offset())
-    # Detached, or a node that saves its own output would keep itself alive.
+    # Detached: otherwise a node that saves its own output would keep itself alive.
     return t if t.grad_fn is None else t.detach(), t._version
 
 
@@ -278,7 +281,7 @@ def _recipe_of_cast(y: torch.Tensor) -> Recipe | None:
 
 
 def _widened(y: torch.Tensor, dtype: torch.dtype) -> Recipe | None:
-    """Return the recipe of an fp32 tensor that was cast from `dtype`: its 16 bits are kept."""
+    """Return the recipe of an fp32 tensor that was cast from 16 bits: it saves those."""
     if dtype not in _NARROW:
         return None
     return Recipe(y, lambda t: t.to(torch.float32), (y.detach().to(dtype),))

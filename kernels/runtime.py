@@ -35,14 +35,14 @@ except ImportError:  # Windows, macOS: every function runs on its torch referenc
     HAS_TRITON = False
 
 _interpret_on_cpu = False
-# Of the context, not of the process: another thread that trains meanwhile is left alone.
+# A context variable, so that another thread that trains at the same time is not affected.
 _every_size = ContextVar("every_size", default=False)
 _warned_no_triton = False
 
 
 @contextlib.contextmanager
 def every_size() -> Iterator[None]:
-    """Run kernels below the size at which they win, too; used by the probe and by tests."""
+    """Run kernels even below the size at which they win; used by the probe and by tests."""
     token = _every_size.set(True)
     try:
         yield
@@ -52,8 +52,10 @@ def every_size() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Within it, CPU tensors of every size go through the Triton kernels (needs
-    `TRITON_INTERPRET=1` at import). Holds for the whole process: for tests."""
+    """Run the Triton kernels on CPU tensors of every size, in the whole process; used by tests.
+
+    Needs `TRITON_INTERPRET=1` at import.
+    """
     global _interpret_on_cpu
     before, _interpret_on_cpu = _interpret_on_cpu, True
     try:
@@ -66,14 +68,14 @@ def interpreted() -> Iterator[None]:
 def pays(x: torch.Tensor, elements: int) -> bool:
     """Return True if `x` has enough elements for the kernel to beat PyTorch.
 
-    Below, launching from Python takes longer than PyTorch's own kernels run. Compiled code launches
-    without Python.
+    With fewer elements, launching from Python takes longer than PyTorch's own kernels take to run.
+    Compiled code launches without Python, so it always gets the kernel.
     """
     return x.numel() >= elements or torch.compiler.is_compiling() or _every_size.get()
 
 
 def use_triton(x: torch.Tensor) -> bool:
-    """Whether `x` is handled by a Triton kernel; otherwise by the operation's torch reference."""
+    """Return whether a Triton kernel handles `x`; otherwise, the torch reference does."""
     if not x.is_cuda:
         return _interpret_on_cpu
     if not HAS_TRITON:
@@ -95,7 +97,7 @@ _HERE = contextlib.nullcontext()
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Within it, the device of `tensor` is the current one: Triton launches on that."""
+    """Make the device of `tensor` the current one, on which Triton launches."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return _HERE
@@ -112,8 +114,9 @@ def register_op(schema: str, launch: Callable, fake: Callable) -> Callable:
         launch: runs the kernel; called under the device of its first tensor.
         fake: returns empty outputs of the right shapes, dtypes and strides (for torch.compile).
 
-    The op is opaque to autograd: the `torch.autograd.Function` beside it calls it. torch.compile
-    gets the op; eager code goes straight to `launch`, which spares it the dispatcher (6 us a call).
+    The op is opaque to autograd; a `torch.autograd.Function` in the same file calls it.
+    torch.compile gets the op. Eager code calls `launch` directly, which saves the dispatcher's 6 us
+    per call.
     """
     name = schema.split("(", 1)[0]
 
@@ -139,17 +142,17 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)  # subclasses (fake tensors) need the
 
 
 def all_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether none is of a subclass: a DTensor, say, whose operations are not a kernel's."""
+    """Return whether no tensor is of a subclass (such as DTensor), which kernels do not support."""
     return all(t is None or type(t) in PLAIN for t in tensors)
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` [..., H] as [rows, H] with unit stride in H; a view where one exists, else a copy."""
+    """Return `x` [..., H] as [rows, H] with unit stride in H: a view if possible, else a copy."""
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-# Triton has functions of these names for host and kernels; on the host they take 2 us each.
+# Triton's own functions of these names also work on the host, but take 2 us per call there.
 
 
 def cdiv(a: int, b: int) -> int:
@@ -158,25 +161,25 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """Return the smallest power of two that is at least n, which is positive."""
+    """Return the smallest power of two that is at least n, for n > 0."""
     return 1 << (n - 1).bit_length()
 
 
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`; a small number for the interpreter on a CPU."""
+    """Return the number of streaming multiprocessors; a small one for the interpreter on a CPU."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def block_sizes(vocab: int, largest: tuple[int, int]) -> dict[str, int]:
-    """BLOCK and num_warps of a kernel over rows of logits, `largest` for a large vocabulary."""
+    """Return BLOCK and num_warps of a kernel over rows of logits; at most `largest`."""
     columns, warps = largest
     block = min(columns, max(16, next_power_of_2(vocab)))
     return {"BLOCK": block, "num_warps": max(1, warps * block // columns)}
 
 
 def runs_in_triton(logits: torch.Tensor) -> bool:
-    """Whether a kernel over rows of logits handles them; fp64 goes to the torch path."""
-    known = logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and use_triton(logits)
+    """Return whether the kernels over rows of logits take `logits`; fp64 uses the torch path."""
+    supported = logits.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return supported and use_triton(logits)

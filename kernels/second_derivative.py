@@ -9,14 +9,14 @@ import torch
 
 
 def twice_differentiable(reference: Callable) -> Callable:
-    """Decorate the `backward` of an autograd function whose formula there is in torch, too.
+    """Decorate the `backward` of an autograd function that also has a reference in torch.
 
-    `reference(ctx)` returns a function in differentiable torch, and the tensors that it takes:
-    those that came first to `forward`, None for one that was None. With `create_graph=True` the
-    gradients are those of that function, with derivatives of any order; else `backward` runs.
+    `reference(ctx)` returns a function in differentiable torch and its arguments: the leading
+    tensors of `forward`, with None for one that was None. With `create_graph=True`, that function
+    is differentiated, to any order; otherwise `backward` runs.
 
-    `torch.autograd.function.once_differentiable` raises only if an incoming gradient requires one:
-    a gradient penalty would silently lack what goes through the saved tensors.
+    `torch.autograd.function.once_differentiable` would raise only if an incoming gradient requires
+    a gradient, so a gradient penalty would silently lack the part through the saved tensors.
     """
 
     def decorate(backward: Callable) -> Callable:
@@ -35,9 +35,9 @@ def twice_differentiable(reference: Callable) -> Callable:
 def gradients(
     function: Callable, tensors: Sequence[torch.Tensor | None], grads, create_graph: bool
 ) -> list[torch.Tensor | None]:
-    """Run `function(*tensors)` and return the gradient of each tensor, None where it needs none."""
+    """Run `function(*tensors)`; return each tensor's gradient, or None if it requires none."""
     with torch.enable_grad():
-        # Aliases, so that the gradient of one does not go on through another that it came from.
+        # Aliases, so that no gradient flows through one tensor into another that it came from.
         tensors = [t if t is None or not t.requires_grad else t.view_as(t) for t in tensors]
         outputs = function(*tensors)
     wanted = [t for t in tensors if t is not None and t.requires_grad]

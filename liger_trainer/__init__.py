@@ -6,7 +6,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_HOME = {
+_MODULES = {
     "inject": "injection.walk",
     "restore": "injection.walk",
     "InjectionReport": "report",
@@ -16,13 +16,13 @@ _HOME = {
     "disable": "stock",
     "loss_scope": "deferred",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str):
-    """Load on first use: importing the package must not import transformers' trainer."""
-    if name not in _HOME:
+    """Load a public name on first use, so that importing the package imports no trainer."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'liger_trainer' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"liger_trainer.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(f"liger_trainer.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

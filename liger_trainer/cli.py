@@ -22,7 +22,7 @@ from liger_trainer.commands import (
     recipes,
     train,
 )
-from liger_trainer.runs.errors import RunError, ToldElsewhere
+from liger_trainer.runs.errors import ReportedElsewhere, RunError
 
 COMMANDS = (train, launch, recipes, data, inspect, plan, env, evaluate, generate, chat, merge, push)
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
@@ -31,8 +31,8 @@ FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0: done; 1: training failed, `plan` found that it does not fit, or `--strict` or `--dry-run`
-    found something; 2: wrong input; 130: interrupted.
+    0: success; 1: training failed, `plan` found that a recipe does not fit, or `--strict` or
+    `--dry-run` found a problem; 2: wrong input; 130: interrupted.
     """
     parser = build_parser()
     _complete(parser)
@@ -40,14 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     if rest and (not hasattr(options, "overrides") or any(w.startswith("-") for w in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides += rest  # those that stand after an option
+        options.overrides += rest  # overrides that follow an option
     try:
         return options.main(options)
     except (ValueError, OSError) as error:
         return _failed(error, WRONG_INPUT, options)
     except RunError as error:
         return _failed(error, FAILED, options)
-    except ToldElsewhere:
+    except ReportedElsewhere:
         return WRONG_INPUT
     except KeyboardInterrupt:
         print("\nInterrupted: nothing was begun that could be lost.", file=sys.stderr)
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands. Each puts its `main` into the options."""
+    """Return the parser of all commands, which sets `options.main` to the chosen command's."""
     parser = argparse.ArgumentParser(
         prog="liger-trainer",
         description="Fine-tune a model by a recipe, and use what comes out.",
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:
-    """Answer the shell, where it asks for completions and the optional package is there."""
+    """Print completions and exit if the shell requests them and argcomplete is installed."""
     try:
         import argcomplete
     except ImportError:

@@ -11,13 +11,16 @@ ACTIVATION_MEMORY = ("lean", "keep", "auto")
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-    """One switch per kernel, all on. `fused_linear_cross_entropy` takes precedence over
-    `cross_entropy`, which serves logits that exist anyway.
+    """One switch per kernel, all on by default.
 
-    `activation_memory`: "lean" computes again in backward what one kernel gives back from tensors
-    that are kept anyway (norm outputs, gated products, casts), to the same bits; "keep" keeps it. A
-    number is a budget in GiB of what PyTorch allocates on the device, "auto" takes what the device
-    has: beyond "lean", as few layers are checkpointed as that demands (`docs/lora.md`).
+    `fused_linear_cross_entropy` takes precedence over `cross_entropy`, which is for logits that are
+    materialized anyway.
+
+    `activation_memory`: "lean" recomputes in backward what one kernel can recompute, bit for bit,
+    from tensors that are saved anyway (norm outputs, gated products, casts); "keep" saves them. A
+    number is a budget in GiB for PyTorch's allocations on the device, and "auto" is the memory of
+    the device: in addition to "lean", as few layers are checkpointed as the budget requires
+    (`docs/lora.md`).
     """
 
     rms_norm: bool = True  # RMSNorm, with or without a gate
@@ -33,14 +36,17 @@ class KernelConfig:
 
     @property
     def has_budget(self) -> bool:
-        """Whether layers are checkpointed as `activation_memory` demands."""
+        """Whether `activation_memory` is a budget, by which layers are checkpointed."""
         return self.activation_memory not in ("lean", "keep")
 
     @classmethod
     def from_dict(
         cls, config: Mapping[str, bool | str | float] | KernelConfig | None
     ) -> KernelConfig:
-        """Raise ValueError for an unknown key (naming the nearest) and a value it cannot have."""
+        """Return the configuration of a mapping.
+
+        Raises ValueError for an unknown key, suggesting the nearest one, and for an invalid value.
+        """
         if isinstance(config, cls):
             return config
         names = [field.name for field in dataclasses.fields(cls)]

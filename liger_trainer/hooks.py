@@ -1,7 +1,7 @@
-"""Who hooked a module, and how to compute where an engine's hooks have gathered weights.
+"""Tell whose hooks are on a module, and run code where an engine's hooks have gathered weights.
 
-An engine's hooks are run around a call of the module, whatever that call computes; anybody else's
-want to see or change what the module's own forward takes and returns.
+An engine's hooks run around a call of the module, whatever the call computes. Any other hook is
+meant to read or change what the module's own forward takes and returns.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _ENGINES = ("torch.distributed.", "deepspeed.", "accelerate.", "transformers.int
 
 
 def foreign_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook is on `module`, or on every module, that is not an engine's.
+    """Return whether a forward hook that is not an engine's is on `module` or registered globally.
 
     An engine's hooks gather, move and free weights, so they run where the weights are read: around
-    the deferred call, which returns no logits. A hook that wants to see or change the logits must
-    run where they are returned instead. The two kinds lie in the same tables and have the same
-    signature, and either may read, replace or ignore what it is given, so neither the place nor a
-    trial run tells them apart: who wrote a hook is the only sign. An engine that is not in the list
-    costs no more than speed: its hooks leave the head plain, with a row in the report.
+    the deferred call, which returns no logits. A hook that reads or changes the logits must run
+    where they are returned instead. Both kinds are registered in the same tables with the same
+    signature, and either may read, replace or ignore its arguments, so only the module that defines
+    a hook tells them apart. An engine missing from the list costs only speed: the head then stays
+    plain, with a row in the report.
     """
     tables = (
         module._forward_hooks,
@@ -32,22 +32,22 @@ def foreign_hooks(module: nn.Module) -> bool:
         _global_hooks._global_forward_hooks,
         _global_hooks._global_forward_pre_hooks,
     )
-    return any(not _is_an_engines(hook) for table in tables for hook in table.values())
+    return any(not _is_engine_hook(hook) for table in tables for hook in table.values())
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether a backward hook is on `module`, or on every module one that is not an engine's."""
+    """Return whether `module` has a backward hook, or a global one exists that is no engine's."""
     tables = (_global_hooks._global_backward_hooks, _global_hooks._global_backward_pre_hooks)
     return bool(
         module._backward_hooks
         or module._backward_pre_hooks
-        or any(not _is_an_engines(hook) for table in tables for hook in table.values())
+        or any(not _is_engine_hook(hook) for table in tables for hook in table.values())
     )
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its forward (engines gather, offload, observe)."""
-    own = vars(module)  # looking four names up by attribute would take three times as long
+    """Return whether calling `module` does more than its forward (gather, offload, observe)."""
+    own = vars(module)  # attribute access to the four tables would take three times as long
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
@@ -62,14 +62,15 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def only_gathered(modules: Iterable[nn.Module], bystander: nn.Module) -> bool:
-    """Whether the hooks on `modules` are an engine's, and the same as those on `bystander`.
+    """Return whether the hooks on `modules` are an engine's, and are also on `bystander`.
 
-    `bystander` holds no weights: what is put on it as well cannot depend on what a module computes.
-    Hooks that do (those of tensor parallelism reduce what a split layer returns) are not the same.
+    `bystander` holds no weights, so hooks that are also on it cannot depend on what a module
+    computes. Hooks that do depend on it (tensor parallelism reduces the output of a split layer)
+    are not on it.
     """
-    everywhere = set(map(_written_as, _forward_hooks(bystander)))
+    everywhere = set(map(_definition_of, _forward_hooks(bystander)))
     return all(
-        everywhere.issuperset(map(_written_as, _forward_hooks(module)))
+        everywhere.issuperset(map(_definition_of, _forward_hooks(module)))
         and "forward" not in vars(module)
         and not foreign_hooks(module)
         and not has_backward_hooks(module)
@@ -82,8 +83,9 @@ def call_nested(
 ) -> torch.Tensor:
     """Call `modules` with `x`, one inside the other, and `body` in place of the innermost forward.
 
-    Whatever their hooks gather is there while `body` runs. What they register on inputs and outputs
-    gathers it again before the backward of all that `body` did, and frees it after that.
+    The weights that their hooks gather are available while `body` runs. The hooks that these
+    register on inputs and outputs gather the weights again before the backward of `body`, and free
+    them afterwards.
     """
     if not modules:
         return body(x)
@@ -101,13 +103,13 @@ def _forward_hooks(module: nn.Module) -> Iterator[Callable]:
     yield from module._forward_pre_hooks.values()
 
 
-def _written_as(hook: Callable) -> tuple[str, str]:
-    """Where the code of a hook is: one definition makes a function for each module."""
+def _definition_of(hook: Callable) -> tuple[str, str]:
+    """Return module and name of the code that defines a hook, which may be a closure per module."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     name = getattr(hook, "__qualname__", type(hook).__qualname__)
     return getattr(hook, "__module__", ""), name
 
 
-def _is_an_engines(hook: Callable) -> bool:
-    return f"{_written_as(hook)[0]}.".startswith(_ENGINES)
+def _is_engine_hook(hook: Callable) -> bool:
+    return f"{_definition_of(hook)[0]}.".startswith(_ENGINES)

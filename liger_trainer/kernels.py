@@ -1,4 +1,4 @@
-"""Makes the folder `kernels/` importable as `liger_trainer.kernels`.
+"""Make the folder `kernels/` importable as `liger_trainer.kernels`.
 
 The folder has no `__init__.py`: transformers imports an unrelated PyPI package named `kernels`, and
 from the root of this repository a regular package of that name would shadow it. In a wheel the

@@ -14,20 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 class Status(enum.Enum):
-    """What became of a place that a rule looked at."""
+    """The outcome for one site that a rule examined."""
 
     SWAPPED = "swapped"
-    REFUSED = "refused"  # the rule applies, but the place runs as in the plain model
-    NOT_APPLICABLE = "not applicable"  # no place for the rule's kernel
-    OFF = "off"  # by liger_kernel_config, or an option of the trainer
+    REFUSED = "refused"  # the rule applies, but the site runs as in the plain model
+    NOT_APPLICABLE = "not applicable"  # the rule's kernel is not for this site
+    OFF = "off"  # switched off by liger_kernel_config or an option of the trainer
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One place in the model that a rule looked at.
+    """One site in the model that a rule examined.
 
-    `max_error` is the largest error of the swap against the module it replaces, in fp32, over
-    outputs and gradients, relative to the largest value; None where nothing had to be compared.
+    `max_error` is the largest difference between the kernel and the module that it replaces, in
+    fp32, over outputs and gradients, relative to the largest value; None if nothing was compared.
     """
 
     site: str
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def eligible(self) -> bool:
-        """Whether a kernel was wanted here: it was swapped in, or refused."""
+        """Whether a rule applies here: the site was swapped or refused."""
         return self.status in (Status.SWAPPED, Status.REFUSED)
 
     def to_dict(self) -> dict[str, object]:
@@ -52,23 +52,25 @@ class Row:
 
 
 class Coverage(NamedTuple):
+    """Numbers of sites of one rule."""
+
     swapped: int
     eligible: int
 
 
 @dataclasses.dataclass(repr=False)
 class InjectionReport:
-    """The rows of one injection; `print(report)` is a table.
+    """The rows of one injection; `print(report)` prints a table.
 
     If a site does not run fused after all, because of how the model is used or was changed later,
-    its row is amended, with one warning for each reason.
+    its row is amended, with one warning per reason.
     """
 
     rows: tuple[Row, ...]
     warned: set[tuple[str, str]] = dataclasses.field(default_factory=set, compare=False)
 
     def amend(self, *rows: Row) -> None:
-        """Put these rows in the place of those of the same site and rule."""
+        """Replace the rows of the same site and rule, or add new ones, and warn about refusals."""
         new = {(row.site, row.rule): row for row in rows}
         amended = [new.pop((row.site, row.rule), row) for row in self.rows]
         self.rows = (*amended, *new.values())
@@ -104,7 +106,7 @@ class InjectionReport:
         return str(self)
 
     def table(self) -> list[list[str]]:
-        """Cells, header first; sites that differ only in layer numbers share a line."""
+        """Return lines of cells, header first; sites that differ only in numbers share a line."""
         groups = defaultdict(list)
         for row in self.rows:
             pattern = re.sub(r"\d+", "*", row.site)
@@ -130,14 +132,14 @@ class InjectionReport:
 
 @dataclasses.dataclass(eq=False)
 class Site:
-    """The place of a swapped module in the report, where it tells how it runs."""
+    """The row of a swapped module, through which it reports how it runs."""
 
     report: InjectionReport
     row: Row
-    reason: str | None = None  # why it runs as the plain module does at the moment
+    reason: str | None = None  # why it currently runs as in the plain model
 
     def runs(self, reason: str | None) -> None:
-        """Note that the module runs plain, for this reason; None: that it runs fused again."""
+        """Record that the module runs as in the plain model for `reason`, or fused if None."""
         if reason != self.reason:
             self.reason = reason
             row = self.row

@@ -1,4 +1,4 @@
-"""Who asks for the kernels: a trainer's own argument, its training arguments, or neither."""
+"""Whether a trainer uses the kernels: by its own argument, its training arguments, or neither."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 from liger_trainer.config import KernelConfig
 
 FLAG, CONFIG = "use_liger_kernel", "liger_kernel_config"
-Asked = bool | Mapping[str, bool | str | float] | None
+Request = bool | Mapping[str, bool | str | float] | None
 
 
-def asked(args: Any, own: Asked = None) -> KernelConfig | None:
-    """Return the switches to run with; None for no kernels.
+def requested(args: Any, own: Request = None) -> KernelConfig | None:
+    """Return the switches to run with, or None for no kernels.
 
     Args:
-        args: the training arguments. `use_liger_kernel=True` asks, with `liger_kernel_config`; so
-            does `model_init_kwargs={"use_kernels": True}`, by which TRL means to replace that flag.
-            Arguments without such fields ask for nothing.
-        own: the trainer's own `liger_kernel_config`: True or switches ask, False does not, and None
-            leaves it to `args`.
+        args: the training arguments. `use_liger_kernel=True` requests kernels, with the switches of
+            `liger_kernel_config`; so does `model_init_kwargs={"use_kernels": True}`, with which TRL
+            means to replace that flag. The fields may be missing.
+        own: the trainer's own `liger_kernel_config`: True or switches request kernels, False
+            refuses them, and None leaves the decision to `args`.
 
     Raises ValueError for an unknown switch.
     """
@@ -32,8 +32,8 @@ def asked(args: Any, own: Asked = None) -> KernelConfig | None:
 
 
 def config_of(trainer: Any) -> KernelConfig | None:
-    """Return the switches that a trainer of any class is asked to run with; None for no kernels."""
-    return asked(trainer.args, vars(trainer).get("_asked"))
+    """Return the switches requested of a trainer of any class, or None for no kernels."""
+    return requested(trainer.args, vars(trainer).get("_requested"))
 
 
 def names_kernels(model_init_kwargs: Any) -> bool:
@@ -42,7 +42,7 @@ def names_kernels(model_init_kwargs: Any) -> bool:
 
 @contextlib.contextmanager
 def hidden(args: Any) -> Iterator[None]:
-    """Within it, `args` ask for nothing: others would take that for another kernel package."""
+    """Hide the request in `args` inside the block: others read it as one for another package."""
     had_flag = getattr(args, FLAG, False)
     kwargs = getattr(args, "model_init_kwargs", None)
     try:

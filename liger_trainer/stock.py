@@ -1,9 +1,9 @@
 """The stock flag: `use_liger_kernel=True` uses this package in every Trainer, including TRL's.
 
-The one global change that the package makes, and only when asked: transformers' hook for another
-kernel package is redirected, TRL's trainers become the classes of `liger_trainer.trl` where their
-arguments have the flag on, and where it is off, Trainer takes out kernels that a trainer before put
-into its model.
+This is the only global change that the package makes, and only on request. transformers' hook for
+another kernel package is redirected. TRL's trainers become the classes of `liger_trainer.trl` if
+the flag in their arguments is on. If the flag is off, Trainer restores a model that an earlier
+trainer injected.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _original: trainer_hook.Hook | None = None
 
 
 def enable() -> None:
-    """From now on `use_liger_kernel=True` injects this package's kernels, in any stock Trainer.
+    """Make `use_liger_kernel=True` inject this package's kernels in every stock Trainer.
 
-    Needs no other kernel package. Calling it twice is the same as once; `disable` undoes it.
+    Needs no other kernel package. Further calls have no effect; `disable` undoes it.
     """
     global _original
     if _original is None:
@@ -32,11 +32,11 @@ def enable() -> None:
         for name, around in _WRAPPERS.items():
             setattr(Trainer, name, around(_PLAIN[name]))
         if importlib.util.find_spec("trl") is not None:
-            trl.redirect()
+            trl.patch_classes()
 
 
 def disable() -> None:
-    """Undoes `enable`; models that were injected stay so until `restore(model)`."""
+    """Undo `enable`; injected models stay injected until `restore(model)`."""
     global _original
     if _original is not None:
         trainer_hook.replace(_original)
@@ -44,14 +44,14 @@ def disable() -> None:
         for name, method in _PLAIN.items():
             setattr(Trainer, name, method)
         if importlib.util.find_spec("trl") is not None:
-            trl.undo_redirect()
+            trl.unpatch_classes()
 
 
-def _without_request(compute_loss):
+def _without_skip_logits(compute_loss):
     @functools.wraps(compute_loss)
     def run(self, model, inputs, *args, **kwargs):
         if "skip_logits" in inputs and config_of(self) is not None:
-            inputs = trainer_hook.without_request(inputs)  # the model need not take it
+            inputs = trainer_hook.without_skip_logits(inputs)  # the model may not accept it
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     return run
@@ -70,6 +70,6 @@ def _plain_without_flag(method):
 _WRAPPERS = {
     "train": _plain_without_flag,
     "evaluation_loop": _plain_without_flag,
-    "compute_loss": _without_request,
+    "compute_loss": _without_skip_logits,
 }
 _PLAIN = {name: getattr(Trainer, name) for name in _WRAPPERS}

@@ -1,9 +1,9 @@
 """Change what one module instance computes, and change it back.
 
 A swap replaces the instance's class with a subclass made for it. Parameters, hooks, names and
-`isinstance` stay as they are, copies and pickles work, and no other instance notices. Calling the
-new class makes an instance of the plain one. Classes that others put on top later (FSDP2,
-parametrizations) stay when the swap below them is undone.
+`isinstance` stay as they are, copies and pickles work, and other instances are not affected.
+Calling the new class creates an instance of the plain one. Classes that are put on top later
+(FSDP2, parametrizations) stay when the swap below them is undone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _SwappedType(type):
 
 
 class Swapped(metaclass=_SwappedType):
-    """First base of every swapped class. `key` parameterizes the swap and is hashable."""
+    """The first base of every swapped class. The hashable `key` parameterizes the swap."""
 
     _liger_base: type
     _liger_key: tuple = ()
@@ -32,7 +32,7 @@ class Swapped(metaclass=_SwappedType):
 
     @classmethod
     def namespace(cls, base: type, *key) -> dict[str, object]:
-        """Return further attributes of the class made for `base`."""
+        """Return further attributes for the class that is made for `base`."""
         return {}
 
     def __reduce_ex__(self, protocol):
@@ -45,7 +45,7 @@ class Swapped(metaclass=_SwappedType):
 
 
 def _new_instance(cls: type, *swaps: tuple):
-    """Return an empty instance of `cls` with the swaps (mixin, *key) made one after the other."""
+    """Return an empty instance of `cls` with the swaps (mixin, *key) applied in order."""
     for mixin, *key in swaps:
         cls = swapped_class(cls, mixin, *key)
     return cls.__new__(cls)
@@ -53,7 +53,7 @@ def _new_instance(cls: type, *swaps: tuple):
 
 @functools.cache
 def swapped_class(base: type, mixin: type[Swapped], *key) -> type:
-    """Return the subclass of `base` with `mixin` in front; it keeps the name, which HF reads."""
+    """Return the subclass of `base` with `mixin` first; it keeps the name, which HF reads."""
     return _metaclass(type(base))(
         base.__name__,
         (mixin, base),
@@ -78,7 +78,7 @@ def _metaclass(of_base: type) -> type:
 
 @functools.cache
 def plain_class(cls: type) -> type:
-    """Return `cls` without the swaps in it, whatever stands above them."""
+    """Return `cls` without its swaps, but with classes that were put on top of them."""
     if not issubclass(cls, Swapped):
         return cls
     if "_liger_base" in vars(cls):
@@ -98,27 +98,27 @@ def _change_class(module: nn.Module, cls: type) -> None:
         vars(module)[name] = MethodType(cls.forward, module)
 
 
-# `device_map` and offloading put a forward of theirs on the instance, which calls the module's own
-# by the second name (accelerate.hooks).
+# accelerate's `device_map` and offloading put a forward on the instance, which calls the module's
+# own forward by the second name.
 _FORWARDS = ("forward", "_old_forward")
 PLACED = (*_FORWARDS, "_hf_hook")
 
 
 def _is_own(method: object, module: nn.Module) -> bool:
-    """Whether `method` is the forward that `module` has from its class."""
+    """Return whether `method` is the forward of the module's class."""
     bound = isinstance(method, MethodType) and method.__self__ is module
     return bound and method.__func__ is type(module).forward
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether the forward that was put on the instance need not call the class's own."""
+    """Return whether the instance has a forward that may not call that of its class."""
     own = vars(module)
     placed = "_hf_hook" in own and _is_own(own.get("_old_forward"), module)
     return "forward" in own and not placed and not _is_own(own["forward"], module)
 
 
 def note(module: Swapped, reason: str | None) -> None:
-    """Tell the report why `module` runs as the plain module does; None: that it runs fused."""
+    """Record in the report why `module` runs as in the plain model, or None if it runs fused."""
     site = module._liger_site
     if site is not None and site.reason != reason:
         site.runs(reason)
@@ -129,7 +129,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def unswap(module: nn.Module) -> None:
-    """Give a swapped module its own class back; leave others alone."""
+    """Give a swapped module its own class back; other modules do not change."""
     if not isinstance(module, Swapped):
         return
     _change_class(module, plain_class(type(module)))
@@ -139,22 +139,22 @@ def unswap(module: nn.Module) -> None:
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 VALUES = (int, float, str, bool, tuple, type(None), torch.dtype)
-_BY_REFERENCE = (FunctionType, BuiltinFunctionType, type)  # the same object in a copy
+_BY_REFERENCE = (FunctionType, BuiltinFunctionType, type)  # copies share these objects
 
 
 def own_attributes(module: nn.Module) -> list[tuple[str, object]]:
-    """Return what the instance holds beyond what every module does, sorted by name."""
+    """Return the instance's attributes that not every module has, sorted by name."""
     return [(k, v) for k, v in sorted(vars(module).items()) if k not in _OF_EVERY_MODULE]
 
 
 @dataclasses.dataclass(frozen=True)
 class Proven:
-    """The state of a module that an equality was proven for.
+    """The state of a module for which a kernel was verified to be equal.
 
-    Attributes that are no plain values are left out: what they mean cannot be compared.
+    Attributes that are not plain values are left out, because they cannot be compared.
     """
 
-    attributes: tuple[tuple[str, object], ...]  # parameters that are None are among them
+    attributes: tuple[tuple[str, object], ...]  # includes parameters that are None
     parameters: frozenset[str]
 
     @classmethod
@@ -165,7 +165,7 @@ class Proven:
         return cls(tuple(attributes), frozenset(module._parameters))
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether `module` is still in that state; well below a microsecond."""
+        """Return whether `module` is still in that state, in well below a microsecond."""
         for name, value in self.attributes:
             current = getattr(module, name, _MISSING)
             if current is not value and (type(current) is not type(value) or current != value):
@@ -177,7 +177,7 @@ _MISSING = object()
 
 
 def holds(module: Swapped, proven: Proven) -> bool:
-    """Whether `module` is still as it was proven; the report is told if it is not."""
+    """Return whether `module` is still in the verified state; if not, record that in the report."""
     if proven.holds(module):
         return True
     note(module, "its attributes or parameters were changed after the injection")
@@ -185,9 +185,9 @@ def holds(module: Swapped, proven: Proven) -> bool:
 
 
 def rebind(function: FunctionType, old: object, new: object) -> FunctionType | None:
-    """Return a copy of `function` whose global names for `old` mean `new`; None if it has none.
+    """Return a copy of `function` in which global names for `old` refer to `new`, or None.
 
-    The code object is shared: nothing is copied from the source, and the original is not touched.
+    None means that it has no such name. The code object is shared, and the original is not changed.
     Decorated functions are followed into their closures.
     """
     return _rebind(function, old, new, visited=set())
@@ -204,7 +204,7 @@ def _rebind(function, old, new, visited: set[int]) -> FunctionType | None:
     scope = function.__globals__
     if names:
         scope = {**scope, **dict.fromkeys(names, new)}
-        # torch.compile looks the globals of a named module up in that module: this is none.
+        # torch.compile would look up the globals of a named module in that module.
         scope.pop("__name__", None)
     copy = FunctionType(
         function.__code__,
@@ -219,7 +219,7 @@ def _rebind(function, old, new, visited: set[int]) -> FunctionType | None:
 
 
 def _names(code) -> set[str]:
-    """Global names of the code and of the functions defined in it."""
+    """Return the global names in the code and in the functions that it defines."""
     nested = (c for c in code.co_consts if hasattr(c, "co_names"))
     return set(code.co_names).union(*map(_names, nested))
 
@@ -241,7 +241,7 @@ def _content(cell: CellType) -> object:
 
 
 def referenced_globals(function: FunctionType) -> list[object]:
-    """Return the objects that the function's global names stand for, its closures' included."""
+    """Return the objects that the global names of the function and its closures refer to."""
     found, queue, visited = [], [function], set()
     while queue:
         current = queue.pop()

@@ -1,8 +1,8 @@
-"""Every private or unstable symbol of other packages that this one relies on, and what for.
+"""The private or unstable symbols of other packages that this one uses, and for which features.
 
-A release of torch, transformers, TRL or PEFT may take one away without notice. The tests resolve
-each in the installed versions and say which feature is affected; `liger-trainer env` lists the
-missing ones. A symbol that is newly used belongs here: the tests find those that are not.
+A release of torch, transformers, TRL or PEFT may remove one without notice. The tests resolve each
+in the installed versions and state which feature is affected; `liger-trainer env` lists the missing
+ones. A newly used symbol must be added here; the tests find those that are not.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from types import CodeType
 
 @dataclasses.dataclass(frozen=True)
 class Symbol:
-    """`path` in `module`; after a colon, an attribute that the class's own code gives its
-    instances. `parameters` are names by which a function is called."""
+    """A symbol at `path` in `module`.
+
+    After a colon, `path` names an attribute that the class's code gives to its instances.
+    `parameters` are keyword arguments with which a function is called.
+    """
 
     module: str
     path: str
@@ -33,12 +36,12 @@ class Symbol:
 
     @property
     def attribute(self) -> str:
-        """The last part of the name, by which code refers to the symbol."""
+        """The last part of the name."""
         return self.name.rpartition(".")[2]
 
     @property
     def is_relevant(self) -> bool:
-        """Whether its package is installed, and built for a device where it exists."""
+        """Whether its package is installed and, for a CUDA symbol, CUDA is available."""
         package = self.module.partition(".")[0]
         if importlib.util.find_spec(package) is None:
             return False
@@ -47,7 +50,7 @@ class Symbol:
         )
 
     def resolve(self) -> object:
-        """Return the symbol, or the class whose instances have it; raise LookupError otherwise."""
+        """Return the symbol, or the class whose instances have it; raise LookupError if missing."""
         owner, _, attribute = self.path.partition(":")
         try:
             found = importlib.import_module(self.module)
@@ -73,7 +76,7 @@ def missing() -> list[Symbol]:
     """Return the symbols that the installed packages lack."""
     found = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of modules that are imported for this
+        warnings.simplefilter("ignore")  # modules that are imported here may warn
         for symbol in filter(lambda s: s.is_relevant, SYMBOLS):
             try:
                 symbol.resolve()
@@ -94,7 +97,7 @@ def _gives_instances(cls: type, attribute: str) -> bool:
 
 
 def _names_in(cls: type) -> set[str]:
-    """Names of the class's attributes and fields, and those that its methods mention."""
+    """Return the names of the class's attributes and fields, and names used in its methods."""
     names = {*vars(cls), *vars(cls).get("__annotations__", ())}
     functions = [getattr(value, "__func__", value) for value in vars(cls).values()]
     codes = [inspect.unwrap(f).__code__ for f in functions if inspect.isfunction(f)]
@@ -109,7 +112,7 @@ def _names_in(cls: type) -> set[str]:
 
 
 def _of(module: str, feature: str, *paths: str) -> Iterator[Symbol]:
-    """Symbols of a module; a path may end in the parameters that are used: `f(a, b)`."""
+    """Yield symbols of a module; a path may end in the parameters that are used: `f(a, b)`."""
     for path in paths:
         name, _, parameters = path.removesuffix(")").partition("(")
         yield Symbol(module, name, feature, tuple(filter(None, parameters.split(", "))))

@@ -23,28 +23,28 @@ from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.injection.walk import inject, restore_for
 from liger_trainer.report import InjectionReport
-from liger_trainer.request import FLAG, Asked, config_of
-from liger_trainer.trainer_hook import handled_for, without_request
+from liger_trainer.request import FLAG, Request, config_of
+from liger_trainer.trainer_hook import handled_for, without_skip_logits
 
 
 class LigerTrainer(Trainer):
-    """A drop-in for `transformers.Trainer`.
+    """A drop-in replacement for `transformers.Trainer`.
 
     Args:
         model: as in Trainer, or the name or path of a causal language model, or of a PEFT adapter,
-            which is then trained further on its base. A model that is loaded here brings its
-            tokenizer as `processing_class`, and a collator that pads labels.
-        model_init_kwargs: for `from_pretrained`, when `model` is a name or path.
+            which is then trained further on its base. For a model that is loaded here, the default
+            `processing_class` is its tokenizer, and the default collator pads labels.
+        model_init_kwargs: arguments of `from_pretrained` if `model` is a name or path.
         liger_kernel_config: True, or switches (see `KernelConfig`), injects the kernels at
-            construction; False does not. None: as `args.use_liger_kernel` and
-            `args.liger_kernel_config` say.
+            construction; False does not. None follows `args.use_liger_kernel` and
+            `args.liger_kernel_config`.
 
-    Everything else is Trainer's. `injection_report` tells what was
-    swapped; it is None without kernels, and this class is then exactly Trainer: a model that
-    comes injected, from a trainer before, is restored.
+    All other arguments are Trainer's. `injection_report` states what was swapped. Without kernels
+    it is None and this class behaves exactly like Trainer; a model that an earlier trainer injected
+    is restored.
 
     Raises ValueError for an unknown key in `liger_kernel_config`, and for `model_init_kwargs` with
-    a model that exists already.
+    a model that is loaded already.
     """
 
     injection_report: InjectionReport | None = None
@@ -59,10 +59,10 @@ class LigerTrainer(Trainer):
         processing_class=None,
         *positional,
         model_init_kwargs: dict[str, Any] | None = None,
-        liger_kernel_config: Asked = None,
+        liger_kernel_config: Request = None,
         **kwargs,
     ):
-        self._asked = liger_kernel_config
+        self._requested = liger_kernel_config
         if isinstance(model, (str, os.PathLike)):
             name, init = str(model), model_init_kwargs or {}
             model = _load_model(name, init)
@@ -101,7 +101,7 @@ class LigerTrainer(Trainer):
     def train(self, *args, **kwargs):
         if config_of(self) is None:
             restore_for(self.model, self)
-        # Trainer.train calls its hook for another package, after a possible model_init.
+        # Trainer.train calls its hook for another kernel package, after a possible model_init.
         with handled_for(self, self._inject):
             return super().train(*args, **kwargs)
 
@@ -122,18 +122,18 @@ class LigerTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         if self.args.torch_compile:
             note_full(inputs.get("attention_mask"))
-        with loss_scope():  # label smoothing and compute_loss_func take the labels away
-            return super().compute_loss(model, without_request(inputs), *args, **kwargs)
+        with loss_scope():  # label smoothing and compute_loss_func remove the labels
+            return super().compute_loss(model, without_skip_logits(inputs), *args, **kwargs)
 
     def _get_num_items_in_batch(self, *args, **kwargs):
         number = super()._get_num_items_in_batch(*args, **kwargs)
         if config_of(self) is not None and torch.is_tensor(number):
-            return number.clamp(min=1)  # no label in the whole batch: loss 0 / 1, not 0 / 0
+            return number.clamp(min=1)  # without any label in the batch, the loss is 0 / 1, not NaN
         return number
 
 
 class FusedLabelSmoother(LabelSmoother):
-    """The same loss as transformers' smoother, through `cross_entropy`, so without full logits."""
+    """The loss of transformers' label smoother, through `cross_entropy` and without full logits."""
 
     def __call__(self, model_output, labels, shift_labels=False, num_items_in_batch=None):
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
@@ -170,7 +170,7 @@ def _load_tokenizer(name: str, model_init_kwargs: dict[str, Any]):
     chosen = {k: v for k, v in model_init_kwargs.items() if k in shared}
     try:
         return AutoTokenizer.from_pretrained(name, **chosen)
-    except (OSError, ValueError):  # a folder with weights only: the data is tokenized already
+    except (OSError, ValueError):  # a folder with only weights; the data must be tokenized already
         return None
 
 

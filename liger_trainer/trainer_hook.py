@@ -1,4 +1,4 @@
-"""transformers' hook for a kernel package: where `use_liger_kernel=True` takes effect."""
+"""transformers' hook for a kernel package, which `use_liger_kernel=True` calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def replace(hook: Hook) -> None:
 
 @contextlib.contextmanager
 def handled_for(owner: object, apply: Callable[[], object]) -> Iterator[None]:
-    """Within it, the hook calls `apply()` for `owner.model`; other models are handled as before."""
+    """Make the hook call `apply()` for `owner.model` inside the block, and the outer one for other
+    models."""
     outer = current()
 
     def hook(model: nn.Module, kernel_config: dict | None):
@@ -36,7 +37,7 @@ def handled_for(owner: object, apply: Callable[[], object]) -> Iterator[None]:
         replace(outer)
 
 
-def without_request(inputs: dict) -> dict:
-    """Return `inputs` without `skip_logits`, which Trainer adds in evaluation for another
-    package's models (a PEFT wrapper would pass it on)."""
+def without_skip_logits(inputs: dict) -> dict:
+    """Return `inputs` without `skip_logits`, which Trainer adds in evaluation for another kernel
+    package (a PEFT wrapper would pass it on)."""
     return {name: value for name, value in inputs.items() if name != "skip_logits"}

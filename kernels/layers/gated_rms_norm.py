@@ -31,8 +31,8 @@ from ..runtime import as_rows, cdiv, num_sms, register_op, tl, triton
 from ..second_derivative import twice_differentiable
 from .norm import FWD_TILES, MAX_H, check_input, has_kernel, tile
 
-MIN_ELEMENTS = 1 << 20  # below, the dozens of torch kernels take no more time than two launches
-# As FWD_TILES, then programs per SM: beside x, gate and dy a program keeps a partial of dweight.
+MIN_ELEMENTS = 1 << 20  # below this, dozens of torch kernels take no more time than two launches
+# As FWD_TILES, then programs per SM: besides x, gate and dy, a program holds a partial of dweight.
 _BWD_TILES = (
     (1024, 2048, 8, 3),
     (4096, 4096, 16, 1),
@@ -44,7 +44,7 @@ _BWD_TILES = (
 def gated_rms_norm_reference(
     x, gate, weight, *, eps, group_size=None, gate_first=False, cast_first=True, activation="silu"
 ):
-    """`gated_rms_norm` in differentiable torch; computes in fp32, or in fp64 for fp64 input."""
+    """Compute `gated_rms_norm` in differentiable torch, in fp32 (in fp64 for fp64 input)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     activated = (F.silu if activation == "silu" else torch.sigmoid)(gate.to(dtype))
     u = x.to(dtype) * activated if gate_first else x.to(dtype)
@@ -59,7 +59,7 @@ def gated_rms_norm_reference(
 
 @triton.jit
 def _activation(gate, SIGMOID: tl.constexpr):
-    """act(gate) and act'(gate) in fp32."""
+    """Return act(gate) and act'(gate) in fp32."""
     s = tl.sigmoid(gate)
     if SIGMOID:
         return s, s * (1.0 - s)
@@ -80,10 +80,10 @@ def _gated_rms_norm_fwd_kernel(
     rstd_ptr,  # [R, G] fp32
     x_stride, gate_stride, R, W, eps,
     GATE_FIRST: tl.constexpr, CAST_FIRST: tl.constexpr, SIGMOID: tl.constexpr,
-    ROUND_PRODUCT: tl.constexpr,  # weight * xhat is of x's dtype, and the gate comes after it
+    ROUND_PRODUCT: tl.constexpr,  # round weight * xhat to x's dtype before the gate is applied
     BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, g): rows i * BLOCK_R and following, group g."""
+    """Normalize, in program (i, g), group g of BLOCK_R rows from row i * BLOCK_R on."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     group, groups = tl.program_id(1), tl.num_programs(1)
     lane = tl.arange(0, BLOCK_W)
@@ -259,7 +259,7 @@ def gated_rms_norm(
     cast_first: bool = True,
     activation: str = "silu",
 ) -> torch.Tensor:
-    """RMSNorm over groups of columns, with a gate before or after it.
+    """Return the RMSNorm over groups of columns, with a gate before or after the norm.
 
     norm first (Qwen3-Next, Kimi): y = (weight * xhat * act(gate)).to(x.dtype).
     gate first (Mamba-2): y = weight * norm(x * act(gate)).
@@ -269,9 +269,9 @@ def gated_rms_norm(
         weight: [H], of any of these dtypes.
         eps: added to the mean square.
         group_size: columns that are normalized together, a divisor of H; None is all of them.
-        gate_first: whether the gate comes before the norm.
-        cast_first: whether xhat is rounded to x.dtype before it is scaled; with `gate_first`, y
-            then has the dtype that x and weight promote to.
+        gate_first: apply the gate before the norm.
+        cast_first: round xhat to x.dtype before scaling it; with `gate_first`, y then has the
+            dtype that x and weight promote to.
         activation: "silu" or "sigmoid".
 
     Returns:
@@ -279,7 +279,8 @@ def gated_rms_norm(
         reference. With `create_graph=True` the backward pass runs in torch.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or another activation.
+        ValueError: if shapes, dtypes or devices do not fit, `group_size` does not divide H, or the
+            activation is unknown.
 
     Papers: arXiv:2405.21060, arXiv:2412.06464.
     """

@@ -28,8 +28,8 @@ from ..recompute import by_torch, recomputable
 from ..runtime import as_rows, cdiv, pays, register_op, tl, triton, use_triton
 from ..second_derivative import twice_differentiable
 
-# One 16-byte load of bf16 per thread and tensor: enough programs are resident to fill the bus.
-MIN_ELEMENTS = 20_000_000  # below, torch's four kernels take less time (H200, host included)
+MIN_ELEMENTS = 20_000_000  # below this, torch's four kernels take less time (H200, host included)
+# One 16-byte load of bf16 per thread and tensor: enough resident programs to saturate bandwidth.
 _BLOCK = 1024
 _NUM_WARPS = 4
 
@@ -39,21 +39,21 @@ def _y_dtype(gate: torch.Tensor, up: torch.Tensor) -> torch.dtype:
 
 
 def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """`swiglu` in plain torch."""
+    """Compute `swiglu` in plain torch."""
     return torch.nn.functional.silu(gate.to(_y_dtype(gate, up))) * up
 
 
 def geglu_reference(
     gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "none"
 ) -> torch.Tensor:
-    """`geglu` in plain torch."""
+    """Compute `geglu` in plain torch."""
     gate = gate.to(_y_dtype(gate, up))
     return torch.nn.functional.gelu(gate, approximate=approximate) * up
 
 
 @triton.jit
 def _activation_and_slope(x, ACTIVATION: tl.constexpr):
-    """act(x) and act'(x) in fp32; the compiler drops whichever the caller ignores."""
+    """Return act(x) and act'(x) in fp32; the compiler drops whichever the caller ignores."""
     if ACTIVATION == "silu":
         s = tl.sigmoid(x)
         return x * s, s * (1.0 + x * (1.0 - s))
@@ -114,7 +114,7 @@ def _launch(kernel, inputs, outputs, activation) -> None:
     if outputs[0].numel() == 0:
         return
     if all(t.is_contiguous() for t in inputs):
-        # One long row, so that no lanes idle at the end of every row.
+        # One long row, so that no lanes are idle at the end of each row.
         rows, cols, strides = 1, inputs[0].numel(), [0] * len(inputs)
     else:
         inputs = [as_rows(t) for t in inputs]
@@ -186,7 +186,7 @@ def _check(name: str, gate: torch.Tensor, up: torch.Tensor) -> None:
 
 
 def _has_kernel(gate: torch.Tensor, up: torch.Tensor) -> bool:
-    # The kernels compute in fp32, so fp64 stays with torch.
+    # The kernels compute in fp32, so fp64 runs in torch.
     fits = torch.float64 not in (gate.dtype, up.dtype)
     return fits and use_triton(gate) and pays(gate, MIN_ELEMENTS)
 
@@ -197,7 +197,7 @@ def _fused(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tenso
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up.
+    """Return silu(gate) * up.
 
     Args:
         gate, up: [..., I], the same shape, any strides; halves of a packed [..., 2I] tensor are
@@ -219,7 +219,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def geglu(gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
-    """gelu(gate) * up, with the exact GELU ("none") or its tanh approximation ("tanh").
+    """Return gelu(gate) * up, with the exact GELU ("none") or its tanh approximation ("tanh").
 
     Args:
         gate, up: [..., I], the same shape, any strides; halves of a packed [..., 2I] tensor are
@@ -240,8 +240,8 @@ def geglu(gate: torch.Tensor, up: torch.Tensor, *, approximate: str = "none") ->
         raise ValueError(f'geglu: approximate must be "none" or "tanh"; got {approximate!r}.')
     if not _has_kernel(gate, up):
 
-        def again(gate, up):
+        def reference(gate, up):
             return geglu_reference(gate, up, approximate=approximate)
 
-        return by_torch(again, (gate, up))
+        return by_torch(reference, (gate, up))
     return _fused(gate, up, "gelu" if approximate == "none" else "gelu_tanh")

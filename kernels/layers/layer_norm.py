@@ -36,9 +36,9 @@ from .norm import (
     tile,
 )
 
-# As FWD_TILES, then programs per SM, pipeline stages, whether weight stays in registers: beside x,
-# dy and the two partials the widest tiles have no room for it. Registers per thread allow that many
-# programs (sm_90). Wider than 8192 spills some: correct, slower.
+# As FWD_TILES, then: programs per SM (as many as the registers of sm_90 allow), pipeline stages,
+# and whether weight stays in registers, where there is room besides x, dy and the two partials.
+# Rows wider than 8192 spill some registers: correct, but slower.
 _BWD_TILES = (
     (2048, 2048, 4, 4, 2, True),
     (4096, 4096, 8, 2, 1, False),
@@ -49,10 +49,10 @@ _BWD_TILES = (
 
 
 def layer_norm_reference(x, weight=None, bias=None, *, eps):
-    """LayerNorm in differentiable torch; computes in fp32, or in fp64 for fp64 input."""
+    """Compute `layer_norm` in differentiable torch, in fp32 (in fp64 for fp64 input)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    if x.shape[-1] == 1:  # torch's x * rstd - mean * rstd does not cancel where x is large
+    if x.shape[-1] == 1:  # torch's x * rstd - mean * rstd does not cancel exactly if x is large
         y = x.to(dtype) - x.to(dtype).mean(-1, keepdim=True)
         y = y * torch.rsqrt(y.square() + eps)
         y = y if weight is None else y * weight
@@ -63,7 +63,7 @@ def layer_norm_reference(x, weight=None, bias=None, *, eps):
 
 @triton.jit
 def _load_row(ptr, col, H, EVEN_H: tl.constexpr):
-    """[1, BLOCK_H] in fp32 of a tensor [H]."""
+    """Load a tensor [H] as an fp32 block [1, BLOCK_H]."""
     row = tl.load(ptr + col) if EVEN_H else tl.load(ptr + col, mask=col < H, other=0.0)
     return row.to(tl.float32)[None, :]
 
@@ -86,17 +86,17 @@ def _layer_norm_fwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_H)
-    # A constant mask folds away, so that a single whole row is loaded without predicates.
+    # The compiler folds a constant mask, so a single full row is loaded without predicates.
     row_mask = row < R if BLOCK_R > 1 else tl.full([BLOCK_R], True, tl.int1)
     mask = row_mask[:, None] if EVEN_H else row_mask[:, None] & (col < H)[None, :]
 
     x_ptrs = x_ptr + row[:, None] * x_stride + col[None, :]
     x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     mean = tl.sum(x, 1) / H
-    # Two passes over registers: mean(x^2) - mean^2 cancels where the mean is large.
+    # Two passes over registers: mean(x^2) - mean^2 would cancel if the mean is large.
     x -= mean[:, None]
-    centred = x if EVEN_H else tl.where(mask, x, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / H + eps)
+    centered = x if EVEN_H else tl.where(mask, x, 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, 1) / H + eps)
     tl.store(mean_ptr + row, mean, mask=row_mask)
     tl.store(rstd_ptr + row, rstd, mask=row_mask)
 
@@ -147,7 +147,7 @@ def _layer_norm_bwd_kernel(
         mean = tl.load(mean_ptr + row, mask=row_mask, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0.0)[:, None]
         xhat = (x.to(tl.float32) - mean) * rstd
-        g = dy.to(tl.float32)  # 0 where masked, and with it every sum below
+        g = dy.to(tl.float32)  # 0 where masked, so that masked lanes add nothing to the sums below
         if dweight_ptr is not None:
             dweight += g * xhat
         if dbias_ptr is not None:
@@ -200,7 +200,7 @@ def _launch_bwd(dy, x, weight, bias_dtype, mean, rstd, need_dx, need_dweight, ne
     R = x_RH.shape[0]
     programs = min(cdiv(R, BLOCK_R), programs_per_sm * num_sms(x.device))
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
-    # One tensor for both partials, so that one sum finishes them.
+    # One tensor for both partials, so that one kernel sums them.
     needed = [need_dweight, need_dbias]
     partials = torch.empty(sum(needed), programs, H, dtype=torch.float32, device=x.device)
     dweight_partials = partials[0] if need_dweight else None
@@ -236,7 +236,7 @@ _layer_norm_fwd = register_op(
     _launch_fwd,
     _fake_fwd,
 )
-# What is not needed comes back empty, of shape [0]. Of bias, backward needs only the dtype.
+# Gradients that are not needed are returned empty, of shape [0]. Backward needs only bias's dtype.
 _layer_norm_bwd = register_op(
     "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, ScalarType? bias_dtype, Tensor mean,"
     " Tensor rstd, bool need_dx, bool need_dweight, bool need_dbias)"
@@ -249,7 +249,7 @@ _layer_norm_bwd = register_op(
 def _reference_of(ctx):
     x, weight, *_ = ctx.saved_tensors
     bias = None
-    if ctx.needs_input_grad[2]:  # its value plays no part in any gradient
+    if ctx.needs_input_grad[2]:  # no gradient depends on its value
         bias = x.new_zeros(x.shape[-1:], dtype=ctx.bias_dtype).requires_grad_()
     return functools.partial(layer_norm_reference, eps=ctx.eps), (x, weight, bias)
 
@@ -278,15 +278,15 @@ def layer_norm(
     *,
     eps: float,
 ) -> torch.Tensor:
-    """Layer norm over the last dimension: y = (weight * xhat + bias).to(x.dtype), all in fp32.
+    """Return the layer norm over the last dimension, computed in fp32.
 
-    xhat = (x - mean(x)) / sqrt(var(x) + eps), with the biased variance: what
-    `torch.nn.functional.layer_norm` computes, and Cohere's norm with weight alone.
+    y = (weight * xhat + bias).to(x.dtype), with xhat = (x - mean(x)) / sqrt(var(x) + eps) and the
+    biased variance, like `torch.nn.functional.layer_norm`. Cohere's norm has a weight but no bias.
 
     Args:
         x: [..., H], fp32, bf16 or fp16, any strides.
-        weight: [H], of any of these dtypes; None is no scale.
-        bias: [H], of any of these dtypes; None is no shift.
+        weight: [H], of any of these dtypes, or None for no scale.
+        bias: [H], of any of these dtypes, or None for no shift.
         eps: added to the variance.
 
     Returns:
@@ -294,7 +294,8 @@ def layer_norm(
         reference. With `create_graph=True` the backward pass runs in torch.
 
     Raises:
-        ValueError: a tensor is not floating point, weight or bias is not [H] or not where x is.
+        ValueError: if a tensor is not floating point, or weight or bias is not [H] or not on x's
+            device.
 
     Paper: https://arxiv.org/abs/1607.06450
     """
@@ -309,9 +310,9 @@ def layer_norm(
     one_dtype = all(t is None or t.dtype == x.dtype for t in parameters)
     if one_dtype and x.shape[-1] > 1 and not pays(x, MIN_ELEMENTS):
 
-        def again(x, weight, bias):
+        def torch_norm(x, weight, bias):
             return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
-        return recomputable(again(x, *parameters), again, (x,), parameters)
+        return recomputable(torch_norm(x, *parameters), torch_norm, (x,), parameters)
     y = _LayerNorm.apply(x, *parameters, float(eps))
     return recomputable(y, lambda *args: _layer_norm_fwd(*args, float(eps))[0], (x,), parameters)

@@ -1,8 +1,7 @@
-"""An adapter's products by cuBLAS, of fp32 matrices in bf16 parts.
+"""An adapter's GEMMs by cuBLAS, of fp32 matrices that were split into bf16 parts.
 
-A wide operand is bf16 and a narrow one fp32. The narrow one is split into three bf16 parts, which
-together hold its 24 bits, so one bf16 product of three times the rank is exact up to the fp32 sum.
-Where the result is rounded to bf16 anyway (y and dx), 16 bits of both operands suffice.
+The three parts of a narrow operand are stacked, so that one bf16 GEMM of three times the rank takes
+the place of an fp32 GEMM. `lora_linear.py` explains why that is exact.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _BLOCK = 1024
 
 @triton.jit
 def split(x):
-    """hi + mid + lo == x, each with the 8 bits of a bf16."""
+    """Return hi, mid and lo in bf16 (8 bits each), with hi + mid + lo == x."""
     hi = x.to(tl.bfloat16)
     rest = x - hi.to(tl.float32)
     mid = rest.to(tl.bfloat16)
@@ -28,7 +27,8 @@ def split(x):
 def _split_row(
     m_ptr, out_ptr, stride_r, stride_k, row, col, R, K, EXACT: tl.constexpr
 ):  # fmt: skip
-    """One row of m [R, K] to [3R, K] (hi, mid, lo) if EXACT, else to [4R, K] (hi, hi, hi, mid)."""
+    """Split a row of m [R, K] into [3R, K] (hi, mid, lo) if EXACT, else [4R, K] (hi three times,
+    mid)."""
     mask = col < K
     m = tl.load(m_ptr + row * stride_r + col.to(tl.int64) * stride_k, mask=mask, other=0.0)
     hi, mid, lo = split(m)
@@ -45,7 +45,7 @@ def _split_pair_kernel(
     first_ptr, second_ptr, first_out, second_out, stride_r1, stride_k1, stride_r2, stride_k2,
     R, K1, K2, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Split first [R, K1] exactly, and second [R, K2] not."""
+    """Split the first [R, K1] exactly, and the second [R, K2] into its upper 16 bits."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if row < R:
@@ -58,8 +58,8 @@ def _split_pair_kernel(
 def _gather_parts_kernel(
     sums_ptr, h_ptr, parts_ptr, scale, N, R, SUMS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """h [N, R] is the scaled total of sums [N, SUMS R]; its parts (hi, mid, lo, hi) go to parts
-    [N, 4R]."""
+    """Add the SUMS blocks of sums [N, SUMS R], scale the total, and store it as h [N, R] and as its
+    parts [N, 4R] (hi, mid, lo, hi)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < tl.cast(N, tl.int64) * R
     row, col = i // R, i % R
@@ -78,8 +78,11 @@ def _gather_parts_kernel(
 
 
 def split_pair(first_RK: torch.Tensor, second_RK: torch.Tensor):
-    """Split the first into three parts that hold all of its bits, and the second into two that
-    hold 16, of which the larger stands there thrice."""
+    """Return the bf16 parts of both matrices, stacked: [3R, K1] and [4R, K2].
+
+    The first is split into three parts that hold all of its 24 bits, the second into two that hold
+    the upper 16. The larger one of these two is stored three times.
+    """
     (R, K1), K2 = first_RK.shape, second_RK.shape[1]
     like = {"dtype": torch.bfloat16, "device": first_RK.device}
     first, second = torch.empty(3 * R, K1, **like), torch.empty(4 * R, K2, **like)
@@ -112,7 +115,7 @@ def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class InParts:
-    """Wide operands bf16, narrow ones fp32."""
+    """GEMMs of wide bf16 and narrow fp32 operands."""
 
     @staticmethod
     def add_product(y_NK, x_NI, first_RI, second_RK, scale, beta=1):

@@ -1,4 +1,7 @@
-"""An adapter's products in Triton kernels that convert its matrices as they load them."""
+"""An adapter's GEMMs in Triton kernels that split or round the narrow operands as they load them.
+
+Three kernels: h = scale x firstᵀ, y += h second, and hᵀ x.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from ..launch import launch
 from ..runtime import cdiv, next_power_of_2, tl, triton
 from .lora_in_parts import split
 
-_PROGRAMS = 1024  # more sums over rows than make so many bring nothing
+_PROGRAMS = 1024  # of a sum over rows: more do not make it faster
 _ROWS_PER_SUM, _MOST_SUMS = 512, 16
 _ADD_BLOCKS = {"ROWS": 64, "COLUMNS": 256, "num_warps": 4}
 _OVER_ROWS_BLOCKS = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
@@ -18,7 +21,7 @@ _OVER_ROWS_BLOCKS = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3
 
 @triton.jit
 def _add_dot(total, a, b, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr, DOT: tl.constexpr):
-    """Return total + a b. An exact operand is fp32; of two exact ones 16 bits count."""
+    """Return total + a b. Exact operands are fp32; if both are, their upper 16 bits are used."""
     if A_EXACT and B_EXACT:
         a_hi, a_mid, _ = split(a)
         b_hi, b_mid, _ = split(b)
@@ -44,7 +47,7 @@ def _narrow_kernel(
     EXACT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One sum of scale x firstᵀ over some of the columns, to sums [sums, N, R]."""
+    """Compute scale x firstᵀ over a part of the columns, one of sums [sums, N, R]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     r = tl.program_id(1) * RANK + tl.arange(0, RANK)
     in_rows, in_rank = (row < N)[:, None], (r < R)[None, :]
@@ -58,7 +61,7 @@ def _narrow_kernel(
         first = tl.load(first_ptrs, mask=(col < K)[:, None] & in_rank, other=0.0)
         if not EXACT:
             first = first.to(x.dtype)
-        block = tl.zeros((ROWS, RANK), tl.float32)  # adding up in the tensor cores drops bits
+        block = tl.zeros((ROWS, RANK), tl.float32)  # tensor cores drop bits when they accumulate
         total += _add_dot(block, x, first, False, EXACT, DOT)
     sums_ptrs = sums_ptr + (tl.program_id(2).to(tl.int64) * N + row[:, None]) * R + r[None, :]
     tl.store(sums_ptrs, total * scale, mask=in_rows & in_rank)
@@ -70,7 +73,7 @@ def _add_kernel(
     SUMS: tl.constexpr, BETA: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """y [N, K] = BETA y + h second, where h is the total of sums [SUMS, N, R], which is stored."""
+    """Compute y [N, K] = BETA y + h second, and store h [N, R], the total of sums [SUMS, N, R]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     in_rows, in_cols = (row < N)[:, None], (col < K)[None, :]
@@ -103,7 +106,7 @@ def _over_rows_kernel(
     EXACT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One sum of hᵀ x over some of the rows, to out [sums, R, K] or [sums, K, R]."""
+    """Compute hᵀ x over a part of the rows, one of out [sums, R, K] (or [sums, K, R])."""
     col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.program_id(1) * RANK + tl.arange(0, RANK)
     in_cols, in_rank = (col < K)[None, :], (r < R)[:, None]
@@ -124,10 +127,9 @@ def _over_rows_kernel(
 
 
 class InRegisters(NamedTuple):
-    """Wide operands of 16 bits; the narrow ones fp32 and exact, or rounded to the wide ones' dtype.
+    """GEMMs of wide 16-bit operands and narrow ones, accumulated in fp32.
 
-    An exact operand is split into three bf16 parts, of which two suffice where the result is
-    rounded to bf16. Accumulated in fp32.
+    The narrow ones are fp32 and `exact`, or are rounded to the wide ones' dtype.
     """
 
     exact: bool
@@ -155,12 +157,12 @@ class InRegisters(NamedTuple):
         return self._over_rows(h_NR, dy_NK, (K, R), (1, R))
 
     def _narrow(self, x_NK, first_RK, scale):
-        """Return sums [sums, N, R] in fp32, whose total is scale x firstᵀ."""
+        """Return sums [sums, N, R] in fp32, which add up to scale x firstᵀ."""
         (N, K), R = x_NK.shape, first_RK.shape[0]
         rank = _rank_block(R)
         blocks = _narrow_blocks(N, rank)
         row_blocks = cdiv(N, blocks["ROWS"])
-        # Few rows need many programs; many sums take time where they are added up.
+        # Few rows need many programs. But every program that adds the product to y reads all sums.
         count = min(8 if N <= 1024 else 4 if N <= 2048 else 2, max(1, K // 256))
         columns = cdiv(cdiv(K, count), blocks["COLUMNS"]) * blocks["COLUMNS"]
         sums = x_NK.new_empty(count, N, R, dtype=torch.float32)
@@ -188,7 +190,7 @@ class InRegisters(NamedTuple):
 
 
 def _rank_block(R: int) -> int:
-    return min(64, max(16, next_power_of_2(R)))  # a matrix product has 16 columns or more
+    return min(64, max(16, next_power_of_2(R)))  # tl.dot needs 16 columns
 
 
 def _narrow_blocks(N: int, rank: int) -> dict[str, int]:
@@ -201,5 +203,5 @@ def _narrow_blocks(N: int, rank: int) -> dict[str, int]:
 
 def _dot_dtype(x: torch.Tensor):
     if not isinstance(split, triton.JITFunction):
-        return tl.float32  # the interpreter multiplies no bf16
+        return tl.float32  # the interpreter has no bf16 GEMM
     return tl.float16 if x.dtype == torch.float16 else tl.bfloat16

@@ -5,19 +5,20 @@
 Shapes: x [..., I], W [O, I], b [O], A [R, I], B [O, R], y [..., O]; in code N is rows of x. D is
 dropout, s a number. One summand per adapter.
 
-Backward, with h = s D(x) Aᵀ, which forward keeps beside x, and dh = s dy B:
+Backward, with h = s D(x) Aᵀ, which forward saves in addition to x, and dh = s dy B:
     dx = dy W + Σ D(dh A)    dA = dhᵀ D(x)    dB = dyᵀ h    dW = dyᵀ x    db = Σ dy
 
 x is kept once, in the dtype of the base's product, whatever the adapters' dtype. Their products are
 added to y and dx in place. Dropout draws a seed and makes its mask from that, in backward again.
 
-What the adapters' products are computed in:
-- x and the adapters have one dtype (under autocast they are rounded to its own): in that, with fp32
-  accumulation.
-- bf16 x, fp32 adapters (PEFT's default): exactly, as by fp32 products of a widened x, which is what
-  PEFT does; but x is not widened. The narrow operand is split into three bf16 parts, which together
-  hold its 24 bits, so three bf16 products are exact up to the fp32 sum. Where the result is rounded
-  to bf16 anyway (y and dx), 16 bits of both operands suffice.
+Precision of the adapters' GEMMs:
+- x and the adapters have the same dtype (under autocast, the adapters are rounded to x's): in that
+  dtype, with fp32 accumulation.
+- bf16 x, fp32 adapters (PEFT's default): as exact as PEFT's fp32 GEMMs, but without their fp32
+  copy of x. In every GEMM one operand is wide and bf16, and the other is narrow and fp32. The
+  narrow one is split into three bf16 parts, which together hold its 24 bits, so three bf16 GEMMs
+  are exact up to the fp32 sum. Where the result is rounded to bf16 anyway (y and dx), 16 bits of
+  both operands suffice.
 - otherwise, and without Triton: in the adapters' dtype.
 
 Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
@@ -38,7 +39,7 @@ from .lora_products import products_for
 
 
 class Adapter(NamedTuple):
-    """A [R, I], B [O, R], their factor, the probability that dropout zeroes an element of x."""
+    """A low-rank adapter: A [R, I], B [O, R], their scale, and the dropout probability of x."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -47,7 +48,7 @@ class Adapter(NamedTuple):
 
 
 def lora_linear_reference(x, weight, bias, adapters, *, keeps=None):
-    """`lora_linear` in differentiable torch; `keeps` are the masks of the adapters with dropout."""
+    """Compute `lora_linear` in differentiable torch; `keeps` holds a dropout mask per adapter."""
     y = F.linear(x, weight, bias)
     total = y
     for i, (A, B, scale, dropout) in enumerate(adapters):
@@ -59,7 +60,7 @@ def lora_linear_reference(x, weight, bias, adapters, *, keeps=None):
 
 
 def dropout_mask(x: torch.Tensor, seed: int, probability: float) -> torch.Tensor:
-    """Return a bool tensor of x's shape, False with `probability`; the same for the same seed."""
+    """Return a bool tensor of x's shape, False with `probability`; deterministic for a seed."""
     generator = torch.Generator(device=x.device)
     generator.manual_seed(seed)
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
@@ -67,7 +68,7 @@ def dropout_mask(x: torch.Tensor, seed: int, probability: float) -> torch.Tensor
 
 
 def _draw_seed() -> int:
-    # From the CPU's generator: no waiting for the device, and checkpointing restores it.
+    # From the CPU's generator: this does not wait for the device, and checkpointing restores it.
     return int(torch.randint(2**62, ()))
 
 
@@ -75,9 +76,9 @@ def _draw_seed() -> int:
 
 
 class _LoRALinear(torch.autograd.Function):
-    """The operation on x, weight and bias, or on x and the base layer's own product `y`.
+    """Apply weight, bias and adapters to x; or only the adapters, added to the base output `y`.
 
-    `settings` holds (products, scale, dropout, seed) of each adapter, `matrices` its A and B.
+    `settings` holds (products, scale, dropout, seed) of each adapter, and `matrices` its A and B.
     """
 
     @staticmethod
@@ -117,8 +118,8 @@ class _LoRALinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_y = needs[:4]
         dy_NO, x_NI = as_rows(dy), None if x is None else as_rows(x)
 
-        dx_NI, started = None, weight is not None
-        if needs_x and started:
+        dx_NI, has_dx = None, weight is not None
+        if needs_x and has_dx:
             dx_NI = dy_NO @ (weight if weight.dtype == dy.dtype else weight.to(dy.dtype))
         elif needs_x:
             shape = len(dy_NO), ctx.x_shape[-1]
@@ -134,14 +135,14 @@ class _LoRALinear(torch.autograd.Function):
                 wide_NI = dx_NI if x_NI is None else x_NI
                 keep = dropout_mask(wide_NI, seed, dropout) if dropout else None
                 into = dx_NI if keep is None or dx_NI is None else torch.empty_like(dx_NI)
-                beta = int(started and keep is None)
+                beta = int(has_dx and keep is None)
                 dh = products.add_product(into, dy_NO, B.t(), A, scale, beta)
                 if needs_A:
                     dA = products.gradient_a(dh, x_NI if keep is None else x_NI * keep)
                 if keep is not None and dx_NI is not None:
                     into *= keep
-                    dx_NI = dx_NI.add_(into) if started else into
-                started = True
+                    dx_NI = dx_NI.add_(into) if has_dx else into
+                has_dx = True
             grads += [dA, dB]
         return (
             None if dx_NI is None else dx_NI.view(ctx.x_shape),
@@ -181,18 +182,18 @@ def lora_linear(
     bias: torch.Tensor | None,
     adapters: Sequence[Adapter],
 ) -> torch.Tensor:
-    """y = x Wᵀ + b + Σ scale (D(x) Aᵀ) Bᵀ, over `adapters`, of which there is at least one.
+    """Return y = x Wᵀ + b + Σ scale (D(x) Aᵀ) Bᵀ, summed over one or more `adapters`.
 
     Args:
         x: [..., I], floating point.
-        weight: [O, I], of x's dtype, or any under autocast. Trainable or not.
+        weight: [O, I], of x's dtype, or of any dtype under autocast; trainable or frozen.
         bias: [O] or None.
         adapters: A [R, I] and B [O, R] of one dtype; D zeroes each element of x with the adapter's
             `dropout`, and divides the others by 1 - dropout.
 
     Returns y [..., O], of the dtype of x Wᵀ. Differentiable once.
 
-    Raises ValueError for matrices that do not fit each other.
+    Raises ValueError if the shapes or dtypes of an adapter do not fit.
 
     Hu et al., arXiv:2106.09685.
     """
@@ -201,9 +202,9 @@ def lora_linear(
 
 
 def add_adapters(y: torch.Tensor, x: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
-    """y + Σ scale (D(x) Aᵀ) Bᵀ, of y's dtype: `lora_linear` where something else made x Wᵀ + b.
+    """Return y + Σ scale (D(x) Aᵀ) Bᵀ, in y's dtype, for a base output y that is known already.
 
-    y is [..., O], and not changed; everything else as in `lora_linear`.
+    y is [..., O] and is not changed; everything else is as in `lora_linear`.
     """
     _check(x, y.shape[-1], adapters)
     return _apply(x, None, None, y, adapters)

@@ -1,12 +1,12 @@
-"""The adapter's products in a LoRA layer: of a wide operand (x or dy) and narrow ones (A, B, h).
+"""The adapter's GEMMs in a LoRA layer: of a wide operand (x or dy) and narrow ones (A, B, h).
 
-N is rows, R an adapter's rank, K and I widths. There are three ways, with the same methods:
+N is rows, R an adapter's rank, I and K are widths. There are three implementations:
 
-- `InDtype`: torch's products of operands cast to one dtype.
+- `InDtype`: torch's GEMMs, after a cast of all operands to one dtype.
 - `lora_in_registers.InRegisters`: Triton kernels that split or round the narrow operands as they
-  load them. Two launches in place of five calls: where inputs are small, the host is the limit.
-- `lora_in_parts.InParts`: products by cuBLAS of narrow operands that were split in advance. Large
-  inputs and high ranks would split them in too many programs.
+  load them. They need fewer calls, which is what counts where the host is the limit.
+- `lora_in_parts.InParts`: cuBLAS GEMMs of narrow operands that were split beforehand. For large
+  inputs and high ranks, where too many programs would split the same operands.
 """
 
 from __future__ import annotations

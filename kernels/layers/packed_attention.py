@@ -29,22 +29,23 @@ LARGEST_HEAD = 256  # of torch's FlashAttention
 
 
 class Documents(NamedTuple):
-    """Where documents begin and end, and how long the longest one is."""
+    """The boundaries [N + 1] of N documents, int32, and the length of the longest."""
 
     bounds: torch.Tensor
     longest: int
 
 
 def one_per_row(rows: int, length: int, device: torch.device) -> Documents:
-    """Every row is one document. The host waits for nothing."""
+    """Return the documents of rows that hold one each. The host does not wait for the device."""
     bounds = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
     return Documents(bounds, length)
 
 
 def documents_of(position_ids: torch.Tensor) -> Documents:
-    """Documents end where `position_ids` [B, T], T > 0, do not go on by one.
+    """Return the documents of packed rows, from `position_ids` [B, T], T > 0.
 
-    The host waits for the device once: how many documents there are is a size.
+    A document ends where the ids do not increase by one. The host waits for the device once,
+    because the number of documents determines a tensor's size.
     """
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     torch.ne(position_ids.diff(dim=1), 1, out=starts[:, 1:])
@@ -54,7 +55,7 @@ def documents_of(position_ids: torch.Tensor) -> Documents:
 
 
 def dense_mask(documents: Documents, rows: int, window: int | None = None) -> torch.Tensor:
-    """[B, 1, T, T], True where a query (third dimension) sees a key (fourth)."""
+    """Return a mask [B, 1, T, T], True where a query (third dimension) sees a key (fourth)."""
     bounds = documents.bounds
     lengths = bounds.diff().long()
     document = torch.arange(len(lengths), device=bounds.device).repeat_interleave(lengths)
@@ -66,7 +67,7 @@ def dense_mask(documents: Documents, rows: int, window: int | None = None) -> to
 
 
 def packed_attention_reference(q, k, v, documents, window=None, scale=None):
-    """`packed_attention` in plain torch, with the mask."""
+    """Compute `packed_attention` in plain torch, with the mask."""
     mask = dense_mask(documents, q.shape[0], window)
     out = F.scaled_dot_product_attention(
         q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -75,20 +76,22 @@ def packed_attention_reference(q, k, v, documents, window=None, scale=None):
 
 
 def runs_here(x: torch.Tensor) -> bool:
-    """Whether attention without a mask pays where `x` is: on a CPU torch has only the masked one,
-    which then runs to prove or to test."""
+    """Return whether to use attention without a mask on the device of `x`.
+
+    On a CPU only the masked reference exists. It runs for the probe, in tests and when compiled.
+    """
     return x.is_cuda or pays(x, sys.maxsize)
 
 
 def has_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether torch's FlashAttention takes such tensors, and is switched on."""
+    """Return whether torch's FlashAttention takes such tensors, and is enabled."""
     half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= LARGEST_HEAD
     return q.is_cuda and half and fits and torch.backends.cuda.flash_sdp_enabled()
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:
-    """[B, H, T, D] as [B T, H, D]: a view if x is itself a transposed view of a projection."""
+    """View [B, H, T, D] as [B T, H, D]; copies unless x is a transposed view of a projection."""
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
@@ -101,18 +104,18 @@ def packed_attention(
     window: int | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Attention of each token to itself and to the tokens before it in its document.
+    """Return the attention of each token to itself and to the tokens before it in its document.
 
     Args:
         q: [B, Hq, T, D], any strides; usually a transposed view of [B, T, Hq, D].
         k, v: [B, Hk, T, D].
         documents: from `documents_of` or `one_per_row`.
-        window: how many tokens each one sees, itself included.
-        scale: of the products q k; None is D^-0.5.
+        window: how many tokens each token attends to, itself included; None is all.
+        scale: factor of q . k; None is D^-0.5.
 
     Returns [B, T, Hq, D], ready for the output projection. Differentiable once.
 
-    Raises ValueError for shapes that do not fit each other.
+    Raises ValueError if the shapes do not fit each other.
     """
     (B, Hq, T, D), Hk = q.shape, k.shape[1]
     if not (k.shape == v.shape == (B, Hk, T, D)) or Hq % Hk:
@@ -122,8 +125,8 @@ def packed_attention(
         )
     if not has_kernel(q, k, v):
         return packed_attention_reference(q, k, v, documents, window, scale)
-    # The function below `torch.nn.attention.varlen.varlen_attn`. That one is a Python operator
-    # with a Python backward, which costs the host more than the device takes for short rows.
+    # What `torch.nn.attention.varlen.varlen_attn` calls. That function is a Python operator with a
+    # Python backward, whose host cost exceeds the device time of short rows.
     out = torch.ops.aten._flash_attention_forward(
         _tokens(q), _tokens(k), _tokens(v), documents.bounds, documents.bounds,
         documents.longest, documents.longest, 0.0, window is None, False, scale=scale,

@@ -32,9 +32,10 @@ from .norm import (
     tile,
 )
 
-# As FWD_TILES, then programs per SM, pipeline stages, whether weight stays in registers: beside x,
-# dy and the dweight partial a wide tile has no room for it, and L1 does. Registers per thread allow
-# that many programs (sm_90). Wider than 16384 spills: correct, slow, and no model is that wide.
+# As FWD_TILES, then: programs per SM (as many as the registers of sm_90 allow), pipeline stages,
+# and whether weight stays in registers; where they have no room besides x, dy and the partial of
+# dweight, it is read from L1. Rows wider than 16384 spill registers: correct but slow, and no model
+# is that wide.
 _BWD_TILES = (
     (1024, 2048, 4, 5, 1, True),
     (2048, 2048, 4, 8, 1, False),
@@ -46,7 +47,7 @@ _BWD_TILES = (
 
 
 def rms_norm_reference(x, weight=None, *, eps, offset=0.0, cast_first=True):
-    """RMSNorm in differentiable torch; computes in fp32, or in fp64 for fp64 input."""
+    """Compute `rms_norm` in differentiable torch, in fp32 (in fp64 for fp64 input)."""
     x32 = x.to(torch.promote_types(x.dtype, torch.float32))
     xhat = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     if weight is None:
@@ -58,8 +59,8 @@ def rms_norm_reference(x, weight=None, *, eps, offset=0.0, cast_first=True):
 
 @triton.jit
 def _load_scale(weight_ptr, offset, col, H, CAST_FIRST: tl.constexpr, EVEN_H: tl.constexpr):
-    """offset + weight [1, BLOCK_H] in fp32; cast_first rounds the sum as torch does."""
-    # Without `other` a masked lane may hold NaN, which times dy = 0 would enter the row's sum.
+    """Return offset + weight [1, BLOCK_H] in fp32; CAST_FIRST rounds the sum as torch does."""
+    # Without `other`, a masked lane may hold NaN, and NaN times dy = 0 would enter the row's sum.
     ptrs = weight_ptr + col
     weight = tl.load(ptrs) if EVEN_H else tl.load(ptrs, mask=col < H, other=0.0)
     scale = weight.to(tl.float32) + offset
@@ -86,7 +87,7 @@ def _rms_norm_fwd_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.arange(0, BLOCK_H)
-    # A constant mask folds away, so that a single whole row is loaded without predicates.
+    # The compiler folds a constant mask, so a single full row is loaded without predicates.
     row_mask = row < R if BLOCK_R > 1 else tl.full([BLOCK_R], True, tl.int1)
     mask = row_mask[:, None] if EVEN_H else row_mask[:, None] & (col < H)[None, :]
 
@@ -214,7 +215,7 @@ _rms_norm_fwd = register_op(
     _launch_fwd,
     _fake_fwd,
 )
-# What is not needed comes back empty, of shape [0].
+# Gradients that are not needed are returned empty, of shape [0].
 _rms_norm_bwd = register_op(
     "rms_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, float offset, bool cast_first,"
     " bool need_dx, bool need_dweight) -> (Tensor dx, Tensor dweight)",
@@ -254,24 +255,24 @@ def rms_norm(
     offset: float = 0.0,
     cast_first: bool = True,
 ) -> torch.Tensor:
-    """Root mean square norm over the last dimension, with xhat = x / sqrt(mean(x^2) + eps) in fp32.
+    """Return the RMSNorm over the last dimension, with xhat = x / sqrt(mean(x^2) + eps) in fp32.
 
     cast_first (Llama): y = (offset + weight) * xhat.to(x.dtype), in the dtype both promote to.
     otherwise (OLMo2; Gemma with offset 1): y = ((offset + weight.float()) * xhat).to(x.dtype).
 
     Args:
         x: [..., H], fp32, bf16 or fp16, any strides.
-        weight: [H], of any of these dtypes; None is no scale (and `offset` has no effect).
+        weight: [H], of any of these dtypes, or None for no scale (`offset` then has no effect).
         eps: added to the mean square.
         offset: added to weight.
-        cast_first: whether xhat is rounded to x.dtype before it is scaled.
+        cast_first: round xhat to x.dtype before scaling it.
 
     Returns:
         y [..., H], contiguous on the kernel path. fp64 and H > 65536 run on the torch reference.
         With `create_graph=True` the backward pass runs in torch.
 
     Raises:
-        ValueError: x or weight is not floating point, weight is not [H], or lies elsewhere than x.
+        ValueError: if x or weight is not floating point, or weight is not [H] or not on x's device.
 
     Paper: https://arxiv.org/abs/1910.07467
     """
@@ -284,15 +285,18 @@ def rms_norm(
         return by_torch(reference, (x,), (weight,))
     if not pays(x, MIN_ELEMENTS) and _has_torch_kernel(x, weight, offset):
 
-        def again(x, weight):
+        def torch_norm(x, weight):
             return F.rms_norm(x, x.shape[-1:], weight, eps)
 
-        return recomputable(again(x, weight), again, (x,), (weight,))
+        return recomputable(torch_norm(x, weight), torch_norm, (x,), (weight,))
     options = float(eps), float(offset), cast_first
     y = _RMSNorm.apply(x, weight, *options)
     return recomputable(y, lambda *args: _rms_norm_fwd(*args, *options)[0], (x,), (weight,))
 
 
 def _has_torch_kernel(x, weight, offset):
-    """torch's own fused norm scales before it rounds, once: at least as exact as either form."""
+    """Return whether torch's fused norm may run instead.
+
+    It rounds once, after scaling, so it is at least as exact as either form.
+    """
     return weight is None or (weight.dtype == x.dtype and offset == 0.0)

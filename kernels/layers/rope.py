@@ -26,8 +26,8 @@ from ..launch import launch
 from ..runtime import cdiv, next_power_of_2, register_op, tl, triton, use_triton
 from ..second_derivative import twice_differentiable
 
-MIN_ELEMENTS = 1 << 22  # of q; below, a dozen torch kernels take no more time (H200, with host)
-# Elements of q that one program rotates, and per warp: four 16-byte loads of bf16 per thread.
+MIN_ELEMENTS = 1 << 22  # of q; below this, a dozen torch kernels are as fast (H200, with host)
+# Elements of q that a program and a warp rotate: four 16-byte loads of bf16 per thread.
 _TILE = 4096
 _ELEMENTS_PER_WARP = 1024
 
@@ -35,7 +35,7 @@ _ELEMENTS_PER_WARP = 1024
 def rope_reference(
     q, k, cos, sin, interleaved=False, half_table=False, inverse=False, keep_dtype=False
 ):
-    """`rope` in plain torch: differentiable in all four tensors, in any dtype."""
+    """Compute `rope` in plain torch: differentiable in all four tensors, in any dtype."""
     if half_table:
         cos, sin = (_repeat_half(table, interleaved) for table in (cos, sin))
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -71,10 +71,9 @@ def _load_pairs(
     row_ptr, row_mask,
     ROWS: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Return the first and the second member of every pair of each row, two fp32 blocks [ROWS,
-    P]."""
+    """Return the first and the second members of all pairs, two fp32 blocks [ROWS, P]."""
     if INTERLEAVED:
-        # One contiguous load, split in registers: strided loads would be a sixteenth as wide.
+        # One contiguous load, split in registers: strided loads would be a 16th as wide.
         cols = tl.arange(0, 2 * P)[None, :]
         x = tl.load(row_ptr + cols, mask=row_mask & (cols < 2 * HALF)).to(tl.float32)
         return tl.split(tl.reshape(x, [ROWS, P, 2]))
@@ -108,7 +107,7 @@ def _load_table(
     table_ptr,
     HALF: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, HALF_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Return the table's entries for the first and the second member of every pair, two blocks
+    """Return the table's entries for the first and second members of all pairs, two blocks
     [1, P]."""
     row = tl.arange(0, 1)[:, None]
     if HALF_TABLE:
@@ -136,12 +135,12 @@ def _rope_kernel(
     cos_stride_b, cos_stride_s, sin_stride_b, sin_stride_s,
     HQ: tl.constexpr, HK: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr,  # R / 2 pairs, and D - R channels that pass through
-    P: tl.constexpr, REST_P: tl.constexpr,  # the powers of two not below them
+    P: tl.constexpr, REST_P: tl.constexpr,  # HALF and REST, rounded up to powers of two
     BLOCK_HQ: tl.constexpr, BLOCK_HK: tl.constexpr,
     INTERLEAVED: tl.constexpr, HALF_TABLE: tl.constexpr, INVERSE: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): position i of the batch, the j-th share of the query and of the key heads."""
+    """Rotate, in program (i, j), the j-th share of the query and key heads at position i."""
     b, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
     hq = (tl.program_id(1) * BLOCK_HQ + tl.arange(0, BLOCK_HQ)).to(tl.int64)[:, None]
     hk = (tl.program_id(1) * BLOCK_HK + tl.arange(0, BLOCK_HK)).to(tl.int64)[:, None]
@@ -174,7 +173,7 @@ def _rope_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _tiling(Hq: int, Hk: int, D: int, R: int) -> tuple[Any, dict]:
-    """How many programs share the heads of one position, and the kernel's sizes."""
+    """Return how many programs share the heads of one position, and the kernel's sizes."""
     P = next_power_of_2(R // 2)
     block_hq = min(next_power_of_2(max(1, Hq)), max(1, _TILE // (2 * P)))
     shares = max(1, -(-Hq // block_hq))
@@ -208,7 +207,7 @@ def _launch(
         return q_out, k_out
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
     shares, sizes = _tiling(Hq, k.shape[1], D, cos.shape[-1])
-    # A table shared by the batch does not move with it.
+    # A table that the whole batch shares has a batch stride of 0.
     table_strides = [n for t in (cos, sin) for n in (t.stride(0) * (t.shape[0] > 1), t.stride(1))]
     launch(
         _rope_kernel, (B * S, shares),
@@ -230,7 +229,7 @@ _rope_op = register_op(
 
 
 def _reference_of(ctx):
-    # A rotation is linear: where q and k lie does not matter to its gradients.
+    # A rotation is linear: its gradients do not depend on the values of q and k.
     cos, sin = ctx.saved_tensors
     needed = zip(ctx.shapes, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     states = [cos.new_zeros(s, dtype=d).requires_grad_(need) for s, d, need in needed]
@@ -244,8 +243,8 @@ class _Rope(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, interleaved, half_table, inverse, keep_dtype):
         ctx.save_for_backward(cos, sin)
         ctx.dtypes, ctx.shapes, ctx.keep_dtype = (q.dtype, k.dtype), (q.shape, k.shape), keep_dtype
-        # Gradients get the layout of q too, whatever attention hands back: the projection's
-        # backward then views them instead of copying.
+        # Gradients get q's layout too, whatever layout attention returns, so that the projection's
+        # backward can view them instead of copying.
         ctx.options = q.stride(1) <= q.stride(2), interleaved, half_table, inverse
         dtypes = [d if keep_dtype else torch.promote_types(d, cos.dtype) for d in ctx.dtypes]
         return _rope_op(q, k, cos, sin, *dtypes, *ctx.options, False)
@@ -258,7 +257,7 @@ class _Rope(torch.autograd.Function):
 
 
 def why_not(q, k, cos, sin) -> str | None:
-    """Return what is wrong with the arguments of `rope`, None if nothing is."""
+    """Return what is wrong with the arguments of `rope`, or None."""
     if q.dim() != 4 or k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
         return (
             "q and k must be [B, Hq, S, D] and [B, Hk, S, D], "
@@ -292,17 +291,17 @@ def rope(
     inverse: bool = False,
     keep_dtype: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates the first R channels of each query and key head by its position's angles.
+    """Rotate the first R channels of each query and key head by the angles of its position.
 
     Args:
         q: [B, Hq, S, D], any strides; usually a transposed view of [B, S, Hq, D].
         k: [B, Hk, S, D].
-        cos, sin: [B or 1, S, R] with R even and R <= D; the rows are gathered by position already.
+        cos, sin: [B or 1, S, R] with R even and R <= D, already gathered by position.
         interleaved: pairs are (2j, 2j+1) (Cohere, GLM) instead of (j, j + R/2) (Llama).
         half_table: pair j uses entry j for both members; only the first R/2 columns are read (GLM).
-        inverse: rotates by the opposite angle.
-        keep_dtype: outputs have the dtypes of q and k (Cohere, OLMo2, which compute in fp32 and
-            cast back); otherwise promote_types(q.dtype, cos.dtype), as `q * cos` has.
+        inverse: rotate by the negative angle.
+        keep_dtype: return the dtypes of q and k (Cohere, OLMo2, which compute in fp32 and cast
+            back) instead of promote_types(q.dtype, cos.dtype), the dtype of `q * cos`.
 
     Returns (q_out, k_out), dense, in the memory order of q. fp64 tensors, and tables that require a
     gradient, take `rope_reference`. Raises ValueError for wrong shapes, an odd R, R > D, integer

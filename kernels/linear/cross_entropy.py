@@ -6,9 +6,9 @@ for N tokens, hidden size H, vocabulary V. The sum has one term for a plain head
 low-rank adapter has a second one (hidden_2 = s * A x [N, r], weight_2 = B [V, r]).
 
 Cost. The floor for a trainable head is three GEMMs of 2 N H V FLOP (logits, d hidden,
-d weight), with N the number of *supervised* tokens. Exactly these are paid: tokens whose label is
-`ignore_index` are left out before the first GEMM (all but the first `FIRST_ROWS` tokens' worth,
-see `supervised.py`), and logits are turned into their gradient in place.
+d weight), with N the number of *supervised* tokens. No others run: tokens whose label is
+`ignore_index` are dropped before the first GEMM (except among the first `FIRST_ROWS` tokens, see
+`supervised.py`), and logits are overwritten with their gradient.
 
     reduction           head trainable                                   head frozen
     "sum", "mean"       3 GEMMs                                       2
@@ -16,8 +16,8 @@ see `supervised.py`), and logits are turned into their gradient in place.
 
 Memory. One workspace of logits (`workspace.py`). If all supervised tokens fit it, their gradient is
 kept until backward, where d weight is a single GEMM, accumulated in fp32 by the hardware. Over
-two workspaces d weight is summed in its own dtype, the second GEMM onto the rounded first; over
-more in an fp32 buffer that is rounded once.
+two workspaces, d weight is summed in its own dtype: the second GEMM adds to the rounded result of
+the first. Over more, it is summed in an fp32 buffer and rounded once.
 
 Row scaling. d loss_n / d logits is known up to the factor g_n that backward receives. It scales the
 rows of d hidden and, for d weight, the rows of `hidden` (N x H): never the logits (N x V).
@@ -46,7 +46,7 @@ from ..logits.transform import accumulate_dtype
 from ..runtime import on_device, register_op
 from .head import LinearHead, Plan, split
 from .supervised import HostStats, Tokens
-from .token_losses import Saved, TokenLosses
+from .token_losses import SavedForBackward, TokenLosses
 from .vocab_parallel import VocabShard
 from .workspace import sum_dtype
 
@@ -61,7 +61,7 @@ def linear_cross_entropy_reference(
     class_weight_V: torch.Tensor | None = None,
     options: LossOptions = LossOptions(),
 ) -> torch.Tensor:
-    """Loss per token [N], from all logits at once."""
+    """Return the loss of each token [N], from all logits at once."""
     logits_NV = LinearHead(hidden, weight, bias_V).logits()
     return cross_entropy_reference(logits_NV, labels_N, class_weight_V, options)
 
@@ -93,7 +93,7 @@ def _unflatten(want_hidden, want_weight, want_bias, uniform, rows, first, *optio
 
 
 def _forward(head: LinearHead, labels, class_weight, row_weight, plan, options, static: bool):
-    """Return the counts on their way to the host, and what the op returns."""
+    """Return the counts, which are being copied to the host, and the op's outputs."""
     tokens = Tokens.of(labels, head.vocab, options.ignore_index, plan.first)
     call = TokenLosses(head, tokens, class_weight, row_weight, plan, options)
     loss, (filled, *saved) = call.forward(static)
@@ -107,7 +107,7 @@ def _launch_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static)
 
 
 def _empty(tensors, wanted) -> list[torch.Tensor]:
-    """Return the gradients of those that are wanted; the others have no elements."""
+    """Return an empty gradient for each tensor; those that are not wanted have no elements."""
     return [x.new_empty(x.shape if want else 0) for x, want in zip(tensors, wanted, strict=True)]
 
 
@@ -117,7 +117,7 @@ def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
     accumulate = accumulate_dtype(like)
     kept = plan.want_head and n <= plan.rows
     summed = plan.want_head and plan.uniform and not kept
-    few = n <= 2 * plan.rows
+    at_most_two = n <= 2 * plan.rows
     return (
         like.new_empty(n, dtype=accumulate),
         labels.new_empty(2),
@@ -127,7 +127,7 @@ def _fake_fwd(hidden, weight, bias, labels, class_weight, row_weight, *static):
         like.new_empty(vocab if summed and plan.want_bias else 0, dtype=accumulate),
         _empty(hidden, plan.want_hidden),
         [
-            like.new_empty(w.shape if summed and want else 0, dtype=sum_dtype(w.dtype, few))
+            like.new_empty(w.shape if summed and want else 0, dtype=sum_dtype(w.dtype, at_most_two))
             for w, want in zip(weight, plan.want_weight, strict=True)
         ],
     )
@@ -141,7 +141,7 @@ def _launch_bwd(
     plan, options = _unflatten(*static)
     tokens = Tokens(labels, order, HostStats(stats), head.vocab)
     call = TokenLosses(head, tokens, class_weight, row_weight, plan, options)
-    return call.backward(g, Saved(int(filled), dlogits, dbias, dhidden, dweight))
+    return call.backward(g, SavedForBackward(int(filled), dlogits, dbias, dhidden, dweight))
 
 
 def _fake_bwd(hidden, weight, bias, labels, class_weight, row_weight, g, *rest):
@@ -170,7 +170,8 @@ _linear_cross_entropy_bwd = register_op(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """(loss, stats): loss is the weighted sum over tokens if the plan is uniform, else [N]."""
+    """Return (loss, stats): loss is the weighted sum over tokens if the plan is uniform, else
+    [N]."""
 
     @staticmethod
     def forward(ctx, plan, options, shard, labels, class_weight, row_weight, *operands):
@@ -212,7 +213,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             with on_device(labels):
                 tokens = Tokens(labels, order, ctx.host or HostStats(stats), head.vocab)
                 call = TokenLosses(head, tokens, class_weight, row_weight, plan, ctx.options)
-                grads = call.backward(g, Saved(int(filled), dlogits, dbias, dhidden, dweight))
+                grads = call.backward(
+                    g, SavedForBackward(int(filled), dlogits, dbias, dhidden, dweight)
+                )
         return *[None] * 6, *plan.gradients(*grads)
 
 
@@ -233,12 +236,14 @@ def linear_cross_entropy(
     max_rows: int | None = None,
     shard: VocabShard | None = None,
 ) -> torch.Tensor:
-    """Cross entropy of `hidden @ weight.T + bias` with `labels`; the module says at what cost.
+    """Return the cross entropy of `hidden @ weight.T + bias` with `labels`.
+
+    The module's docstring states the cost in GEMMs and memory.
 
     Args:
         hidden: [..., H], or a sequence of such, one for each term of the head. fp32, bf16 or fp16;
             the GEMMs run in the dtype of the first.
-        weight: [V, H], or a sequence of such. May be of another dtype (fp32 parameters, bf16
+        weight: [V, H], or a sequence of such. May have another dtype (fp32 parameters, bf16
             hidden states); its gradient has its own dtype.
         labels: [...], int64; `options.ignore_index` marks tokens without loss and without cost.
         bias: [V].
@@ -247,15 +252,16 @@ def linear_cross_entropy(
         reduction: "none" (the shape of `labels`), "sum" or "mean" over supervised tokens.
         num_items_in_batch: if given, the summed loss is divided by it (HF gradient accumulation).
         max_rows: rows of logits held at once; default `workspace_rows`.
-        shard: which rows `weight` and `bias` are, of a vocabulary that is split over ranks; V is
-            then that of all, and the gradient of hidden this rank's part (`vocab_parallel.py`).
+        shard: which rows of the vocabulary `weight` and `bias` hold, if it is split over ranks. V
+            is then the whole vocabulary, and the gradient of hidden is this rank's part
+            (`vocab_parallel.py`).
 
     Returns the loss in fp32. Gradients reach hidden, weight, bias and token_weight; nothing is
     computed or allocated for those that do not require them. Without any supervised token the loss
     and all gradients are 0.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, and for labels outside [0, V):
-    at once where the host reads the token count, else in backward; the loss is NaN until then.
+    Raises ValueError if shapes, dtypes or devices do not fit, and for labels outside [0, V): at
+    once where the host reads the token count, else in backward; the loss is NaN until then.
     """
     head = LinearHead.checked(hidden, weight, bias, shard)
     if shard is not None and torch.compiler.is_compiling():
@@ -267,7 +273,7 @@ def linear_cross_entropy(
         class_weight, token_weight, labels, head.vocab, options.ignore_index
     )
     labels_N = labels.reshape(-1).contiguous()
-    # A weight that itself needs a gradient is applied outside, to the losses of the tokens.
+    # A token weight that requires a gradient is applied afterwards, to the losses of the tokens.
     uniform = reduction != "none" and not (row_weight is not None and row_weight.requires_grad)
 
     loss, stats = _LinearCrossEntropy.apply(

@@ -7,9 +7,9 @@ for N tokens, one vocabulary V, and hidden sizes of the two models that may diff
 one term for a plain head; a head with a low-rank adapter has a second one (hidden_2 = s * A x
 [N, r], weight_2 = B [V, r]). The gradient reaches the student; the teacher is a constant.
 
-Cost, in GEMMs of 2 N H V FLOP with N the number of tokens that the mask keeps (tokens
-that it leaves out are dropped before the first GEMM, all but the first `FIRST_ROWS` tokens'
-worth, see `supervised.py`). One GEMM, `+ 1`, has the teacher's H, the others the student's:
+Cost, in GEMMs of 2 N H V FLOP with N the number of tokens that the mask keeps (the others are
+dropped before the first GEMM, except among the first `FIRST_ROWS` tokens, see `supervised.py`).
+The GEMM `+ 1` has the teacher's H, all others the student's:
 
     reduction           head trainable      head frozen         without gradient
     "sum", "mean"       3 + 1               2 + 1               1 + 1
@@ -44,7 +44,7 @@ from ..logits.transform import accumulate_dtype
 from ..runtime import on_device
 from .head import LinearHead, Plan
 from .supervised import Tokens
-from .sweep import Sweep, scaled
+from .sweep import Sweep, scale_gradients
 from .workspace import workspace_rows
 
 # --- torch reference -------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def linear_divergence_reference(
     teacher_bias_V: torch.Tensor | None = None,
     options: DivergenceOptions = DEFAULT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(divergence [N], student entropy [N]), from all logits at once."""
+    """Return (divergence [N], student entropy [N]), from all logits at once."""
     student = LinearHead(hidden, weight, bias_V).logits()
     teacher = LinearHead(teacher_hidden, teacher_weight, teacher_bias_V).logits()
     return divergence_reference(student, teacher, options)
@@ -69,38 +69,41 @@ def linear_divergence_reference(
 
 
 class _Pair:
-    """Both heads of one call. The tokens' `labels` are the mask [N]."""
+    """The sweeps of student and teacher in one call. The tokens' `labels` are the mask [N]."""
 
     def __init__(self, heads, tokens: Tokens, plan: Plan, options: DivergenceOptions):
         self.tokens, self.plan, self.options = tokens, plan, options
         self.student, self.teacher = (Sweep(head, tokens, plan) for head in heads)
 
     def _step(self, want_grad: bool, results_N: tuple[torch.Tensor, torch.Tensor] | None = None):
-        """Return the step that compares both logits, and makes the student's their gradient.
+        """Return the step that compares both logits; it may replace the student's with dlogits.
 
-        Divergence and entropy of the rows go to `results_N`.
+        It writes the divergence and the entropy of the rows to `results_N`.
         """
 
         def step(logits: torch.Tensor, start: int, stop: int) -> None:
             rows = self.student.logits.shape[0]
             if self.teacher.logits.shape[0] < rows:
                 self.teacher.logits = self.teacher.new_logits(rows)
-            against = self.teacher.logits[: stop - start]
-            self.teacher.fill_(against, start, stop)
+            teacher_logits = self.teacher.logits[: stop - start]
+            self.teacher.fill_(teacher_logits, start, stop)
             mask = self.tokens.pick(self.tokens.labels, start, stop)
             grad = logits if want_grad else None
-            found = token_divergence(logits, against, mask, self.options, grad)
-            for out, values in zip(results_N or (), found, strict=False):
+            results = token_divergence(logits, teacher_logits, mask, self.options, grad)
+            for out, values in zip(results_N or (), results, strict=False):
                 self.tokens.put(out, values, start, stop)
 
         return step
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(divergence, entropy); leaves `student` the gradients, of the head only if uniform."""
+        """Return (divergence, entropy), and leave the gradients in `student`.
+
+        The gradients of the head are computed only if the plan is uniform.
+        """
         sweep, plan, like = self.student, self.plan, self.student.logits
         n = self.tokens.labels.shape[0]
         divergence_N, entropy_N = like.new_zeros((2, n), dtype=accumulate_dtype(like)).unbind()
-        sweep.sum_over(few=n <= 2 * plan.rows)
+        sweep.choose_sum_dtypes(at_most_two=n <= 2 * plan.rows)
         finish_head = plan.uniform and plan.want_head
         step = self._step(finish_head or any(plan.want_hidden), (divergence_N, entropy_N))
         for begin, stop in sweep.workspaces(step, plan.workspace(n)):
@@ -110,9 +113,9 @@ class _Pair:
         return divergence_N, entropy_N
 
     def head_gradient(self, g_N: torch.Tensor):
-        """(d weight, d bias) of sum_n g_n * divergence_n, from logits computed once more."""
+        """Return (d weight, d bias) of sum_n g_n * divergence_n, from recomputed logits."""
         sweep, n = self.student, self.tokens.labels.shape[0]
-        sweep.sum_over(few=n <= 2 * self.plan.rows)
+        sweep.choose_sum_dtypes(at_most_two=n <= 2 * self.plan.rows)
         for begin, stop in sweep.workspaces(self._step(want_grad=True), self.plan.workspace(n)):
             sweep.add_head(begin, stop, g_N)
         return sweep.gradients()[1:]
@@ -122,23 +125,26 @@ class _Pair:
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """(divergence, entropy [N]): the divergence is the sum if the plan is uniform, else [N]."""
+    """Return (divergence, entropy [N]): the divergence is summed if the plan is uniform, else [N].
+
+    The operands are those of both heads, `counts[0]` of the student and `counts[1]` of the teacher.
+    """
 
     @staticmethod
     def forward(ctx, plan, options, counts, mask_N, *operands):
         heads = _heads(operands, counts)
         ctx.plan, ctx.options, ctx.counts, ctx.dtypes = plan, options, counts, heads[0].dtypes
         with on_device(mask_N):
-            labels_N = mask_N.to(torch.int64) - 1  # 0, and -1 for a token left out
+            labels_N = mask_N.to(torch.int64) - 1  # 0, and -1 for a token that the mask excludes
             tokens = Tokens.of(labels_N, 1, -1, plan.first)
             tokens.labels = mask_N
             pair = _Pair(heads, tokens, plan, options)
             divergence, entropy = pair.forward()
         ctx.host = tokens.host
-        ctx.again = plan.want_head and not plan.uniform
-        again = (tokens.order, *operands) if ctx.again else ()
+        ctx.recompute = plan.want_head and not plan.uniform
+        to_recompute = (tokens.order, *operands) if ctx.recompute else ()
         depends_on(ctx, *operands)
-        ctx.save_for_backward(mask_N, *pair.student.finished(), *again)
+        ctx.save_for_backward(mask_N, *pair.student.flat_gradients(), *to_recompute)
         ctx.mark_non_differentiable(entropy)
         return divergence.sum() if plan.uniform else divergence, entropy
 
@@ -147,10 +153,10 @@ class _LinearDivergence(torch.autograd.Function):
     def backward(ctx, g, _):
         mask_N, *rest = ctx.saved_tensors
         count = ctx.counts[0]
-        scale_N = masked_scale(g, mask_N)  # a token left out gets exactly 0, whatever g is
+        scale_N = masked_scale(g, mask_N)  # an excluded token gets exactly 0, whatever g is
         with on_device(g):
-            dhidden, dweight, dbias = scaled(rest[:count], g, mask_N, ctx.dtypes, scale_N)
-            if ctx.again:
+            dhidden, dweight, dbias = scale_gradients(rest[:count], g, mask_N, ctx.dtypes, scale_N)
+            if ctx.recompute:
                 order, *operands = rest[count:]
                 tokens = Tokens(mask_N, order, ctx.host, 1)
                 pair = _Pair(_heads(operands, ctx.counts), tokens, ctx.plan, ctx.options)
@@ -160,7 +166,7 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def _heads(operands, counts: tuple[int, int]) -> list[LinearHead]:
-    """Student and teacher, of so many flat operands each."""
+    """Return the heads of student and teacher from their flat operands."""
     student, _ = counts
     return [LinearHead.unflatten(operands[:student]), LinearHead.unflatten(operands[student:])]
 
@@ -183,32 +189,34 @@ def linear_divergence(
     num_items_in_batch: torch.Tensor | int | None = None,
     max_rows: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence of `hidden @ weight.T + bias` from the teacher's; the module says at what cost.
+    """Return the divergence of `hidden @ weight.T + bias` from the teacher's logits.
+
+    The module's docstring states the formula's source, and the cost in GEMMs and memory.
 
     Args:
         hidden: [..., H], or a sequence of such, one for each term of the head. fp32, bf16 or fp16;
             the GEMMs run in the dtype of the first.
-        weight: [V, H], or a sequence of such. May be of another dtype (fp32 parameters, bf16
+        weight: [V, H], or a sequence of such. May have another dtype (fp32 parameters, bf16
             hidden states); its gradient has its own dtype.
         teacher_hidden: [..., H_teacher], or a sequence of such, with the leading shape of `hidden`;
-            computed without gradient.
-        teacher_weight: [V, H_teacher], or a sequence of such. Always a constant, even if it is a
-            parameter that requires a gradient.
-        mask: [...], bool; False for tokens without divergence (and without cost).
+            must not require a gradient.
+        teacher_weight: [V, H_teacher], or a sequence of such. Treated as a constant, even if it is
+            a parameter that requires a gradient.
+        mask: [...], bool; tokens where it is False have no divergence, and cost nothing.
         bias, teacher_bias: [V].
-        options: which divergence, temperature, scales and softcaps.
+        options: the kind of divergence, temperature, scales and softcaps.
         reduction: "none" (the shape of `mask`), "sum" or "mean" over the tokens that `mask` keeps.
         num_items_in_batch: if given, the summed divergence is divided by it (HF gradient
             accumulation).
         max_rows: rows of logits held at once, of each model; default by `workspace_rows`.
 
-    Returns (divergence, student entropy) in fp32: the divergence reduced, the entropy [...] of each
-    token, detached; both are 0 where `mask` is False. Gradients reach hidden, weight and bias;
+    Returns (divergence, student entropy) in fp32: the reduced divergence, and the detached entropy
+    [...] of each token; both are 0 where `mask` is False. Gradients reach hidden, weight and bias;
     nothing is computed or allocated for those that do not require them. If no token is kept the
     divergence and all gradients are 0. torch.compile breaks the graph here.
 
-    Raises ValueError for shapes, dtypes, devices or vocabularies that do not fit, for a
-    `teacher_hidden` that requires a gradient, and for options without meaning.
+    Raises ValueError if shapes, dtypes, devices or vocabularies do not fit, if `teacher_hidden`
+    requires a gradient, and for invalid options.
     """
     student = _checked("student", hidden, weight, bias)
     teacher = _checked("teacher", teacher_hidden, teacher_weight, teacher_bias)
@@ -234,7 +242,7 @@ def linear_divergence(
 
 
 def _shared_rows(tokens: int, student: LinearHead, teacher: LinearHead) -> int:
-    """Rows of each of the two workspaces within the budget of one."""
+    """Return the rows of each of the two workspaces, which share the budget of one."""
     like = student.hidden[0]
     rows = workspace_rows(tokens, student.rows, student.trainable_width, like)
     both = like.element_size() + teacher.hidden[0].element_size()

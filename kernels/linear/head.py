@@ -1,4 +1,4 @@
-"""A linear head, as all operations on it take it, and the plan of a call.
+"""The operands of a linear head, and the plan of a call.
 
     logits [N, V] = sum_t hidden_t [N, H_t] @ weight_t [V, H_t]^T + bias [V]
 
@@ -21,13 +21,13 @@ from .workspace import workspace, workspace_rows
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one call must produce, and in which portions; static, free of tensors."""
+    """Which gradients one call must produce, and how many rows at a time; holds no tensors."""
 
     want_hidden: tuple[bool, ...]  # d hidden of each term
     want_weight: tuple[bool, ...]  # d weight of each term
     want_bias: bool
-    uniform: bool  # g is one number for all tokens, up to the row weights given to forward
-    rows: int  # the most rows of logits in the workspace
+    uniform: bool  # g is one number for all tokens, apart from row weights given to forward
+    rows: int  # the maximum rows of logits in the workspace
     first: int  # rows queued before the number of supervised tokens is known; at most `rows`
 
     @property
@@ -39,11 +39,14 @@ class Plan:
         return self.want_head or any(self.want_hidden)
 
     def workspace(self, n: int) -> int:
-        """Rows of the workspaces that n rows pass through."""
+        """Return how many rows each workspace holds if n rows are processed."""
         return workspace(n, self.rows)
 
     def gradients(self, dhidden, dweight, dbias) -> tuple[torch.Tensor | None, ...]:
-        """Return what autograd gets for `LinearHead.flatten()`; it casts d bias itself."""
+        """Return the gradients of `LinearHead.flatten()`, None where not wanted.
+
+        autograd casts d bias to the dtype of the bias.
+        """
         wanted = (self.want_bias, *self.want_hidden, *self.want_weight)
         grads = (dbias, *dhidden, *dweight)
         return tuple(d if want else None for d, want in zip(grads, wanted, strict=True))
@@ -51,7 +54,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class LinearHead:
-    """The operands of the logits; `shard` tells which rows weight and bias are, if not all."""
+    """The operands of the logits; `shard` states which rows weight and bias hold, if not all."""
 
     hidden: Sequence[torch.Tensor]  # [..., H_t] each
     weight: Sequence[torch.Tensor]  # [V, H_t] each
@@ -60,7 +63,8 @@ class LinearHead:
 
     @classmethod
     def checked(cls, hidden, weight, bias, shard: VocabShard | None = None) -> LinearHead:
-        """Return the head of tensors or sequences of them; ValueError if they do not fit."""
+        """Return the head of tensors, or of sequences of them; raise ValueError if they do not fit
+        each other."""
         hidden = [hidden] if torch.is_tensor(hidden) else list(hidden)
         weight = [weight] if torch.is_tensor(weight) else list(weight)
         if not hidden or len(hidden) != len(weight):
@@ -83,13 +87,13 @@ class LinearHead:
 
     @classmethod
     def sum(cls, heads: Sequence[LinearHead]) -> LinearHead:
-        """Return the head of all terms, with the bias and the shard of the first."""
+        """Return one head with the terms of all `heads`, and the bias and shard of the first."""
         first = heads[0]
         hidden, weight = [h for x in heads for h in x.hidden], [w for x in heads for w in x.weight]
         return cls(hidden, weight, first.bias, first.shard)
 
     def flatten(self) -> tuple[torch.Tensor | None, ...]:
-        """Return the tensors, the hidden states as [N, H_t]: what autograd functions take."""
+        """Return the flat operands that autograd functions take, with hidden states [N, H_t]."""
         return self.bias, *(h.reshape(-1, h.shape[-1]) for h in self.hidden), *self.weight
 
     @classmethod
@@ -113,12 +117,12 @@ class LinearHead:
 
     @property
     def vocab(self) -> int:
-        """What labels are below; more than `rows` if the weight is one rank's part."""
+        """The size of the vocabulary; more than `rows` if the weight is one rank's shard."""
         return self.rows if self.shard is None else self.shard.vocab
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        """Those of the weights, and so of their gradients."""
+        """The dtypes of the weights, and therefore of their gradients."""
         return [w.dtype for w in self.weight]
 
     @property
@@ -127,7 +131,7 @@ class LinearHead:
         return sum(w.shape[1] for w in self.weight if w.requires_grad and torch.is_grad_enabled())
 
     def cast(self) -> LinearHead:
-        """Return it in the dtype of the hidden states, in which the GEMMs run."""
+        """Return the head in the dtype of the hidden states, in which the GEMMs run."""
         dtype = self.hidden[0].dtype
         hidden, weight = ([x.to(dtype) for x in side] for side in (self.hidden, self.weight))
         return LinearHead(
@@ -135,14 +139,16 @@ class LinearHead:
         )
 
     def logits(self) -> torch.Tensor:
-        """Return all logits at once, by autograd's own operations."""
+        """Return all logits at once, computed by torch operations that autograd records."""
         terms = [h @ w.to(h.dtype).t() for h, w in zip(self.hidden, self.weight, strict=True)]
         logits = sum(terms[1:], terms[0])
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
     def plan(self, n: int, uniform: bool, max_rows: int | None = None) -> Plan:
-        """Return what the operands that require a gradient ask for, of n tokens; the same on all
-        ranks of a shard."""
+        """Return the plan for n tokens: which gradients are required, and how many rows at once.
+
+        If the head is split over ranks, all of them get the same number of rows.
+        """
         enabled, like = torch.is_grad_enabled(), self.hidden[0]
         columns = self.rows if self.shard is None else self.shard.largest
         rows = max_rows or workspace_rows(
@@ -159,8 +165,8 @@ class LinearHead:
 
 
 def split(flat):
-    """Return what `LinearHead.flatten` puts in a row, tensors or their gradients: (bias, hidden,
-    weight)."""
+    """Return (bias, hidden, weight) from operands in the order of `LinearHead.flatten`, or from
+    their gradients."""
     bias, *terms = flat
     half = len(terms) // 2
     return bias, terms[:half], terms[half:]

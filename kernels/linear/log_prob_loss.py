@@ -38,15 +38,18 @@ from . import scoring
 from .head import LinearHead
 from .scoring import Scoring
 from .supervised import HostStats, Tokens, partition
-from .sweep import scaled
+from .sweep import scale_gradients
 
 Loss = Callable[[TokenScores, torch.Tensor, torch.Tensor], torch.Tensor]
 """loss(scores, mask, groups) -> [g]: fields of `scores` and `mask` (bool) are [g, K, T], zero where
-a token has no label; `groups` [g], int64, tells which groups they are."""
+a token has no label; `groups` [g], int64, holds the indices of these groups."""
 
 
 def pairs(batch: int) -> torch.Tensor:
-    """Return the groups [batch / 2, 2] of a batch, the first half chosen, the second rejected."""
+    """Return the groups [batch / 2, 2] of a batch whose first half is chosen, the second rejected.
+
+    Raises ValueError if `batch` is odd.
+    """
     if batch % 2:
         raise ValueError(
             f"{batch} sequences cannot be paired: the batch must hold as many rejected as chosen"
@@ -55,7 +58,7 @@ def pairs(batch: int) -> torch.Tensor:
 
 
 class _Groups:
-    """Evaluates the loss of some groups, and its gradient in the scores."""
+    """Evaluate the loss of groups of sequences, and its gradient with respect to the scores."""
 
     def __init__(self, loss: Loss, labels_BT: torch.Tensor, groups_GK: torch.Tensor, options):
         self.loss, self.groups = loss, groups_GK
@@ -65,12 +68,13 @@ class _Groups:
         self._gradients: dict[str, torch.Tensor] = {}
 
     def ends(self, tokens: Tokens) -> list[int]:
-        """Where the rows of each group end, once the host knows."""
+        """Return the row at which each group ends; waits for the counts from the device."""
         tokens.check()
         return list(itertools.accumulate(tokens.host.counts(self.groups.shape[0])))
 
     def evaluate(self, scores: TokenScores, first: int, last: int, want_grad: bool) -> None:
-        """Add the losses of these groups, and their gradients if wanted."""
+        """Evaluate groups `first` to `last` (exclusive); keep their losses, and gradients if
+        wanted."""
         members = self.groups[first:last]
         picked = scores.map(lambda x: x.view(self.shape)[members])
         leaves = {name: getattr(picked, name) for name in DIFFERENTIABLE}
@@ -96,6 +100,7 @@ class _Groups:
                 whole[members] = grad
 
     def gradient(self, scores: TokenScores, first: int, last: int) -> ScoreGradients:
+        """Evaluate these groups, and return the gradients [N] of all groups so far."""
         if last > first:
             self.evaluate(scores, first, last, want_grad=True)
         if "log_probs" not in self._gradients:
@@ -108,35 +113,35 @@ class _Groups:
 
 
 class _LinearLogProbLoss(torch.autograd.Function):
-    """(sum of all groups' losses, *scores)."""
+    """Return (sum of all groups' losses, *scores)."""
 
     @staticmethod
     def forward(ctx, plan, options, outputs, groups, tokens, labels, *operands):
         head = LinearHead.unflatten(operands)
         ctx.plan, ctx.dtypes, ctx.ignore_index = plan, head.dtypes, options.ignore_index
         ctx.host, ctx.vocab = tokens.host, tokens.vocab
-        finished = ()
+        grads = ()
         with on_device(labels):
-            swept = Scoring.start(head, tokens, plan, options, outputs)
+            sweep = Scoring.start(head, tokens, plan, options, outputs)
             if plan.want_grad:
-                scoring.forward_with_gradient(swept, lambda: groups.ends(tokens), groups.gradient)
-                finished = swept.finished()
+                scoring.forward_with_gradient(sweep, lambda: groups.ends(tokens), groups.gradient)
+                grads = sweep.flat_gradients()
             else:
-                scoring.forward(swept)
+                scoring.forward(sweep)
                 tokens.check()
-                groups.evaluate(swept.scores, 0, groups.groups.shape[0], want_grad=False)
+                groups.evaluate(sweep.scores, 0, groups.groups.shape[0], want_grad=False)
         depends_on(ctx, *operands)
-        ctx.save_for_backward(labels, *finished)
-        fields = tuple(swept.scores)
+        ctx.save_for_backward(labels, *grads)
+        fields = tuple(sweep.scores)
         ctx.mark_non_differentiable(*(x for x in fields if x is not None))
-        return groups.total(swept.scores.log_probs), *fields
+        return groups.total(sweep.scores.log_probs), *fields
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, g, *_):
-        labels, *finished = ctx.saved_tensors
+        labels, *grads = ctx.saved_tensors
         ctx.host.check(ctx.vocab)
-        grads = scaled(finished, g, labels != ctx.ignore_index, ctx.dtypes)
+        grads = scale_gradients(grads, g, labels != ctx.ignore_index, ctx.dtypes)
         return *[None] * 6, *ctx.plan.gradients(*grads)
 
 
@@ -157,8 +162,9 @@ def linear_log_prob_loss(
     options: ScoreOptions = ScoreOptions(),
     max_rows: int | None = None,
 ) -> tuple[torch.Tensor, TokenScores]:
-    """Return the loss of all groups, and the scores that it was made of; the module says at what
-    cost.
+    """Return the loss of all groups, and the scores that it was computed from.
+
+    The module's docstring states the cost in GEMMs and memory.
 
         dpo = DPOLoss(beta=0.1)
         loss, scores = linear_log_prob_loss(
@@ -169,13 +175,13 @@ def linear_log_prob_loss(
         hidden: [B, T, H], or a sequence of such, one for each term of the head.
         weight: [V, H], or a sequence of such; its gradient has its own dtype.
         labels: [B, T], int64: the token that each position predicts (shifted already);
-            `options.ignore_index` marks positions without label and without cost.
-        loss: called as `loss(scores, mask, groups)` for some groups at a time, returns one value
-            for each. Differentiated in log_probs, entropy and log_sum_exp; other tensors that it
-            uses get no gradient.
+            `options.ignore_index` marks positions without a label, which cost nothing.
+        loss: called as `loss(scores, mask, groups)` for a few groups at a time; returns one value
+            for each. It is differentiated with respect to log_probs, entropy and log_sum_exp; other
+            tensors that it uses get no gradient.
         bias: [V].
-        groups: [G, K], int64: the sequences of each group, every one of the B exactly once; `pairs`
-            makes those of a preference batch. Default: every sequence by itself.
+        groups: [G, K], int64: the sequences of each group, each of the B sequences exactly once;
+            `pairs` returns them for a preference batch. Default: each sequence is a group.
         reduction: "mean" over groups or "sum".
         outputs: further fields of `TokenScores` that the loss reads or the caller wants.
         max_rows: rows of logits held at once; default `workspace_rows`.
@@ -183,8 +189,8 @@ def linear_log_prob_loss(
     Returns (loss, scores): a scalar in fp32 with gradients to hidden, weight and bias; scores
     [B, T], detached. torch.compile breaks the graph here.
 
-    Raises ValueError for operands, groups or a result of `loss` that do not fit, and for labels
-    outside [0, V).
+    Raises ValueError if operands, groups or the result of `loss` do not fit, and for labels outside
+    [0, V).
     """
     head = LinearHead.checked(hidden, weight, bias)
     outputs = check_outputs(outputs)
@@ -220,8 +226,8 @@ def _checked_groups(groups: torch.Tensor | None, labels: torch.Tensor) -> torch.
 
 
 def _group_order(labels_BT, groups_GK, vocab: int, options) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order, stats): tokens with a label first, group by group; and `partition`'s stats, followed
-    by the number of labeled tokens of each group."""
+    """Return (order, stats): the tokens with a label first, group by group; and the stats of
+    `partition`, followed by the number of labeled tokens of each group."""
     batch, length = labels_BT.shape
     sequence = groups_GK.flatten()
     grouped = labels_BT[sequence]

@@ -42,7 +42,7 @@ from . import scoring
 from .head import LinearHead, Plan
 from .scoring import Scoring
 from .supervised import Tokens
-from .sweep import scaled
+from .sweep import scale_gradients
 from .vocab_parallel import VocabShard
 
 WEIGHTINGS = ("uniform", "probability")
@@ -58,26 +58,26 @@ def linear_log_probs_reference(
     options: ScoreOptions = ScoreOptions(),
     outputs: Sequence[str] = (),
 ) -> TokenScores:
-    """Scores per token [N], from all logits at once."""
+    """Return the scores of each token [N], from all logits at once."""
     logits_NV = LinearHead(hidden, weight, bias_V).logits()
     return log_probs_reference(logits_NV, labels_N, options, outputs)
 
 
-# --- the promised gradient -------------------------------------------------------------------
+# --- the declared gradient -------------------------------------------------------------------
 
 
-def _promised(log_probs_N: torch.Tensor, weighting: str) -> torch.Tensor:
-    """Return the promised gradient of log_probs, up to a factor; ignored tokens are excluded."""
+def _declared(log_probs_N: torch.Tensor, weighting: str) -> torch.Tensor:
+    """Return the declared gradient of log_probs, up to a factor; not valid for ignored tokens."""
     return torch.ones_like(log_probs_N) if weighting == "uniform" else log_probs_N.exp()
 
 
-def _factor(g_N: torch.Tensor, promised_N: torch.Tensor) -> torch.Tensor:
-    """c of g = c * promised; NaN where that does not hold."""
-    g_N, promised_N = g_N.double(), promised_N.double()
-    factor = torch.dot(g_N, promised_N) / promised_N.square().sum().clamp_min(1e-300)
-    error = torch.linalg.vector_norm(g_N - factor * promised_N)
-    kept = error <= 1e-5 * torch.linalg.vector_norm(g_N)
-    return factor.where(kept, float("nan"))
+def _factor(g_N: torch.Tensor, declared_N: torch.Tensor) -> torch.Tensor:
+    """Return c such that g = c * declared, or NaN if there is no such c."""
+    g_N, declared_N = g_N.double(), declared_N.double()
+    factor = torch.dot(g_N, declared_N) / declared_N.square().sum().clamp_min(1e-300)
+    error = torch.linalg.vector_norm(g_N - factor * declared_N)
+    matches = error <= 1e-5 * torch.linalg.vector_norm(g_N)
+    return factor.where(matches, float("nan"))
 
 
 # --- autograd --------------------------------------------------------------------------------
@@ -88,24 +88,24 @@ class _LinearLogProbs(torch.autograd.Function):
     def forward(ctx, plan, options, outputs, weighting, shard, labels, *operands):
         head = LinearHead.unflatten(operands, shard)
         ctx.plan, ctx.options, ctx.shard, ctx.weighting = plan, options, shard, weighting
-        ctx.kept, finished = None, ()
+        ctx.saved_logits, grads = None, ()
         with on_device(labels):
             tokens = Tokens.of(labels, head.vocab, options.ignore_index, plan.first)
-            swept = Scoring.start(head, tokens, plan, options, outputs)
-            scores = swept.scores
+            sweep = Scoring.start(head, tokens, plan, options, outputs)
+            scores = sweep.scores
             if weighting and plan.want_grad:
                 scoring.forward_with_gradient(
-                    swept,
+                    sweep,
                     lambda: _even_ends(tokens.supervised(), plan),
-                    lambda scores, *_: ScoreGradients(_promised(scores.log_probs, weighting)),
+                    lambda scores, *_: ScoreGradients(_declared(scores.log_probs, weighting)),
                 )
-                finished = swept.finished()
+                grads = sweep.flat_gradients()
             else:
-                ctx.kept = scoring.forward(swept)
+                ctx.saved_logits = scoring.forward(sweep)
         ctx.host = tokens.host
         ctx.save_for_backward(
             labels, tokens.order, scores.log_probs, scores.entropy, scores.log_sum_exp,
-            *operands, *finished,
+            *operands, *grads,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*scores.constants)
@@ -116,33 +116,33 @@ class _LinearLogProbs(torch.autograd.Function):
     def backward(ctx, g_log_probs, g_entropy, g_lse, *_):
         labels, order, log_probs, entropy, lse, *rest = ctx.saved_tensors
         count = len(ctx.needs_input_grad) - 6
-        head, finished = LinearHead.unflatten(rest[:count], ctx.shard), rest[count:]
+        head, known_grads = LinearHead.unflatten(rest[:count], ctx.shard), rest[count:]
         tokens = Tokens(labels, order, ctx.host, head.vocab)
         if g_log_probs is None:
             g_log_probs = torch.zeros_like(log_probs)
         with on_device(labels):
-            if finished:
+            if known_grads:
                 tokens.check()
                 supervised_N = labels != ctx.options.ignore_index
-                both = (g_log_probs, _promised(log_probs, ctx.weighting))
+                both = (g_log_probs, _declared(log_probs, ctx.weighting))
                 factor = _factor(*(x.where(supervised_N, 0.0) for x in both))
                 if g_entropy is not None or g_lse is not None:
                     factor = factor * float("nan")
                 factor = factor.to(log_probs.dtype)
-                grads = scaled(finished, factor, supervised_N, head.dtypes)
+                grads = scale_gradients(known_grads, factor, supervised_N, head.dtypes)
             else:
                 scores = TokenScores(log_probs, entropy, lse)
                 given = (None if g is None else g.contiguous() for g in (g_entropy, g_lse))
-                kept, ctx.kept = ctx.kept, None
+                saved_logits, ctx.saved_logits = ctx.saved_logits, None
                 grads = scoring.backward(
                     Scoring(head, tokens, ctx.plan, ctx.options, scores),
-                    ScoreGradients(g_log_probs.contiguous(), *given), kept,
+                    ScoreGradients(g_log_probs.contiguous(), *given), saved_logits,
                 )  # fmt: skip
         return *[None] * 6, *ctx.plan.gradients(*grads)
 
 
 def _even_ends(total: int, plan: Plan) -> list[int]:
-    """Return arbitrary group boundaries: the gradient is per token."""
+    """Return the ends of groups that fill the workspace: any groups serve a per-token gradient."""
     rows = plan.workspace(total)
     return [*range(rows, total, rows), total] if total else []
 
@@ -163,16 +163,20 @@ def linear_log_probs(
     max_rows: int | None = None,
     shard: VocabShard | None = None,
 ) -> TokenScores:
-    """Scores of `hidden @ weight.T + bias` with `labels`; the module says at what cost.
+    """Return the scores (log-probabilities, ...) of `hidden @ weight.T + bias` with `labels`.
+
+    The module's docstring states the cost in GEMMs and memory.
 
     Args:
         hidden: [..., H], or a sequence of such, one for each term of the head. fp32, bf16 or fp16;
             the GEMMs run in the dtype of the first.
         weight: [V, H], or a sequence of such; its gradient has its own dtype.
-        labels: [...], int64; `options.ignore_index` marks tokens without label and without cost.
+        labels: [...], int64; `options.ignore_index` marks tokens without a label, which cost
+            nothing.
         bias: [V].
         outputs: further fields of `TokenScores`, see `scores.EXTRA`.
-        weighting: None, "uniform" or "probability", a promise about the gradient of log_probs.
+        weighting: None, or the gradient of log_probs, declared in advance: "uniform" or
+            "probability" (see the module's docstring).
         max_rows: rows of logits held at once; default `workspace_rows`.
         shard: as in `linear_cross_entropy`.
 
@@ -180,8 +184,8 @@ def linear_log_probs(
     log_probs, entropy and log_sum_exp to hidden, weight and bias. torch.compile breaks the graph
     here.
 
-    Raises ValueError for an unknown output or weighting, for operands that do not fit, and for
-    labels outside [0, V): at once where the host reads the token count, else in backward; their
+    Raises ValueError for an unknown output or weighting, if operands do not fit, and for labels
+    outside [0, V): at once where the host reads the token count, else in backward; their
     log-probability is NaN until then.
     """
     head = LinearHead.checked(hidden, weight, bias, shard)

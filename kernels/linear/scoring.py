@@ -1,4 +1,4 @@
-"""The chunk loop of a linear head whose tokens are scored: log-probabilities and their gradient.
+"""The chunk loop of a linear head that scores tokens: log-probabilities and their gradient.
 
 There are two ways to compute the gradient. Both are used by `log_probs.py` and `log_prob_loss.py`,
 which describe what they compute and what it costs:
@@ -24,12 +24,11 @@ from .head import LinearHead, Plan
 from .supervised import Tokens
 from .sweep import Sweep
 from .vocab_parallel import score, score_gradient_
-from .workspace import pack, rounded, unit_rows
+from .workspace import group_workspace, pack_groups, round_up_rows
 
 
 class Scoring(Sweep):
-    """A sweep whose rows are scored first, and turned into a gradient when that of their scores is
-    known."""
+    """A sweep that scores rows, and computes gradients once the scores' gradients are known."""
 
     def __init__(
         self, head: LinearHead, tokens: Tokens, plan: Plan, options: ScoreOptions,
@@ -40,7 +39,7 @@ class Scoring(Sweep):
 
     @classmethod
     def start(cls, head, tokens, plan, options, outputs: Sequence[str]) -> Scoring:
-        """With the scores of tokens without label: zeros."""
+        """Return a sweep whose scores are all zero, as they stay for tokens without a label."""
         n, like = tokens.labels.shape[0], head.hidden[0]
         scores = {
             name: torch.zeros(n, dtype=_dtype(name, like), device=like.device)
@@ -49,7 +48,7 @@ class Scoring(Sweep):
         return cls(head, tokens, plan, options, TokenScores(**scores))
 
     def score_(self, logits: torch.Tensor, start: int, stop: int) -> None:
-        """Score the rows from `start` to `stop`."""
+        """Write the scores of the rows from `start` to `stop`."""
         labels = self.tokens.pick(self.tokens.labels, start, stop)
         wanted = [name for name, out in self.scores._asdict().items() if out is not None]
         part = score(logits, labels, self.options, wanted, self.head.shard)
@@ -57,8 +56,8 @@ class Scoring(Sweep):
             if out is not None:
                 self.tokens.put(out, values, start, stop)
 
-    def use_(self, begin: int, stop: int, grads: ScoreGradients) -> None:
-        """Overwrite the workspace with dlogits of these rows, and add what they give.
+    def backward_(self, begin: int, stop: int, grads: ScoreGradients) -> None:
+        """Overwrite the workspace with dlogits of these rows, and add their d hidden and d weight.
 
         `grads` holds a value for every token, in the tokens' own order.
         """
@@ -73,41 +72,41 @@ class Scoring(Sweep):
         self.add_hidden(begin, stop)
         self.add_head(begin, stop)
 
-    def recompute_and_use_(self, start: int, stop: int, grads: ScoreGradients) -> None:
-        for begin, end in self.again(start, stop):
-            self.use_(begin, end, grads)
+    def recompute_backward_(self, start: int, stop: int, grads: ScoreGradients) -> None:
+        for begin, end in self.recompute(start, stop):
+            self.backward_(begin, end, grads)
 
 
 def _dtype(name: str, like: torch.Tensor) -> torch.dtype:
     return {"argmax": torch.int64, "is_top1": torch.bool}.get(name, accumulate_dtype(like))
 
 
-class Kept(NamedTuple):
-    """The logits of the rows from `start` to `stop`, kept from forward for backward."""
+class SavedLogits(NamedTuple):
+    """The logits of the rows from `start` to `stop`, saved by forward for backward."""
 
     logits: torch.Tensor  # [at least stop - start, V]
     start: int
     stop: int
 
 
-def forward(scoring: Scoring) -> Kept | None:
+def forward(scoring: Scoring) -> SavedLogits | None:
     """Score all tokens, and return the last workspace if there will be a backward."""
     plan = scoring.plan
     rows = plan.rows if plan.want_grad else plan.workspace(scoring.tokens.labels.shape[0])
-    # What backward does not find in the last workspace it computes again.
+    # Backward recomputes the logits that the last workspace does not hold.
     *_, (begin, stop) = scoring.workspaces(scoring.score_, rows, last_full=True)
-    return Kept(scoring.logits, begin, stop) if plan.want_grad else None
+    return SavedLogits(scoring.logits, begin, stop) if plan.want_grad else None
 
 
-def backward(scoring: Scoring, grads: ScoreGradients, kept: Kept | None):
-    """(d hidden, d weight, d bias); uses up `kept`."""
+def backward(scoring: Scoring, grads: ScoreGradients, saved: SavedLogits | None):
+    """Return (d hidden, d weight, d bias); overwrites the logits of `saved`."""
     scoring.tokens.check()
-    start, stop = (kept.start, kept.stop) if kept else (scoring.tokens.supervised(),) * 2
-    scoring.logits = kept.logits if kept else scoring.new_logits(min(scoring.plan.rows, stop))
-    scoring.sum_over(few=stop <= 2 * scoring.rows)
+    start, stop = (saved.start, saved.stop) if saved else (scoring.tokens.supervised(),) * 2
+    scoring.logits = saved.logits if saved else scoring.new_logits(min(scoring.plan.rows, stop))
+    scoring.choose_sum_dtypes(at_most_two=stop <= 2 * scoring.rows)
     if stop > start or not stop:
-        scoring.use_(start, stop, grads)
-    scoring.recompute_and_use_(0, start, grads)
+        scoring.backward_(start, stop, grads)
+    scoring.recompute_backward_(0, start, grads)
     return scoring.gradients()
 
 
@@ -116,24 +115,24 @@ def forward_with_gradient(
     ends: Callable[[], list[int]],
     gradient_of: Callable[[TokenScores, int, int], ScoreGradients],
 ) -> None:
-    """Scores and gradients in one sweep, unit by unit.
+    """Compute scores and gradients in one sweep, group by group.
 
-    A unit is a group of consecutive rows with a loss of its own. `ends()` waits for the number of
-    rows and returns where each unit ends; `gradient_of(scores, first, last)` the gradient of the
-    loss of these units in their scores, in the order of tokens. A unit larger than the workspace
-    has its logits computed twice. So units, not the number of rows, decide where a workspace ends:
-    the loop is not that of `Sweep.workspaces`.
+    A group consists of consecutive rows whose loss depends on no other row. `ends()` waits for the
+    number of rows and returns the row at which each group ends. `gradient_of(scores, first, last)`
+    returns the gradient of these groups' loss with respect to the scores, in the order of tokens.
+    If a group is larger than the workspace, its logits are computed twice. A workspace ends where a
+    group ends, not at a fixed number of rows, so `Sweep.workspaces` does not serve here.
     """
     n, plan = scoring.tokens.labels.shape[0], scoring.plan
     queued = min(n, plan.first)
     if queued:
         scoring.make_room(queued)
         scoring.fill_(scoring.logits, 0, queued)
-    units = ends()
-    scoring.make_room(rounded(unit_rows(units, plan.rows), min(n, plan.rows)))
-    parts = list(pack(units, scoring.rows))
-    few = sum(-(-(stop - begin) // scoring.rows) for _, _, begin, stop in parts) <= 2
-    scoring.sum_over(few=few)
+    group_ends = ends()
+    scoring.make_room(round_up_rows(group_workspace(group_ends, plan.rows), min(n, plan.rows)))
+    parts = list(pack_groups(group_ends, scoring.rows))
+    workspaces = sum(-(-(stop - begin) // scoring.rows) for _, _, begin, stop in parts)
+    scoring.choose_sum_dtypes(at_most_two=workspaces <= 2)
     for first, last, begin, stop in parts:
         ready = min(queued, stop) if begin == 0 else begin
         for start in range(begin, max(stop, begin + 1), scoring.rows):
@@ -143,7 +142,7 @@ def forward_with_gradient(
                 scoring.fill_(scoring.logits[missing - start : end - start], missing, end)
             scoring.score_(scoring.logits[: end - start], start, end)
         grads = gradient_of(scoring.scores, first, last)
-        scoring.use_(start, stop, grads)  # the last part's logits are still there
-        scoring.recompute_and_use_(begin, start, grads)
+        scoring.backward_(start, stop, grads)  # the workspace still holds these logits
+        scoring.recompute_backward_(begin, start, grads)
     if not parts:  # no token has a label: gradients of zero
-        scoring.use_(0, 0, gradient_of(scoring.scores, 0, 0))
+        scoring.backward_(0, 0, gradient_of(scoring.scores, 0, 0))

@@ -24,7 +24,8 @@ def _partition_kernel(
     labels_ptr, order_ptr, stats_ptr, N, V, ignore_index,
     WRITE_ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Supervised indices from the front in order, ignored ones from the back; and their counts."""
+    """Write the indices of supervised tokens from the front, in order, and those of ignored tokens
+    from the back; store the counts."""
     supervised = tl.zeros([], tl.int64)
     out_of_range = tl.zeros([], tl.int64)
     for start in range(0, N, BLOCK):
@@ -35,7 +36,7 @@ def _partition_kernel(
         rank = tl.cumsum(keep.to(tl.int32), 0)
         if WRITE_ORDER:
             front = supervised + rank - 1
-            # Of the rows before this one, those not kept already stand at the back.
+            # The ignored rows before this one already take up the end of the order.
             back = N - 1 - (rows.to(tl.int64) - supervised - rank)
             tl.store(order_ptr + tl.where(keep, front, back), rows.to(tl.int64), mask=inside)
         bad = keep & ((labels < 0) | (labels >= V))
@@ -48,8 +49,8 @@ def _partition_kernel(
 def partition(
     labels_N: torch.Tensor, vocab: int, ignore_index: int, want_order: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order, stats): a permutation of the tokens with the supervised ones first (empty unless
-    wanted), and [number of supervised tokens, number of labels outside [0, vocab)]; int64."""
+    """Return (order, stats), both int64: a permutation of the tokens with the supervised ones first
+    (empty unless wanted); and [supervised tokens, labels outside [0, vocab)], their numbers."""
     n = labels_N.shape[0]
     if use_triton(labels_N):
         order_N = torch.empty(n if want_order else 0, dtype=torch.int64, device=labels_N.device)
@@ -68,10 +69,10 @@ def partition(
 
 
 class HostStats:
-    """The `stats` of `partition`, and what the caller appended to them, on their way to the host.
+    """The `stats` of `partition`, with what the caller appended, copied to the host asynchronously.
 
-    On a CPU they are there at once, and labels out of range raise at once. Under CUDA graph capture
-    nothing can be read: `wait` then answers that every token is supervised.
+    On a CPU they are available at once. Under CUDA graph capture nothing can be read, and every
+    token counts as supervised.
     """
 
     def __init__(self, stats: torch.Tensor):
@@ -87,12 +88,15 @@ class HostStats:
             self._event.record()
 
     def wait(self, tokens: int, vocab: int) -> int:
-        """Of `tokens` tokens, how many are supervised; ValueError if a label is out of range."""
+        """Wait for the number of supervised tokens among `tokens`, and return it.
+
+        Raise ValueError if a label lies outside [0, vocab).
+        """
         self.check(vocab)
         return tokens if self._host is None else self._numbers()[0]
 
     def counts(self, number: int) -> list[int]:
-        """Return the `number` values that follow the stats."""
+        """Wait for the `number` values that the caller appended to the stats, and return them."""
         if self._host is None:
             raise RuntimeError("a loss of groups needs their sizes: not inside a CUDA graph")
         return self._numbers()[2 : 2 + number]
@@ -117,21 +121,21 @@ class HostStats:
 
 @dataclasses.dataclass
 class Tokens:
-    """The labels of one call, and the order in which their rows are done."""
+    """The labels of one call, and the order in which their rows are processed."""
 
-    labels: torch.Tensor  # [N]; of a divergence the mask
+    labels: torch.Tensor  # [N]; for a divergence, the mask
     order: torch.Tensor  # [N], supervised tokens first; or [0]: the tokens' own order
     host: HostStats  # how many tokens are supervised
-    vocab: int  # what labels are below
+    vocab: int  # labels lie in [0, vocab)
 
     @classmethod
     def of(cls, labels_N: torch.Tensor, vocab: int, ignore_index: int, first: int) -> Tokens:
-        """With supervised tokens first, if there are more than the `first` queued ones."""
+        """Return tokens, supervised ones first unless the `first` queued rows hold all of them."""
         order_N, stats = partition(labels_N, vocab, ignore_index, labels_N.shape[0] > first)
         return cls(labels_N, order_N, HostStats(stats), vocab)
 
     def supervised(self) -> int:
-        """Rows to do: where the supervised tokens come first their number, else all."""
+        """Return how many rows to process: if ordered, the supervised tokens, otherwise all."""
         n = self.labels.shape[0]
         return self.host.wait(n, self.vocab) if self.order.numel() else n
 
@@ -140,13 +144,13 @@ class Tokens:
         self.host.check(self.vocab)
 
     def pick(self, tensor_N: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Return these rows of `tensor_N`."""
+        """Return the rows of `tensor_N` from `start` to `stop`, in processing order."""
         if self.order.numel():
             return tensor_N.index_select(0, self.order[start:stop])
         return tensor_N[start:stop]
 
     def put(self, out_N: torch.Tensor, values: torch.Tensor, start: int, stop: int) -> None:
-        """Make these rows of `out_N` the `values`."""
+        """Write `values` to the rows of `out_N` from `start` to `stop`, in processing order."""
         if self.order.numel():
             out_N.index_copy_(0, self.order[start:stop], values)
         else:

@@ -17,18 +17,18 @@ from ..logits.reduction import masked_scale, scale_rows
 from ..logits.transform import accumulate_dtype
 from .head import LinearHead, Plan, split
 from .supervised import Tokens
-from .workspace import grown, rounded, spans, spans_last_full, sum_dtype
+from .workspace import grow_workspace, round_up_rows, spans, spans_last_full, sum_dtype
 
 Step = Callable[[torch.Tensor, int, int], None]
-"""step(logits, start, stop): use the logits of these rows, a part of the workspace."""
+"""step(logits, start, stop): process the logits of these rows, a view of the workspace."""
 
 
 class Sweep:
-    """One head, its tokens, its workspace of logits, and the gradients so far, before g."""
+    """A head, its tokens, its workspace of logits, and its gradients so far (not scaled by g)."""
 
     def __init__(self, head: LinearHead, tokens: Tokens, plan: Plan, logits=None):
         self.head, self.dtypes = head.cast(), head.dtypes
-        self.sums = self.dtypes  # in which d weight is summed
+        self.sum_dtypes = self.dtypes  # those in which d weight is summed
         self.tokens, self.plan = tokens, plan
         self.logits = self.new_logits(0) if logits is None else logits  # [rows, V]
         self.dhidden: list[torch.Tensor | None] = [None] * len(head.hidden)
@@ -37,7 +37,7 @@ class Sweep:
 
     @property
     def rows(self) -> int:
-        """Rows of the workspace that there is."""
+        """Rows of the present workspace, or 1."""
         return max(self.logits.shape[0], 1)
 
     def new_logits(self, rows: int) -> torch.Tensor:
@@ -45,7 +45,7 @@ class Sweep:
 
     def make_room(self, rows: int) -> None:
         if rows > self.logits.shape[0]:
-            self.logits = grown(self.logits, rows)
+            self.logits = grow_workspace(self.logits, rows)
 
     def fill_(self, out: torch.Tensor, start: int, stop: int) -> None:
         """Fill `out` [stop - start, V] with the logits of these rows."""
@@ -62,10 +62,10 @@ class Sweep:
     def workspaces(
         self, step: Step, rows: int, last_full: bool = False
     ) -> Iterator[tuple[int, int]]:
-        """Take all rows through `step`, and yield (begin, stop) of each workspace that is full.
+        """Run `step` on all rows, and yield the range (begin, stop) of each finished workspace.
 
-        `self.logits[: stop - begin]` then is what the step left of the logits. The last workspace
-        has no rows if no token is supervised. With `last_full` it is as full as it can be.
+        `self.logits[: stop - begin]` then holds what the step made of the logits. The last range
+        is empty if no token is supervised; with `last_full` it is as full as possible.
         """
         n = self.tokens.labels.shape[0]
         limits = n, rows, self.plan.first, self.tokens.supervised
@@ -79,15 +79,17 @@ class Sweep:
             begin, stop = new_begin, new_stop
             if stop - begin > self.logits.shape[0]:
                 self.make_room(
-                    stop if start == 0 else rounded(self.tokens.supervised(), min(n, rows))
+                    stop if start == 0 else round_up_rows(self.tokens.supervised(), min(n, rows))
                 )
             part = self.logits[start - begin : stop - begin]
             self.fill_(part, start, stop)
             step(part, start, stop)
         yield begin, stop
 
-    def again(self, start: int, stop: int, step: Step | None = None) -> Iterator[tuple[int, int]]:
-        """Like `workspaces`, for rows whose number is known, in the workspace that there is."""
+    def recompute(
+        self, start: int, stop: int, step: Step | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Compute the logits of these rows in the present workspace, and yield as `workspaces`."""
         for begin in range(start, stop, self.rows):
             end = min(begin + self.rows, stop)
             part = self.logits[: end - begin]
@@ -96,12 +98,12 @@ class Sweep:
                 step(part, begin, end)
             yield begin, end
 
-    def sum_over(self, few: bool) -> None:
-        """Choose the dtypes in which d weight is summed over several workspaces, `few` if two."""
-        self.sums = [sum_dtype(dtype, few) for dtype in self.dtypes]
+    def choose_sum_dtypes(self, at_most_two: bool) -> None:
+        """Choose the dtypes in which d weight is summed over workspaces, `at_most_two` or more."""
+        self.sum_dtypes = [sum_dtype(dtype, at_most_two) for dtype in self.dtypes]
 
     def add_hidden(self, begin: int, stop: int) -> None:
-        """Finish d hidden of the rows whose dlogits the workspace holds; left-out rows are zero."""
+        """Compute d hidden of the rows whose dlogits the workspace holds; ignored rows are zero."""
         dlogits, ordered = self.logits[: stop - begin], self.tokens.order.numel() > 0
         for t, (hidden, weight) in enumerate(zip(self.head.hidden, self.head.weight, strict=True)):
             if not self.plan.want_hidden[t]:
@@ -116,7 +118,7 @@ class Sweep:
                 torch.mm(dlogits, weight, out=out[begin:stop])
 
     def add_head(self, begin: int, stop: int, scale_N: torch.Tensor | None = None) -> None:
-        """Add d weight and d bias of these rows, each row times its scale."""
+        """Add d weight and d bias of these rows, each row multiplied by its `scale_N`."""
         dlogits = self.logits[: stop - begin]
         scale = None if scale_N is None else self.tokens.pick(scale_N, begin, stop)
         for t, (hidden, weight) in enumerate(zip(self.head.hidden, self.head.weight, strict=True)):
@@ -124,7 +126,7 @@ class Sweep:
                 continue
             first = self.dweight[t] is None
             if first:
-                self.dweight[t] = weight.new_empty(weight.shape, dtype=self.sums[t])
+                self.dweight[t] = weight.new_empty(weight.shape, dtype=self.sum_dtypes[t])
             x = scale_rows(self.tokens.pick(hidden, begin, stop), scale)
             _add_product_(self.dweight[t], dlogits, x, first)
         if self.plan.want_bias:
@@ -133,19 +135,20 @@ class Sweep:
                 self.dbias = dlogits.new_zeros(self.head.rows, dtype=dtype)
             self.dbias += _column_sums(dlogits, scale)
 
-    def finished(self) -> tuple[torch.Tensor, ...]:
-        """(d bias, *d hidden, *d weight), for `scaled`; what is not there has no elements."""
-        found = self.dbias, *self.dhidden, *self.dweight
-        return tuple(self.logits.new_empty(0) if d is None else d for d in found)
+    def flat_gradients(self) -> tuple[torch.Tensor, ...]:
+        """Return (d bias, *d hidden, *d weight); missing ones have no elements."""
+        grads = self.dbias, *self.dhidden, *self.dweight
+        return tuple(self.logits.new_empty(0) if d is None else d for d in grads)
 
     def gradients(self):
-        """(d hidden, d weight in the dtypes of the weights, d bias), as `finished`."""
-        dbias, dhidden, dweight = split(self.finished())
+        """Return (d hidden, d weight in the dtypes of the weights, d bias); missing ones have no
+        elements."""
+        dbias, dhidden, dweight = split(self.flat_gradients())
         return dhidden, [d.to(t) for d, t in zip(dweight, self.dtypes, strict=True)], dbias
 
 
 def _add_product_(buffer: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor, first: bool):
-    """buffer [V, H] = dlogits^T x, or += unless `first`, summed in the precision of `buffer`."""
+    """Add dlogits^T x to buffer [V, H], or overwrite it if `first`; sums in the buffer's dtype."""
     beta = 0 if first else 1
     if buffer.dtype == dlogits.dtype:
         torch.addmm(buffer, dlogits.t(), x, beta=beta, out=buffer)
@@ -158,9 +161,9 @@ def _add_product_(buffer: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor, 
 
 
 def _column_sums(dlogits: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Sum over rows of scale_n * dlogits_n.
+    """Return the sum over rows of scale_n * dlogits_n.
 
-    The scale is normalized by its largest magnitude: a common factor is then exact in 16 bits.
+    The scale is divided by its largest magnitude, so that a common factor is exact in 16 bits.
     """
     if scale is None:
         return torch.mv(dlogits.t(), dlogits.new_ones(dlogits.shape[0]))
@@ -169,16 +172,17 @@ def _column_sums(dlogits: torch.Tensor, scale: torch.Tensor | None) -> torch.Ten
     return torch.mv(dlogits.t(), (scale / largest).to(dlogits.dtype)) * largest
 
 
-def scaled(
-    finished: Sequence[torch.Tensor], g: torch.Tensor, supervised_N: torch.Tensor,
+def scale_gradients(
+    grads: Sequence[torch.Tensor], g: torch.Tensor, supervised_N: torch.Tensor,
     dtypes: Sequence[torch.dtype], scale_N: torch.Tensor | None = None,
 ):  # fmt: skip
-    """(d hidden, d weight in `dtypes`, d bias), from (d bias, *d hidden, *d weight) before g.
+    """Return (d hidden, d weight in `dtypes`, d bias): `Sweep.flat_gradients` multiplied by g.
 
-    d hidden is scaled by `scale_N`, by default g, which is 0 for ignored rows; d weight and d bias
-    by g, a scalar if they are known yet, and by 0 if all rows are ignored: whatever g is.
+    The rows of d hidden are multiplied by `scale_N`, which defaults to g, and to 0 for ignored
+    rows. d weight and d bias, if they have elements, are multiplied by g, which is then a scalar.
+    If all rows are ignored they are 0, whatever g is.
     """
-    dbias, dhidden, dweight = split(finished)
+    dbias, dhidden, dweight = split(grads)
     scale_N = masked_scale(g, supervised_N) if scale_N is None else scale_N
     dhidden = [scale_rows(d, scale_N) if d.numel() else torch.empty_like(d) for d in dhidden]
     if dbias.numel() or any(d.numel() for d in dweight):

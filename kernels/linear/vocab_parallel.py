@@ -32,7 +32,7 @@ from ..logits.scores import ScoreGradients, ScoreOptions, TokenScores
 from ..logits.transform import Transform, accumulate_dtype
 
 _PIECE = 1 << 24
-"""Logits in fp32 at once: 64 MiB."""
+"""How many logits are processed in fp32 at once: 64 MiB."""
 
 _IGNORED = -100
 
@@ -42,13 +42,16 @@ class VocabShard:
     """Which rows of a head's weight this rank holds."""
 
     group: dist.ProcessGroup
-    vocab: int  # V, of all ranks
+    vocab: int  # V, the rows of all ranks
     start: int  # the first row of this rank
-    largest: int  # rows of the largest shard: all but the last one
+    largest: int  # rows of the largest shard; only the last shard may have fewer
 
     @classmethod
     def even(cls, group: dist.ProcessGroup, vocab: int) -> VocabShard:
-        """Shards of ceil(V / p) rows, as DTensor makes them; ValueError if a rank has none."""
+        """Return this rank's shard of ceil(V / p) rows, as DTensor splits them.
+
+        Raise ValueError if a rank would have none.
+        """
         ranks = dist.get_world_size(group)
         rows = math.ceil(vocab / ranks)
         if rows * (ranks - 1) >= vocab:
@@ -60,22 +63,23 @@ class VocabShard:
         return min(self.largest, self.vocab - self.start)
 
     def local(self, labels_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(labels counted from this rank's first row, 0 where another rank has them; whose)."""
+        """Return (labels relative to this rank's first row, 0 if it does not have them; whether it
+        has them)."""
         own_N = (labels_N >= self.start) & (labels_N < self.start + self.rows)
         return (labels_N - self.start).where(own_N, 0), own_N
 
     def all_reduce(self, values: torch.Tensor, op) -> torch.Tensor:
-        """`values` reduced over the ranks, in place."""
+        """Reduce `values` over the ranks in place, and return them."""
         dist.all_reduce(values, op=op, group=self.group)
         return values
 
     def sum(self, *rows_N: torch.Tensor) -> torch.Tensor:
-        """Each of `rows_N` summed over the ranks, in one message."""
+        """Return each of `rows_N` summed over the ranks, in one message."""
         return self.all_reduce(torch.stack(rows_N), dist.ReduceOp.SUM)
 
 
 def _kinds(labels_N, ignore_index: int, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens are supervised, and which of them with a label inside [0, V)."""
+    """Return masks [N] of the supervised tokens, and of those whose label is inside [0, V)."""
     supervised_N = labels_N != ignore_index
     return supervised_N, supervised_N & (labels_N >= 0) & (labels_N < shard.vocab)
 
@@ -84,7 +88,7 @@ def _kinds(labels_N, ignore_index: int, shard: VocabShard) -> tuple[torch.Tensor
 
 
 class _Weights(NamedTuple):
-    """What the class weights, 1 where there are none, and the label smoothing amount to."""
+    """The factors that class weights (default 1) and label smoothing (eps) put on the loss."""
 
     hard: torch.Tensor  # [N], (1 - eps) * w of the label
     smooth: torch.Tensor | float  # [V_r], eps / V * w_v, of this rank's rows
@@ -107,13 +111,15 @@ def token_loss_(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, class_weight_V: torch.Tensor | None,
     options: LossOptions, want_grad: bool, shard: VocabShard | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Loss [N]; with `want_grad` the logits, of a shard the local ones, become their gradient.
+    """Return the loss [N]; with `want_grad`, overwrite the (local) logits with their gradient.
 
-    Those of a shard are computed in fp32, some rows at a time.
+    The logits of a shard are processed in fp32, a limited number of rows at a time.
     """
     if shard is None:
-        found = cross_entropy.token_loss_(logits_NV, labels_N, class_weight_V, options, want_grad)
-        return found[0]
+        loss_N, _ = cross_entropy.token_loss_(
+            logits_NV, labels_N, class_weight_V, options, want_grad
+        )
+        return loss_N
     supervised_N, valid_N = _kinds(labels_N, options.ignore_index, shard)
     label_N, own_N = shard.local(labels_N)
     dtype = accumulate_dtype(logits_NV)
@@ -156,8 +162,8 @@ def _pieces(logits_NV: torch.Tensor) -> list[slice]:
 
 
 def _local_sums(y_nV: torch.Tensor, label_n: torch.Tensor, smooth_V) -> tuple[torch.Tensor, ...]:
-    """(maximum, sum of exponentials relative to it, y of the label, sum of smooth_v * y_v relative
-    to it)."""
+    """Return (maximum, sum of exponentials relative to it, y of the label, sum of smooth_v * y_v
+    relative to it)."""
     top_n = y_nV.amax(-1)
     picked_n = y_nV.gather(1, label_n[:, None]).squeeze(1)
     below_nV = y_nV - top_n.masked_fill(top_n == -math.inf, 0.0)[:, None]
@@ -168,7 +174,7 @@ def _local_sums(y_nV: torch.Tensor, label_n: torch.Tensor, smooth_V) -> tuple[to
 
 
 def _rescaled(total_N: torch.Tensor, shift_N: torch.Tensor) -> torch.Tensor:
-    """Return sums of exponentials, from the local maximum to that of all ranks."""
+    """Return sums of exponentials relative to the maximum of all ranks instead of the local one."""
     return (total_N * shift_N.exp()).where(total_N != 0, 0.0)
 
 
@@ -179,7 +185,7 @@ def score(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, options: ScoreOptions, wanted: Sequence[str],
     shard: VocabShard | None,
 ) -> TokenScores:  # fmt: skip
-    """Return the scores of `kernels.logits.log_probs.score`, of a shard from each rank's own.
+    """Return the scores of `kernels.logits.log_probs.score`, combined over the ranks of a shard.
 
     With lse_r and entropy_r of rank r's logits alone, w_r = exp(lse_r - top), W = sum_r w_r:
 
@@ -191,10 +197,10 @@ def score(
     supervised_N, valid_N = _kinds(labels_N, options.ignore_index, shard)
     label_N, own_N = shard.local(labels_N)
     options = dataclasses.replace(options, ignore_index=_IGNORED)
-    asked = [name for name in wanted if name not in ("argmax", "is_top1")]
-    if len(asked) < len(wanted):
-        asked.append("argmax")
-    own = log_probs.score(logits_NV, label_N.where(supervised_N, _IGNORED), options, asked)
+    local = [name for name in wanted if name not in ("argmax", "is_top1")]
+    if len(local) < len(wanted):
+        local.append("argmax")
+    own = log_probs.score(logits_NV, label_N.where(supervised_N, _IGNORED), options, local)
 
     top_N = shard.all_reduce(own.log_sum_exp.clone(), dist.ReduceOp.MAX)
     shift_N = own.log_sum_exp - top_N
@@ -223,7 +229,7 @@ def score(
     if own.mean_logits is not None:
         found["mean_logits"] = next(others)
     if own.argmax is not None:
-        argmax_N = _first_of_all(shard, logits_NV, own.argmax, options.transform)
+        argmax_N = _global_argmax(shard, logits_NV, own.argmax, options.transform)
         if "argmax" in wanted:
             found["argmax"] = argmax_N
         if "is_top1" in wanted:
@@ -231,9 +237,8 @@ def score(
     return TokenScores(**{name: supervised(values_N) for name, values_N in found.items()})
 
 
-def _first_of_all(shard: VocabShard, logits_NV, argmax_N, transform: Transform):
-    """Return the smallest index with the largest y of all ranks, from the `argmax_N` of this
-    one."""
+def _global_argmax(shard: VocabShard, logits_NV, argmax_N, transform: Transform):
+    """Return the smallest index of the largest y over all ranks, from this rank's `argmax_N`."""
     best_N = transform(logits_NV.gather(1, argmax_N[:, None])).squeeze(1)
     best_of_all_N = shard.all_reduce(best_N.clone(), dist.ReduceOp.MAX)
     index_N = (argmax_N + shard.start).where(best_N == best_of_all_N, shard.vocab)
@@ -244,7 +249,7 @@ def score_gradient_(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, scores: TokenScores, grads: ScoreGradients,
     options: ScoreOptions, shard: VocabShard | None,
 ) -> None:  # fmt: skip
-    """Overwrite the logits with their gradient; the label's term goes to the rank that has it."""
+    """Overwrite the logits with their gradient; only the rank that has the label adds its term."""
     if shard is not None:
         supervised_N, valid_N = _kinds(labels_N, options.ignore_index, shard)
         labels_N, own_N = shard.local(labels_N)

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 import torch
 
 CPU_MEMORY = 16 << 30
-"""What a CPU is taken to have: its workspace is 256 MiB."""
+"""The memory that a CPU is assumed to have: its workspace is 256 MiB."""
 
 SPLIT_ROWS = 4096
-"""From so many rows on, two workspaces of half the size cost a few percent of time at most."""
+"""With at least this many rows, two workspaces of half the size take only a few percent longer."""
 
 
 def workspace_rows(
     tokens: int, vocab: int, trainable_width: int, hidden: torch.Tensor, workspaces: int = 1
 ) -> int:
-    """Return the most rows of logits to hold at once on the device of `hidden`, see `rows_on`."""
+    """Return the maximum rows of logits to hold on the device of `hidden`; see `rows_on`."""
     if hidden.is_cuda:
         memory = torch.cuda.get_device_properties(hidden.device).total_memory
     else:
@@ -28,13 +28,14 @@ def workspace_rows(
 def rows_on(
     memory: int, tokens: int, vocab: int, trainable_width: int, itemsize: int, workspaces: int = 1
 ) -> int:
-    """Return the most rows of logits to hold at once on a device of `memory` bytes.
+    """Return the maximum rows of logits to hold at once on a device of `memory` bytes.
 
-    What the budget holds: 1/64 of the memory; a quarter of it if there is no d weight, whose
-    summation is what large workspaces are for. If all tokens fit `workspaces` of the budget and the
-    fp32 buffer for d weight together, they may have both: the buffer is then unnecessary.
+    The budget is 1/64 of the memory; without d weight a quarter of that, because large workspaces
+    only make the summation of d weight cheaper. A workspace may also take the memory of the fp32
+    buffer for d weight, if all tokens then fit `workspaces` such workspaces: that many need no
+    buffer.
 
-    The answer depends on `tokens` through one comparison only, so that compiled code serves every
+    The result depends on `tokens` only through one comparison, so that compiled code serves every
     number of tokens on the same side of it.
     """
     budget = memory // 64
@@ -46,14 +47,17 @@ def rows_on(
 
 
 def workspace(n: int, most: int) -> int:
-    """Rows of a workspace of at most `most` rows, such that n rows make equal ones."""
+    """Return how many rows, at most `most`, each workspace gets so that n rows fill them evenly."""
     if n <= most:
         return max(n, 1)
     return min(most, math.ceil(n / math.ceil(n / most) / 64) * 64)
 
 
-def unit_rows(ends: list[int], most: int) -> int:
-    """Like `workspace`, but never split a group; prefer two half-size chunks."""
+def group_workspace(ends: list[int], most: int) -> int:
+    """Return the rows of a workspace for groups that end at `ends`.
+
+    Like `workspace`, but prefer two workspaces of about half the size that split no group.
+    """
     total = ends[-1] if ends else 0
     if total >= SPLIT_ROWS:
         halves = min(max(end, total - end) for end in ends)
@@ -62,20 +66,21 @@ def unit_rows(ends: list[int], most: int) -> int:
     return workspace(total, most)
 
 
-def sum_dtype(dtype: torch.dtype, few: bool) -> torch.dtype:
-    """Return the accumulation dtype of d weight; `few`: over at most two workspaces.
+def sum_dtype(dtype: torch.dtype, at_most_two: bool) -> torch.dtype:
+    """Return the dtype in which d weight is summed over workspaces, `at_most_two` or more.
 
-    Two need one rounding between them, no larger than the last one; so the gradient itself is the
-    buffer. More are summed in fp32, and so is fp16, whose range a sum before its division by the
-    number of tokens would leave.
+    The sum of two is rounded once in between, by no more than the final rounding, so the gradient
+    itself is the buffer. More are summed in fp32. fp16 always is: before the division by the number
+    of tokens, a sum can exceed its range.
     """
-    return dtype if few and dtype != torch.float16 else torch.promote_types(dtype, torch.float32)
+    in_place = at_most_two and dtype != torch.float16
+    return dtype if in_place else torch.promote_types(dtype, torch.float32)
 
 
-def grown(logits: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return a workspace of `rows` rows that begins with what `logits` holds.
+def grow_workspace(logits: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return a workspace of `rows` rows that begins with a copy of `logits`.
 
-    The first rows are queued before the host knows how many will follow.
+    Needed because the first rows are queued before the host knows how many follow.
     """
     larger = logits.new_empty((rows, logits.shape[1]))
     if logits.shape[0]:
@@ -83,15 +88,15 @@ def grown(logits: torch.Tensor, rows: int) -> torch.Tensor:
     return larger
 
 
-def rounded(total: int, most: int) -> int:
-    """Rows to allocate for `total`: a multiple of 1024, so that the allocator finds them again."""
+def round_up_rows(total: int, most: int) -> int:
+    """Return `total` rounded up to 1024, at most `most`, so that the allocator reuses blocks."""
     return min(math.ceil(total / 1024) * 1024, most)
 
 
 def spans(n: int, rows: int, first: int, count: Callable[[], int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the parts that make up the workspaces of `rows` rows.
+    """Yield (start, stop) of the parts that make up the workspaces of `rows` rows.
 
-    The part of `first` rows is queued before `count()`, the number of rows to do, is awaited.
+    The first part, of `first` rows, comes before `count()` waits for the number of rows to process.
     """
     start, stop = 0, min(n, rows, first)
     if stop:
@@ -105,17 +110,17 @@ def spans(n: int, rows: int, first: int, count: Callable[[], int]) -> Iterator[t
 def spans_last_full(
     n: int, rows: int, first: int, count: Callable[[], int]
 ) -> Iterator[tuple[int, int, int]]:
-    """(begin, start, stop) of parts such that the workspace ends as full as it can be.
+    """Yield (begin, start, stop) of parts such that the last workspace is as full as possible.
 
-    The part from `start` to `stop` lies in a workspace that begins at row `begin`. What does not
-    fit the last workspace comes first. `first` and `count` as in `spans`.
+    The rows from `start` to `stop` lie in a workspace that begins at row `begin`. Rows that do not
+    fit the last workspace come first. `first` and `count` are as in `spans`.
     """
     begin = start = 0
     stop = min(n, rows, first)
     if stop:
         yield begin, start, stop
     total = count() if n > stop else stop
-    if total > rows:  # the queued rows were a part of their own
+    if total > rows:  # the queued rows then fill a workspace by themselves
         rest = (total - stop) % rows
         begin = stop
         if rest:
@@ -127,13 +132,16 @@ def spans_last_full(
         begin = stop if stop < total else begin
 
 
-def pack(ends: list[int], rows: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first unit, unit after the last, first row, row after the last): as many whole units as fit
-    `rows` rows, at least one. Unit i covers the rows from ends[i - 1] to ends[i]."""
-    unit, start = 0, 0
-    while unit < len(ends):
-        last = unit + 1
+def pack_groups(ends: list[int], rows: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first group, group after the last, first row, row after the last).
+
+    Each range holds as many whole groups as fit `rows` rows, but at least one. Group i covers the
+    rows from ends[i - 1] to ends[i].
+    """
+    first, start = 0, 0
+    while first < len(ends):
+        last = first + 1
         while last < len(ends) and ends[last] - start <= rows:
             last += 1
-        yield unit, last, start, ends[last - 1]
-        unit, start = last, ends[last - 1]
+        yield first, last, start, ends[last - 1]
+        first, start = last, ends[last - 1]

@@ -21,7 +21,7 @@ from .transform import accumulate_dtype, chain, transform
 
 
 def _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad):
-    """`token_loss_` in plain torch, in place on `logits_NV` like the kernel."""
+    """Compute `token_loss_` in plain torch, in place on `logits_NV` like the kernel."""
     y_NV = options.transform(logits_NV)
     ignored_N = labels_N == options.ignore_index
     valid_N = (labels_N >= 0) & (labels_N < y_NV.shape[1]) & ~ignored_N
@@ -66,7 +66,7 @@ def _gradient(
     softcap,
     HAS_CLASS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d logits for a block of columns; `smooth` is eps / V, `hard` is (1 - eps) * w_c."""
+    """Return d loss / d logits of a block of columns; smooth = eps / V, hard = (1 - eps) * w_c."""
     slope = hard + smooth * total_weight + 2.0 * z_loss * lse
     grad = tl.exp(log_p) * slope
     if HAS_CLASS_WEIGHT:
@@ -84,7 +84,7 @@ def _token_loss_kernel(
     WRITE_GRAD: tl.constexpr, SMOOTH: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: loss and lse; with WRITE_GRAD the logits become their gradient."""
+    """Compute one token's loss and lse; with WRITE_GRAD, overwrite its logits with dlogits."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     logits_ptr += row * row_stride
@@ -137,7 +137,7 @@ def _token_loss_kernel(
     tl.store(lse_ptr + row, lse)
 
     if WRITE_GRAD:
-        tl.debug_barrier()  # y_label is read before any thread overwrites it
+        tl.debug_barrier()  # so that no thread overwrites the label's logit before it is read
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             mask = cols < V
@@ -182,7 +182,7 @@ def _cross_entropy_bwd_kernel(
 
 # --- launchers -------------------------------------------------------------------------------
 
-# Columns and warps of a program, in place and in the two kernels of the separate operation (H200).
+# Columns and warps of a program: with the gradient in place, without it, and of backward (H200).
 _IN_PLACE = (4096, 8)
 _FWD = (4096, 4)
 _BWD = (2048, 4)
@@ -199,7 +199,7 @@ def token_loss_(
     options: LossOptions,
     want_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss [N], lse [N]); with `want_grad` overwrites `logits_NV` with d loss_n / d logits_n."""
+    """Return (loss [N], lse [N]); `want_grad` overwrites `logits_NV` with d loss_n / d logits_n."""
     if not runs_in_triton(logits_NV):
         return _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad)
     n, vocab = logits_NV.shape
@@ -287,22 +287,22 @@ def cross_entropy(
     num_items_in_batch: torch.Tensor | int | None = None,
     options: LossOptions = LossOptions(),
 ) -> torch.Tensor:
-    """Cross entropy of `logits` [..., V] with `labels` [...]; the formula is in `loss.py`.
+    """Return the cross entropy of `logits` with `labels`; the formula is in `loss.py`.
 
     Args:
-        logits: fp32, bf16, fp16 (fp64 on the torch path).
-        labels: int64; `options.ignore_index` marks tokens without loss.
+        logits: [..., V], fp32, bf16, fp16 (fp64 on the torch path).
+        labels: [...], int64; `options.ignore_index` marks tokens without loss.
         class_weight: [V], as `weight` of `torch.nn.functional.cross_entropy`.
         token_weight: same shape as `labels`; multiplies each token's loss before the reduction.
         reduction: "none" (the shape of `labels`), "sum" or "mean". "mean" divides by the number of
-            supervised tokens (by the sum of their class weights if given), whatever `token_weight`.
+            supervised tokens (by the sum of their class weights if given), not by token weights.
         num_items_in_batch: if given, the summed loss is divided by it instead (HF gradient
             accumulation).
 
     Returns the loss in fp32. With no supervised token it is 0, with gradient 0 (torch gives NaN).
 
-    Raises ValueError for shapes, dtypes or devices that do not fit. A label outside [0, V) gives a
-    NaN loss.
+    Raises ValueError if shapes, dtypes or devices do not fit. A label outside [0, V) gives a NaN
+    loss.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")

@@ -32,7 +32,7 @@ from .transform import accumulate_dtype, chain, transform
 
 
 def _token_divergence_torch(student_NV, teacher_NV, mask_N, options, grad_NV):
-    """`token_divergence` in plain torch."""
+    """Compute `token_divergence` in plain torch."""
     dtype = accumulate_dtype(student_NV)
     y_s = options.student(student_NV)
     log_s = y_s.log_softmax(-1)
@@ -59,14 +59,14 @@ def _token_divergence_torch(student_NV, teacher_NV, mask_N, options, grad_NV):
 
 @triton.jit
 def _load(logits_ptr, cols, mask, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """y for a block of columns, -inf beyond the last."""
+    """Return y for a block of columns, -inf beyond the last column."""
     z = tl.load(logits_ptr + cols, mask=mask, other=-float("inf")).to(tl.float32)
     return tl.where(mask, transform(z, scale, softcap, HAS_SOFTCAP), -float("inf"))
 
 
 @triton.jit
 def _add_exp(top, sums, y):
-    """Take a block into the online log-sum-exp: (largest y so far, sums of exp(y - largest))."""
+    """Add a block to the online log-sum-exp; return (maximum so far, sums of exp(y - maximum))."""
     new_top = tl.maximum(top, tl.max(y, 0))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     return new_top, sums * tl.exp(top - shift) + tl.exp(y - shift)
@@ -74,7 +74,7 @@ def _add_exp(top, sums, y):
 
 @triton.jit
 def _compare(log_s, log_t, log_share_s, log_share_t, KIND: tl.constexpr):
-    """(p_s, p_t, log(p_s / m), log(p_t / m)), the logarithms 0 where their p is 0."""
+    """Return (p_s, p_t, log(p_s / m), log(p_t / m)), the logarithms 0 where their p is 0."""
     if KIND == "forward":
         log_m = log_s
     elif KIND == "reverse":
@@ -100,7 +100,7 @@ def _divergence_kernel(
     KIND: tl.constexpr, WRITE_GRAD: tl.constexpr, SOFTCAP_S: tl.constexpr,
     SOFTCAP_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per token: divergence, entropy, gradient; `grad_ptr` may be `student_ptr`."""
+    """Compute one token's divergence, entropy and gradient; grad_ptr may be student_ptr."""
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
@@ -130,7 +130,7 @@ def _divergence_kernel(
 
     kl_s = tl.zeros([BLOCK], tl.float32)
     kl_t = tl.zeros([BLOCK], tl.float32)
-    surprise = tl.zeros([BLOCK], tl.float32)
+    p_log_p = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         y_s = _load(student_ptr, cols, cols < V, scale_s, softcap_s, SOFTCAP_S)
@@ -140,13 +140,13 @@ def _divergence_kernel(
         p_s, p_t, ratio_s, ratio_t = _compare(log_s, log_t, log_share_s, log_share_t, KIND)
         kl_s += p_s * ratio_s
         kl_t += p_t * ratio_t
-        surprise += tl.where(p_s == 0.0, 0.0, p_s * log_s)
+        p_log_p += tl.where(p_s == 0.0, 0.0, p_s * log_s)
     sum_kl_s = tl.sum(kl_s, 0)
     tl.store(divergence_ptr + row, share_s * sum_kl_s + share_t * tl.sum(kl_t, 0))
-    tl.store(entropy_ptr + row, -tl.sum(surprise, 0))
+    tl.store(entropy_ptr + row, -tl.sum(p_log_p, 0))
 
     if WRITE_GRAD:
-        tl.debug_barrier()  # no thread overwrites logits that another has yet to sum
+        tl.debug_barrier()  # so that no thread overwrites logits that another has yet to read
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             y_s = _load(student_ptr, cols, cols < V, scale_s, softcap_s, SOFTCAP_S)
@@ -173,10 +173,10 @@ def token_divergence(
     options: DivergenceOptions,
     grad_NV: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(divergence [N], student entropy [N]), 0 where `mask_N` (bool) is False.
+    """Return (divergence [N], student entropy [N]), 0 where `mask_N` (bool) is False.
 
-    Writes d divergence_n / d student_n to `grad_NV` if given: in place if that is `student_NV`.
-    Rows of all three may be strided, columns not.
+    Writes d divergence_n / d student_n to `grad_NV` if given, which may be `student_NV` itself. All
+    three may have any row stride, but columns are contiguous.
     """
     if not (runs_in_triton(student_NV) and runs_in_triton(teacher_NV)):
         return _token_divergence_torch(student_NV, teacher_NV, mask_N, options, grad_NV)
@@ -255,19 +255,19 @@ def divergence(
     teacher_logits: torch.Tensor,
     options: DivergenceOptions = DEFAULT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(divergence, student entropy) of each token; the formula is in the module's docstring.
+    """Return (divergence, student entropy) of each token; the formula is in `jensen_shannon.py`.
 
     Args:
         student_logits: [..., V], fp32, bf16, fp16 (fp64 on the torch path).
-        teacher_logits: the same shape, any of these dtypes, without gradient.
-        options: which divergence, temperature, scales and softcaps.
+        teacher_logits: the same shape, any of these dtypes, must not require a gradient.
+        options: the kind of divergence, temperature, scales and softcaps.
 
-    Returns two tensors [...] in fp32. The gradient reaches `student_logits` alone; the entropy is
-    detached. The gradient is computed with the divergence and kept for backward, in the dtype of
+    Returns two tensors [...] in fp32. Only `student_logits` gets a gradient; the entropy is
+    detached. The gradient is computed with the divergence and saved for backward, in the dtype of
     the student's logits.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, and if the teacher's logits
-    require a gradient.
+    Raises ValueError if shapes, dtypes or devices do not fit, and if the teacher's logits require a
+    gradient.
     """
     _check_logits(student_logits, teacher_logits)
     vocab, shape = student_logits.shape[-1], student_logits.shape[:-1]

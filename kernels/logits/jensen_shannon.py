@@ -1,4 +1,4 @@
-"""The divergence of a student from a teacher, of one token: formula, options, torch reference.
+"""The divergence of a student from a teacher at one token: formula, options, torch reference.
 
 For one token with student logits z_s [V], teacher logits z_t [V] over the same vocabulary, and y of
 each as in `transform.py`,
@@ -39,7 +39,7 @@ from .transform import Transform, accumulate_dtype
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceOptions:
-    """Which divergence, and of which distributions; see the module's docstring for the formula."""
+    """The kind of divergence, and each side's logit transform; the module has the formula."""
 
     beta: float = 0.5
     temperature: float = 1.0
@@ -51,7 +51,7 @@ class DivergenceOptions:
     def __post_init__(self):
         if not 0.0 <= self.beta <= 1.0:
             raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
-        _ = self.student, self.teacher  # checks the others
+        _ = self.student, self.teacher  # these check the other fields
 
     @property
     def student(self) -> Transform:
@@ -67,13 +67,13 @@ class DivergenceOptions:
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Factors of KL(p_s || m) and KL(p_t || m)."""
+        """The factors of KL(p_s || m) and KL(p_t || m)."""
         pure = {"forward": (0.0, 1.0), "reverse": (1.0, 0.0)}
         return pure.get(self.kind, (1.0 - self.beta, float(self.beta)))
 
     @property
     def log_shares(self) -> tuple[float, float]:
-        """Logarithms of 1 - beta and beta; read only for a mixture."""
+        """The logarithms of 1 - beta and beta; read only for a mixture."""
         if self.kind != "mixture":
             return 0.0, 0.0
         return math.log1p(-self.beta), math.log(self.beta)
@@ -83,13 +83,13 @@ DEFAULT = DivergenceOptions()
 
 
 def _log_ratio(log_p: torch.Tensor, log_m: torch.Tensor) -> torch.Tensor:
-    """log p - log m, and 0 (with gradient 0, never NaN) where p is 0."""
+    """Return log p - log m, and 0 (with gradient 0, never NaN) where p is 0."""
     possible = log_p.exp() != 0
     return log_p.where(possible, 0.0) - log_m.where(possible, 0.0)
 
 
 def log_ratios(log_s: torch.Tensor, log_t: torch.Tensor, options: DivergenceOptions):
-    """(log(p_s / m), log(p_t / m)) from the logarithms of p_s and p_t."""
+    """Return (log(p_s / m), log(p_t / m)) from the logarithms of p_s and p_t."""
     if options.kind == "mixture":
         floor = torch.finfo(log_s.dtype).min / 2  # two -inf would make the gradient NaN
         share_s, share_t = options.log_shares
@@ -105,7 +105,7 @@ def divergence_reference(
     teacher_logits_NV: torch.Tensor,
     options: DivergenceOptions = DEFAULT,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(divergence [N], student entropy [N] without gradient) in fp32, in fp64 for fp64 students.
+    """Return (divergence [N], detached student entropy [N]) in fp32 (fp64 for fp64 students).
 
     The divergence is differentiable in the logits.
     """
@@ -125,7 +125,7 @@ def entropy(log_p: torch.Tensor) -> torch.Tensor:
 
 
 def check_vocabularies(student: int, teacher: int) -> None:
-    """Raise ValueError unless student and teacher have vocabularies of one size."""
+    """Raise ValueError unless student and teacher have vocabularies of the same size."""
     if student != teacher:
         raise ValueError(
             f"the student's vocabulary has {student} entries, the teacher's {teacher}. Logits can "

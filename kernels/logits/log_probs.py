@@ -26,7 +26,7 @@ from .transform import chain, transform
 
 
 def _gradient_torch_(logits_NV, labels_N, lse_N, entropy_N, grads: ScoreGradients, options):
-    """`score_gradient_` in plain torch, in place like the kernel."""
+    """Compute `score_gradient_` in plain torch, in place like the kernel."""
     y_NV = options.transform(logits_NV)
     logp_NV = y_NV - lse_N.unsqueeze(1)
     p_NV = logp_NV.exp()
@@ -35,8 +35,8 @@ def _gradient_torch_(logits_NV, labels_N, lse_N, entropy_N, grads: ScoreGradient
         slope_N = slope_N + grads.log_sum_exp
     grad_NV = p_NV * slope_N.unsqueeze(1)
     if grads.entropy is not None:
-        surprise_NV = (logp_NV + entropy_N.unsqueeze(1)).masked_fill(p_NV == 0, 0.0)
-        grad_NV -= p_NV * surprise_NV * grads.entropy.unsqueeze(1)
+        centered_NV = (logp_NV + entropy_N.unsqueeze(1)).masked_fill(p_NV == 0, 0.0)
+        grad_NV -= p_NV * centered_NV * grads.entropy.unsqueeze(1)
     valid_N = (labels_N >= 0) & (labels_N < logits_NV.shape[1])
     label_N1 = labels_N.where(valid_N, 0).unsqueeze(1)
     grad_NV.scatter_add_(1, label_N1, grads.log_probs.where(valid_N, math.nan).unsqueeze(1))
@@ -55,7 +55,7 @@ def _score_kernel(
     ENTROPY: tl.constexpr, SQUARE: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per token, one pass over its logits; sums are relative to the running maximum."""
+    """Score one token in one pass over its logits; sums are relative to the running maximum."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     logits_ptr += row * row_stride
@@ -77,8 +77,8 @@ def _score_kernel(
     weighted = tl.zeros([BLOCK], tl.float32)  # exp(y - top) * (y - top)
     squares = tl.zeros([BLOCK], tl.float32)  # exp(y - top)^2
     plain = tl.zeros([BLOCK], tl.float32)  # y
-    picked = tl.full([BLOCK], -float("inf"), tl.float32)  # y of the label, in its lane
-    best = tl.full([BLOCK], -float("inf"), tl.float32)  # largest y of the lane, and where
+    y_label = tl.full([BLOCK], -float("inf"), tl.float32)  # y of the label, in its lane
+    best = tl.full([BLOCK], -float("inf"), tl.float32)  # largest y of each lane, and its column
     best_at = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
@@ -91,8 +91,8 @@ def _score_kernel(
         decay = tl.where(top == -float("inf"), 0.0, tl.exp(step))
         e = tl.exp(y - shift)
         if ENTROPY:
-            centred = tl.where(e > 0.0, y - shift, 0.0)
-            weighted = decay * (weighted + step * sums) + e * centred
+            centered = tl.where(e > 0.0, y - shift, 0.0)
+            weighted = decay * (weighted + step * sums) + e * centered
         sums = sums * decay + e
         if SQUARE:
             squares = squares * decay * decay + e * e
@@ -102,11 +102,11 @@ def _score_kernel(
             better = y > best
             best = tl.where(better, y, best)
             best_at = tl.where(better, cols, best_at)
-        picked = tl.where(cols == label, y, picked)
+        y_label = tl.where(cols == label, y, y_label)
         top = new_top
     total = tl.sum(sums, 0)
     in_range = (label >= 0) & (label < V)
-    log_prob = tl.max(picked, 0) - top - tl.log(total)  # in this order exact for any common offset
+    log_prob = tl.max(y_label, 0) - top - tl.log(total)  # this order is exact for a common offset
     tl.store(log_prob_ptr + row, tl.where(in_range, log_prob, float("nan")))
     tl.store(lse_ptr + row, top + tl.log(total))
     if ENTROPY:
@@ -126,7 +126,7 @@ def _score_gradient_kernel(
     g_lse_ptr, V, ignore_index, scale, softcap,
     ENTROPY: tl.constexpr, LSE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Turn the logits of a block of columns of one token into their gradient."""
+    """Overwrite the logits of a block of one token's columns with their gradient."""
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < V
@@ -146,8 +146,8 @@ def _score_gradient_kernel(
     p = tl.exp(logp)
     grad = p * slope
     if ENTROPY:
-        surprise = tl.where(p > 0.0, logp + tl.load(entropy_ptr + row), 0.0)
-        grad -= p * surprise * tl.load(g_entropy_ptr + row)
+        centered = tl.where(p > 0.0, logp + tl.load(entropy_ptr + row), 0.0)
+        grad -= p * centered * tl.load(g_entropy_ptr + row)
     grad = tl.where(cols == label, grad + g, grad)
     grad = chain(grad, y, scale, softcap, HAS_SOFTCAP)
     tl.store(logits_ptr, grad, mask=mask)
@@ -166,7 +166,7 @@ def score(
     options: ScoreOptions,
     outputs: Sequence[str],
 ) -> TokenScores:
-    """`log_probs`, `log_sum_exp` (always) and `outputs`, without autograd; logits are only read."""
+    """Return `log_probs`, `log_sum_exp` and `outputs`, without autograd; only reads the logits."""
     wanted = {*outputs, "log_sum_exp"}
     if not runs_in_triton(logits_NV):
         with torch.no_grad():
@@ -206,9 +206,9 @@ def score_gradient_(
     grads: ScoreGradients,
     options: ScoreOptions,
 ) -> None:
-    """Overwrite `logits_NV` with the gradient that `grads` send to it.
+    """Overwrite `logits_NV` with its gradient, given the gradients of the scores.
 
-    `scores` holds log_sum_exp, and entropy if its gradient is given.
+    `scores` must hold log_sum_exp, and entropy if its gradient is given.
     """
     if not runs_in_triton(logits_NV):
         _gradient_torch_(logits_NV, labels_N, scores.log_sum_exp, scores.entropy, grads, options)
@@ -263,18 +263,20 @@ def log_probs(
     outputs: Sequence[str] = (),
     options: ScoreOptions = ScoreOptions(),
 ) -> TokenScores:
-    """Log-probability of each label, and `outputs` (see `EXTRA`); the formulas are the module's.
+    """Return the log-probability of each label, and `outputs`; the formulas are in `scores.py`.
 
     Args:
         logits: [..., V] in fp32, bf16, fp16 (fp64 on the torch path).
-        labels: [...], int64; `options.ignore_index` marks tokens without label: their scores are 0.
-        outputs: further fields of `TokenScores` to fill; each costs arithmetic, none another pass.
+        labels: [...], int64; `options.ignore_index` marks tokens without a label, whose scores are
+            0.
+        outputs: further fields of `TokenScores` to fill, out of `scores.EXTRA`; each costs some
+            arithmetic, but no further pass over the logits.
 
-    Returns `TokenScores`, each field of the shape of `labels`. Gradients flow from log_probs,
-    entropy and log_sum_exp.
+    Returns `TokenScores` in fp32, each field of the shape of `labels`. Gradients flow from
+    log_probs, entropy and log_sum_exp.
 
-    Raises ValueError for an unknown output, and for shapes, dtypes or devices that do not fit. A
-    label outside [0, V) gives a NaN log-probability.
+    Raises ValueError for an unknown output, and if shapes, dtypes or devices do not fit. A label
+    outside [0, V) gives a NaN log-probability.
     """
     outputs = check_outputs(outputs)
     if not logits.is_floating_point():

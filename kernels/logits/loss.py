@@ -27,7 +27,7 @@ from .transform import Transform
 
 @dataclasses.dataclass(frozen=True)
 class LossOptions:
-    """The loss of one token; see the module's docstring for the formula."""
+    """Options of the loss of one token; the module's docstring has the formula."""
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -38,7 +38,7 @@ class LossOptions:
     def __post_init__(self):
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {self.label_smoothing}")
-        _ = self.transform  # checks scale and softcap
+        _ = self.transform  # this checks scale and softcap
 
     @property
     def transform(self) -> Transform:
@@ -51,7 +51,8 @@ def cross_entropy_reference(
     class_weight_V: torch.Tensor | None = None,
     options: LossOptions = LossOptions(),
 ) -> torch.Tensor:
-    """Loss per token [N] in fp32 (fp64 for fp64 logits), differentiable in the logits."""
+    """Return the loss of each token [N] in fp32 (fp64 for fp64 logits), differentiable in the
+    logits."""
     y_NV = options.transform(logits_NV)
     loss_N = F.cross_entropy(
         y_NV,

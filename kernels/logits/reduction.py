@@ -25,7 +25,8 @@ def checked_weights(
     ignore_index: int,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(class weights [V], token weights [N] in `dtype`); ValueError if one does not fit.
+    """Return (class weights [V], token weights [N] in `dtype`); raise ValueError if one does not
+    fit.
 
     Ignored tokens get the weight 0, so that a NaN there cannot reach the loss.
     """
@@ -54,7 +55,7 @@ def reduce_loss(
     token_weight_N: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Reduces per-token losses; `count` is what "mean" divides by, at least 1 (no tokens: 0)."""
+    """Reduce the losses of tokens; "mean" divides by `count`, which is at least 1."""
     if token_weight_N is not None:
         loss_N = loss_N * token_weight_N.to(loss_N.dtype)
     if reduction == "none":
@@ -63,7 +64,7 @@ def reduce_loss(
 
 
 def scale_sum(total, reduction, count, num_items_in_batch):
-    """Divides a summed loss by `num_items_in_batch` if given, else for "mean" by `count`."""
+    """Divide a summed loss by `num_items_in_batch` if given, else for "mean" by `count`."""
     if num_items_in_batch is not None:
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(total.device)
@@ -74,7 +75,8 @@ def scale_sum(total, reduction, count, num_items_in_batch):
 def mean_denominator(
     labels_N: torch.Tensor, class_weight_V: torch.Tensor | None, ignore_index: int
 ) -> torch.Tensor:
-    """Supervised tokens, or the sum of their class weights; 1 where there are none."""
+    """Return the number of supervised tokens, or the sum of their class weights; 1 if there are
+    none."""
     supervised_N = labels_N != ignore_index
     if class_weight_V is None:
         return supervised_N.sum().clamp_min(1)
@@ -85,12 +87,12 @@ def mean_denominator(
 
 
 def masked_scale(g: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`g` where `mask` is True, else 0 (a product with the mask would keep a NaN)."""
+    """Return `g` where `mask` is True, else 0 (multiplying by the mask would keep a NaN)."""
     return torch.where(mask, g, torch.zeros((), dtype=g.dtype, device=g.device))
 
 
 def scale_rows(x_NH: torch.Tensor, scale_N: torch.Tensor | None) -> torch.Tensor:
-    """Rows of `x_NH` times `scale_N` (fp32), rounded once."""
+    """Return the rows of `x_NH` multiplied by `scale_N` (fp32), rounded once."""
     if scale_N is None:
         return x_NH
     return torch.mul(x_NH, scale_N.unsqueeze(1), out=torch.empty_like(x_NH))

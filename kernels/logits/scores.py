@@ -34,13 +34,13 @@ import torch
 from .transform import Transform
 
 EXTRA = ("entropy", "log_sum_exp", "log_sum_sq_probs", "mean_logits", "argmax", "is_top1")
-"""What can be asked for beside `log_probs`."""
+"""What can be requested besides `log_probs`."""
 
 DIFFERENTIABLE = ("log_probs", "entropy", "log_sum_exp")
 
 
 class TokenScores(NamedTuple):
-    """One value per token; None where it was not asked for. The formulas are the module's."""
+    """One value per token, or None if not requested. The module's docstring has the formulas."""
 
     log_probs: torch.Tensor
     entropy: torch.Tensor | None = None
@@ -54,19 +54,22 @@ class TokenScores(NamedTuple):
         return TokenScores(*(None if x is None else fn(x) for x in self))
 
     def answer(self, outputs: Sequence[str], shape: torch.Size) -> TokenScores:
-        """Return what a caller gets who asked for `outputs`: log_sum_exp is there in any case."""
-        kept = self if "log_sum_exp" in outputs else self._replace(log_sum_exp=None)
-        return kept.map(lambda x: x.reshape(shape))
+        """Return the scores in `shape`, without log_sum_exp unless it was requested.
+
+        log_sum_exp is always computed, because backward needs it.
+        """
+        requested = self if "log_sum_exp" in outputs else self._replace(log_sum_exp=None)
+        return requested.map(lambda x: x.reshape(shape))
 
     @property
     def constants(self) -> list[torch.Tensor]:
-        """Those without gradient."""
+        """The scores that have no gradient."""
         fields = self._asdict().items()
         return [x for name, x in fields if x is not None and name not in DIFFERENTIABLE]
 
 
 class ScoreGradients(NamedTuple):
-    """Gradients [N] that arrive at the scores of N tokens; None is zero."""
+    """The gradients [N] of the scores of N tokens; None stands for zero."""
 
     log_probs: torch.Tensor
     entropy: torch.Tensor | None = None
@@ -75,7 +78,7 @@ class ScoreGradients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ScoreOptions:
-    """What happens to logits before the softmax, and which tokens have no label."""
+    """How logits are transformed before the softmax, and which tokens have no label."""
 
     ignore_index: int = -100
     scale: float = 1.0
@@ -83,7 +86,7 @@ class ScoreOptions:
     temperature: float = 1.0
 
     def __post_init__(self):
-        _ = self.transform  # checks the others
+        _ = self.transform  # this checks the other fields
 
     @property
     def transform(self) -> Transform:
@@ -91,7 +94,7 @@ class ScoreOptions:
 
 
 def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
-    """Return `outputs` as a tuple; ValueError names what is unknown."""
+    """Return `outputs` as a tuple in the order of `EXTRA`; raise ValueError for unknown ones."""
     unknown = sorted(set(outputs) - {*EXTRA, "log_probs"})
     if unknown:
         raise ValueError(f"unknown outputs {', '.join(unknown)}; known: {', '.join(EXTRA)}")
@@ -104,7 +107,7 @@ def log_probs_reference(
     options: ScoreOptions = ScoreOptions(),
     outputs: Sequence[str] = (),
 ) -> TokenScores:
-    """Return the formulas in plain torch, differentiable by autograd."""
+    """Return the scores of each token [N], computed in plain torch and differentiable."""
     vocab = logits_NV.shape[1]
     y_NV = options.transform(logits_NV)
     supervised_N = labels_N != options.ignore_index

@@ -1,6 +1,7 @@
 """What a model does to its logits before the softmax: formula, torch and Triton.
 
-    y = softcap * tanh(scale * z / softcap) / temperature, or scale * z / temperature without one
+    y = softcap * tanh(scale * z / softcap) / temperature
+    y = scale * z / temperature                                   if softcap is None
 
 Softcap is the tanh bound of Gemma 2 (arXiv:2408.00118). The temperature divides both scale and
 softcap, so two numbers remain.
@@ -16,7 +17,7 @@ from ..runtime import tl, triton
 
 
 def accumulate_dtype(logits: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which everything about `logits` is computed."""
+    """Return the dtype in which `logits` are processed: fp32, or fp64 for fp64 logits."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
@@ -38,12 +39,12 @@ class Transform:
 
     @property
     def factor(self) -> float:
-        """Of z, with the temperature."""
+        """The factor of z: scale / temperature."""
         return self.scale / self.temperature
 
     @property
     def bound(self) -> float | None:
-        """Of y, with the temperature."""
+        """The bound of y: softcap / temperature."""
         return None if self.softcap is None else self.softcap / self.temperature
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
@@ -54,14 +55,14 @@ class Transform:
         return logits * self.factor if self.factor != 1.0 else logits
 
     def chain_(self, grad: torch.Tensor, y: torch.Tensor) -> None:
-        """Turn a gradient with respect to y into that with respect to z, in place."""
+        """Turn a gradient with respect to y into the gradient with respect to z, in place."""
         grad *= self.factor
         if self.bound is not None:
             grad *= 1 - (y / self.bound).square()
 
     @property
     def arguments(self) -> tuple[float, float, bool]:
-        """(scale, softcap, HAS_SOFTCAP) of the kernels."""
+        """The kernels' arguments (scale, softcap, HAS_SOFTCAP)."""
         return self.factor, self.bound or 1.0, self.bound is not None
 
 
@@ -75,7 +76,7 @@ def transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def chain(grad, y, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """From the gradient with respect to y to that with respect to z."""
+    """Return the gradient with respect to z from the gradient with respect to y."""
     grad *= scale
     if HAS_SOFTCAP:
         ratio = y / softcap

@@ -5,9 +5,9 @@ Of the n = num_generations completions of a prompt, which stand next to each oth
     group          (R - mean of the n) / (std of the n + 1e-4)               GRPO, arXiv:2402.03300
     leave one out  R - mean of the other n - 1                               RLOO, arXiv:2402.14740
 
-std has Bessel's correction. A reward of NaN means that the completion could not be scored: it
-counts in no mean, and its advantage is 0, as is that of a completion without any other to compare
-with. Values are those of TRL's GRPOTrainer and RLOOTrainer.
+std has Bessel's correction. A reward of NaN means that the completion could not be scored: it is
+excluded from all means, and its advantage is 0. So is the advantage of a completion that has no
+other to compare with. Values are those of TRL's GRPOTrainer and RLOOTrainer.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ SCALES = ("group", "batch", "none")
 def group_advantages(
     rewards: torch.Tensor, num_generations: int, scale: str = "group"
 ) -> torch.Tensor:
-    """Advantages [B] of `rewards` [B] (fp32 or fp64), the whole batch of all processes.
+    """Return GRPO's advantages [B] of completions.
 
-    `scale`: "group" as above, "batch" with the std of all rewards, "none" without a divisor
-    (Dr. GRPO, arXiv:2503.20783).
+    Args:
+        rewards: [B], fp32 or fp64, of the whole batch of all processes.
+        num_generations: completions per prompt.
+        scale: "group" divides by the std of the group, "batch" by the std of all rewards; "none"
+            does not divide (Dr. GRPO, arXiv:2503.20783).
+
+    Raises ValueError for an unknown `scale`, or rewards that are not [prompts * num_generations].
     """
     check_name("scale", scale, SCALES)
     grouped = _grouped(rewards, num_generations)
@@ -41,8 +46,15 @@ def group_advantages(
 def leave_one_out_advantages(
     rewards: torch.Tensor, num_generations: int, normalize: bool = False
 ) -> torch.Tensor:
-    """Advantages [B] of `rewards` [B] (fp32 or fp64), the whole batch of all processes; with
-    `normalize` less their mean, divided by their standard deviation + 1e-4."""
+    """Return RLOO's advantages [B] of completions.
+
+    Args:
+        rewards: [B], fp32 or fp64, of the whole batch of all processes.
+        num_generations: completions per prompt.
+        normalize: subtract the advantages' mean and divide by their standard deviation + 1e-4.
+
+    Raises ValueError for rewards that are not [prompts * num_generations].
+    """
     grouped = _grouped(rewards, num_generations)
     others = (~grouped.isnan()).sum(1, keepdim=True) - 1
     baseline = (grouped.nansum(1, keepdim=True) - grouped) / others
@@ -62,7 +74,7 @@ def _grouped(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
 
 
 def _std(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return the standard deviation of what is not NaN, by Bessel's formula; NaN of one value."""
+    """Return the unbiased standard deviation of the values that are not NaN; NaN for one value."""
     count = (~values.isnan()).sum(dim, keepdim=True)
     squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
     return (squares / (count - 1)).sqrt()

@@ -25,18 +25,19 @@ the loss of a pair is
     sft           -sum_t log p_t of w / tokens of all w * pairs        MPO, arXiv:2411.10442
     sigmoid_norm  -lsg(beta (s_w / n_w - s_l / n_l))                   Tulu 3, arXiv:2411.15124
 
-AOT compares distributions: q pairs quantiles, not completions. aot takes the sorted log p_w -
-log p_l less the same of the reference sorted, aot_unpaired the sorted r_w less the sorted r_l.
+AOT compares distributions: q pairs quantiles, not completions. For aot, q is the sorted log p_w -
+log p_l minus the sorted difference of the reference; for aot_unpaired, the sorted r_w minus the
+sorted r_l.
 
 f_divergence_type (f-DPO, arXiv:2309.16240): forward_kl s = 1 - e^(-r), js_divergence
 s = log 2 + lsg(r), alpha_divergence s = (e^((a - 1) r) - 1) / (a - 1) with a =
-f_alpha_divergence_coef, r itself at a = 1. Their exponents are held at 80; in fp32 the square of
+f_alpha_divergence_coef, r itself at a = 1. Their exponents are bounded by 80; in fp32 the square of
 ipo overflows beyond 44. use_weighting (WPO, arXiv:2406.11827) multiplies a pair's loss by the
 constant exp(mean_t (log p_t - log sum_v p_v^2)) of w and of l. ld_alpha is LD-DPO's weight of the
 tokens beyond the shorter completion, see `sequences.sequence_log_probs`.
 
-Names, defaults and values are those of TRL's DPOTrainer. n counts the True of `mask`: a first token
-without any prompt has no log-probability and does not count.
+Names, defaults and values are those of TRL's DPOTrainer. n counts the True values of `mask`: a
+first token without a prompt has no log-probability and does not count.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class PreferenceOutput(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """What the losses read of G pairs; [G, 2] is chosen, rejected."""
+    """The inputs of the losses of G pairs; [G, 2] is (chosen, rejected)."""
 
     log_probs: torch.Tensor  # [G, T], of the chosen
     mask: torch.Tensor  # [G, T], of the chosen
@@ -156,7 +157,7 @@ def _apo_down(o: DPOLoss, p: _Pairs) -> torch.Tensor:
 def _discopop(o: DPOLoss, p: _Pairs) -> torch.Tensor:
     x = o.beta * p.delta
     gate = x / o.discopop_tau
-    # One exponent for e^-x sigmoid(gate): the factors apart overflow to inf * 0.
+    # One exponent for e^-x sigmoid(gate): computed separately, the factors overflow to inf * 0.
     return bounded_exp(F.logsigmoid(gate) - x) - F.logsigmoid(x) * torch.sigmoid(-gate)
 
 
@@ -194,8 +195,8 @@ _USED_BY = {
 class DPOLoss:
     """A loss of DPO's family or a weighted sum of several; the module's docstring has the formulas.
 
-    `loss_type` is one name or several, `loss_weights` their weights (1 each when absent).
-    ValueError for unknown names, values outside their range, options that no chosen loss uses.
+    `loss_type` is one name or several, `loss_weights` are their weights (default 1 each). Raises
+    ValueError for unknown names, values out of range, and options that no chosen loss uses.
     """
 
     beta: float = 0.1
@@ -271,12 +272,12 @@ class DPOLoss:
 
     @property
     def couples_groups(self) -> bool:
-        """Whether a group's loss depends on the others, so that the batch must come as one."""
+        """Whether a group's loss depends on the others, so that one call needs the whole batch."""
         return bool({"sft", *_SORTING} & set(self.loss_type))
 
     @property
     def separable_by_tokens(self) -> bool:
-        """Whether `tokens_per_group` of the batch is all that couples groups."""
+        """Whether groups depend on each other only through the batch's `tokens_per_group`."""
         return self.couples_groups and not _SORTING & set(self.loss_type)
 
     def __call__(
@@ -288,13 +289,17 @@ class DPOLoss:
         log_sum_sq_probs: torch.Tensor | None = None,
         tokens_per_group: torch.Tensor | float | None = None,
     ) -> PreferenceOutput:
-        """Losses and rewards of G pairs; the batch's loss is the mean over all groups.
+        """Return losses and rewards of G pairs; the batch's loss is the mean over all groups.
 
-        log_probs [G, 2, T] (chosen, rejected; fp32 or fp64), mask [G, 2, T] bool, True at the
-        tokens of the completions, ref_log_probs [G, 2] the reference's `sequence_log_probs`. Read
-        only where needed: log_sum_sq_probs [G, 2, T], log sum_v p_v^2, by use_weighting, and
-        tokens_per_group, `sequences.tokens_per_group` of the chosen masks of the whole batch, by
-        sft (without it these groups are the batch). With aot losses stand in sorted order.
+        Args:
+            log_probs: [G, 2, T] (chosen, rejected), fp32 or fp64.
+            mask: [G, 2, T], bool, True at the tokens of the completions.
+            ref_log_probs: [G, 2], the reference's `sequence_log_probs`.
+            log_sum_sq_probs: [G, 2, T], log sum_v p_v^2; needed by use_weighting.
+            tokens_per_group: `sequences.tokens_per_group` of the whole batch's chosen masks; read
+                by sft. Default: these groups are the whole batch.
+
+        With aot, losses are in sorted order. Raises ValueError if a tensor does not fit.
         """
         check_sequences(log_probs, mask, "[G, 2, T]")
         check_like("ref_log_probs", ref_log_probs, log_probs.shape[:2], log_probs.device)
@@ -320,7 +325,7 @@ class DPOLoss:
         return PreferenceOutput(loss_G, *rewards_G2.unbind(-1), *sums_G2.detach().unbind(-1))
 
     def _scores(self, log_ratios: torch.Tensor) -> torch.Tensor:
-        """f'(t) at t = e^log_ratios."""
+        """Return f'(t) at t = e^log_ratios."""
         if self.f_divergence_type == "forward_kl":
             return -torch.expm1((-log_ratios).clamp(max=EXP_BOUND))
         if self.f_divergence_type == "js_divergence":
@@ -332,7 +337,7 @@ class DPOLoss:
 
     @torch.no_grad()
     def _pair_weights(self, log_probs, mask, log_sum_sq_probs) -> torch.Tensor:
-        """WPO's weights [G]."""
+        """Return WPO's weights [G]."""
         check_like("log_sum_sq_probs", log_sum_sq_probs, log_probs.shape, log_probs.device)
         aligned_G2 = masked(log_probs - log_sum_sq_probs, mask).sum(-1)
         return (aligned_G2 / lengths(mask, log_probs.dtype)).sum(-1).exp()

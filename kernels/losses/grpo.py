@@ -6,13 +6,13 @@ policy that sampled it and ref the reference, let
     d_t = log p_t - log p_old,t
     u_t = e^(d_t), or with importance_sampling_level "sequence" (GSPO, arXiv:2507.18071) e^(mean d)
 
-the loss of a token is what `policy_tokens` has under loss_type. Completions with A < 0 and
+the loss of a token is what `grpo_tokens.py` lists under loss_type. Completions with A < 0 and
 mean(-d) > off_policy_mask_threshold (DeepSeek-V3.2, arXiv:2512.02556) and tokens outside
-top_entropy_mask (arXiv:2506.01939) are left out of it. Then
+top_entropy_mask (arXiv:2506.01939) are excluded from it. Then
 
     beta * k,  k = e^q - q - 1,  q = log p_ref - log p,  times u with use_bias_correction_kl
 
-is added (Schulman's estimate of the KL divergence). The losses differ also in what the sum over the
+is added (Schulman's estimate of the KL divergence). The losses also differ in what the sum over the
 tokens of B completions is divided by:
 
     grpo (arXiv:2402.03300), sapo (arXiv:2511.20347)     n of the completion, then B
@@ -22,12 +22,12 @@ tokens of B completions is divided by:
     vespo (arXiv:2602.10693)                             step accumulates
     luspo (arXiv:2602.05261)                             B
 
-At last entropy_coef times the entropy's mean over tokens is subtracted. RLOO (arXiv:2402.14740)
+Finally, entropy_coef times the entropy's mean over tokens is subtracted. RLOO (arXiv:2402.14740)
 clips the ratio of a completion, U = e^(sum d): its loss -min(U A, clip(U, 1 - lo, 1 + hi) A) is
 divided by B.
 
-Names, defaults and values are those of TRL's GRPOTrainer and RLOOTrainer, but no exponent of u and
-k exceeds 40, nor that of U 80: there the value is held, with gradient 0.
+Names, defaults and values are those of TRL's GRPOTrainer and RLOOTrainer, except that exponents of
+u and k are bounded by 40, and that of U by 80; beyond the bound the gradient is 0.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from .sequences import (
 )
 
 RATIO_BOUND = 40.0
-"""Bound of the exponents of u and k: the product of both is representable in fp32."""
+"""The bound of the exponents of u and k: fp32 can represent the product of both."""
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-_BY_TOKENS = ("dapo", "cispo", "vespo")  # of all accumulated batches
+_BY_TOKENS = ("dapo", "cispo", "vespo")  # divided by the tokens of all accumulated batches
 LOSS_TYPES = (*_CLIPPED, "cispo", "sapo", "vespo")
 LEVELS = ("token", "sequence")
 _USED_BY = {
@@ -73,7 +73,7 @@ _USED_BY = {
 
 
 class Normalizers(NamedTuple):
-    """What the sums over a batch are divided by; see `GRPOLoss.normalizers`."""
+    """The divisors of the sums over a batch; see `GRPOLoss.normalizers`."""
 
     policy: torch.Tensor | float
     entropy: torch.Tensor | float
@@ -82,7 +82,7 @@ class Normalizers(NamedTuple):
 class PolicyOutput(NamedTuple):
     """What a loss on B completions returns; all but `loss` are detached.
 
-    Values per token are [B, T], or [B, 1] where one holds for the whole completion.
+    Per-token values are [B, T], or [B, 1] if one value holds for the whole completion.
     """
 
     loss: torch.Tensor  # [B]; the batch's loss is the sum over all of its completions
@@ -95,10 +95,10 @@ class PolicyOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GRPOLoss:
-    """A loss of GRPO's family, see the module's docstring.
+    """A loss of GRPO's family; the module's docstring has the formulas.
 
-    For cispo `epsilon_high` bounds u itself (papers use about 5), without it `epsilon_low` does.
-    ValueError for unknown names, values outside their range, options that the loss does not use.
+    For cispo `epsilon_high` bounds u itself (papers use about 5); without it `epsilon_low` does.
+    Raises ValueError for unknown names, values out of range, and options that the loss ignores.
     """
 
     loss_type: str = "dapo"
@@ -146,12 +146,12 @@ class GRPOLoss:
 
     @property
     def high(self) -> float:
-        """hi of the formula."""
+        """The hi of the formula."""
         return self.epsilon_low if self.epsilon_high is None else self.epsilon_high
 
     @property
     def couples_groups(self) -> bool:
-        """Whether a completion's loss depends on the others: by the normalizers."""
+        """Whether a completion's loss depends on the others: yes, through the normalizers."""
         return True
 
     def normalizers(
@@ -163,11 +163,11 @@ class GRPOLoss:
         num_items_in_batch: torch.Tensor | float | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Normalizers:
-        """Return what the sums over a batch of B completions with `mask` [B, T] are divided by.
+        """Return the divisors of the sums over a batch of B completions with `mask` [B, T].
 
-        The caller sums the losses of `accumulation_steps` batches. num_items_in_batch, the tokens
-        of all these batches (a process' share where losses are averaged over processes), is read by
-        dapo, cispo and vespo; without it every batch is taken to have as many as this one.
+        The caller sums the losses of `accumulation_steps` batches. dapo, cispo and vespo read
+        num_items_in_batch, the tokens of all these batches (divided by the number of processes if
+        losses are averaged over them); without it, every batch counts as having as many as this.
         """
         count = accumulation_steps * mask.sum().clamp_min(1).to(dtype)
         if self.loss_type in _BY_TOKENS and num_items_in_batch is not None:
@@ -199,15 +199,16 @@ class GRPOLoss:
         importance_sampling_ratio: torch.Tensor | None = None,
         normalizers: Normalizers | None = None,
     ) -> PolicyOutput:
-        """Losses of B completions; the batch's loss is the sum over all of them.
+        """Return losses of B completions; the batch's loss is the sum over all of them.
 
         log_probs [B, T] (fp32 or fp64), mask [B, T] bool, True at the tokens that the policy
-        sampled, advantages [B] or [B, T]. The others are optional: old_log_probs [B, T] (None: the
-        present ones), ref_log_probs [B, T] (needed by beta, else refused), entropy [B, T] (needed
-        by entropy_coef, differentiable), top_entropy_mask [B, T] bool, sampling_log_probs [B, T] of
-        the sampler for off_policy_mask_threshold (NaN where unknown; None: the old ones),
-        importance_sampling_ratio [B, T] or [B, 1] of old policy and sampler, a factor of the loss
-        (for vespo [B, T], a factor of W), normalizers of the whole batch (None: these are all).
+        sampled, advantages [B] or [B, T]. The others are optional: old_log_probs [B, T] (default:
+        log_probs), ref_log_probs [B, T] (required with beta, else refused), entropy [B, T]
+        (required with entropy_coef, differentiable), top_entropy_mask [B, T] bool,
+        sampling_log_probs [B, T] of the sampler, for off_policy_mask_threshold (NaN where unknown;
+        default: old_log_probs), importance_sampling_ratio [B, T] or [B, 1] of old policy to
+        sampler, a factor of the loss (for vespo [B, T], a factor of W), normalizers of the whole
+        batch (default: of these completions). Raises ValueError if a tensor does not fit.
         """
         check_sequences(log_probs, mask, "[B, T]")
         self._check(
@@ -241,8 +242,7 @@ class GRPOLoss:
         return PolicyOutput(loss_B, policy_loss_B.detach(), *token[1:], kl)
 
     def _check(self, log_probs, advantages, sampling_ratio, top_entropy_mask, **per_token):
-        """Raise ValueError for a tensor that does not fit, for one that an option needs and that
-        is not there, and for a reference that no option needs."""
+        """Raise ValueError for a tensor that does not fit, is missing, or has no effect."""
         shape, device = log_probs.shape, log_probs.device
         check_like("advantages", advantages, shape[: max(1, advantages.dim())], device)
         if sampling_ratio is not None:
@@ -292,13 +292,13 @@ class GRPOLoss:
         )
 
     def _on_policy(self, b: Batch, sampling: torch.Tensor) -> torch.Tensor:
-        """Whether a completion, or a token by its own advantage, stays in the loss."""
+        """Return whether a completion (a token, if each has an advantage) stays in the loss."""
         drift_BT = torch.nan_to_num(sampling - b.log_probs.detach(), nan=0.0)
         drift_B = masked(drift_BT, b.mask).sum(-1) / lengths(b.mask, drift_BT.dtype)
         return (b.advantages >= 0) | (drift_B <= (self.off_policy_mask_threshold or 0.0))[:, None]
 
     def _kl(self, b: Batch, ref: torch.Tensor) -> torch.Tensor:
-        """k [B, T], 0 outside the mask."""
+        """Return k [B, T], 0 outside the mask."""
         q = masked(ref.to(b.log_probs.dtype), b.mask) - b.log_probs
         q = q.clamp(max=RATIO_BOUND)
         kl = torch.expm1(q) - q
@@ -307,7 +307,7 @@ class GRPOLoss:
 
 @dataclasses.dataclass(frozen=True)
 class RLOOLoss:
-    """RLOO, see the module's docstring. ValueError for bounds below 0."""
+    """RLOO; the module's docstring has the formula. Raises ValueError for bounds below 0."""
 
     epsilon_low: float = 0.2
     epsilon_high: float | None = None
@@ -318,7 +318,7 @@ class RLOOLoss:
 
     @property
     def couples_groups(self) -> bool:
-        """Whether a completion's loss depends on the others: by their number."""
+        """Whether a completion's loss depends on the others: yes, through their number."""
         return True
 
     def __call__(
@@ -330,11 +330,11 @@ class RLOOLoss:
         old_log_probs: torch.Tensor | None = None,
         num_sequences: int | None = None,
     ) -> PolicyOutput:
-        """Losses of B completions; the batch's loss is the sum over all of them.
+        """Return losses of B completions; the batch's loss is the sum over all of them.
 
         log_probs [B, T] (fp32 or fp64), mask [B, T] bool, advantages [B], old_log_probs [B], summed
-        over each completion (None: the present ones), num_sequences of the whole batch (None: B).
-        `clipped_low` and `clipped_high` are [B, 1].
+        over each completion (default: those of log_probs), num_sequences of the whole batch
+        (default: B). `clipped_low` and `clipped_high` are [B, 1].
         """
         check_sequences(log_probs, mask, "[B, T]")
         check_like("advantages", advantages, log_probs.shape[:1], log_probs.device)

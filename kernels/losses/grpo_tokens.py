@@ -1,4 +1,4 @@
-"""The loss of one sampled token in GRPO's family; `policy` has the notation and what follows.
+"""The loss of one sampled token in GRPO's family; `grpo.py` explains the notation.
 
     grpo, bnpo, dr_grpo, dapo, luspo   -min(min(u, delta) A, clip(u, 1 - lo, 1 + hi) A)
     cispo                              -stop(min(u, hi)) A log p
@@ -7,8 +7,8 @@
                                        phi(W) = W^k e^(b (1 - W)), k and b by the sign of A,
                                        W = e^(sum d), each d within 20, log W within [log 1e-8, 20]
 
-stop() being a constant for the gradient and delta (INTELLECT-2, arXiv:2505.07291) optional. The
-sampler's own importance ratio, where known, is a factor of W.
+where stop() is a constant for the gradient, and delta (INTELLECT-2, arXiv:2505.07291) is optional.
+The sampler's own importance ratio, if known, is a factor of W.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .sequences import masked
 
 
 class Batch(NamedTuple):
-    """What the loss of a token reads of B completions."""
+    """The inputs of the token losses of B completions."""
 
     log_probs: torch.Tensor  # [B, T], 0 outside the mask
     log_ratio: torch.Tensor  # [B, T], d, 0 outside the mask
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 class TokenLoss(NamedTuple):
-    """Losses [B, T] or [B, 1], and per-token diagnostics; see `policy.PolicyOutput`."""
+    """Losses [B, T] or [B, 1], and per-token diagnostics; see `grpo.PolicyOutput`."""
 
     loss: torch.Tensor
     clipped_low: torch.Tensor | None = None
@@ -48,7 +48,7 @@ def clipped(
     high: float,
     delta: float | None = None,
 ) -> TokenLoss:
-    """PPO's clipped objective (arXiv:1707.06347), bounded by `delta` where A < 0."""
+    """Return PPO's clipped loss (arXiv:1707.06347), with u bounded by `delta` where A < 0."""
     inside = ratio.clamp(1 - low, 1 + high)
     if delta is not None:
         ratio = ratio.clamp(max=delta)
@@ -71,7 +71,7 @@ def sapo(b: Batch, positive: float, negative: float) -> TokenLoss:
 
 
 def vespo(b: Batch, positive: tuple[float, float], negative: tuple[float, float]) -> TokenLoss:
-    """`positive` and `negative` are (k, b) by the sign of A."""
+    """Return VESPO's loss; `positive` and `negative` are (k, b) by the sign of A."""
     lowest = math.log(1e-8)
     log_w = b.log_ratio.detach().clamp(-20.0, 20.0).sum(-1, keepdim=True)
     if b.sampling_ratio is not None:
@@ -87,6 +87,6 @@ def vespo(b: Batch, positive: tuple[float, float], negative: tuple[float, float]
 
 
 def _choose(condition, one: float, other: float, like: torch.Tensor) -> torch.Tensor:
-    """`one` where the condition holds, else `other`, in the dtype of `like` without rounding."""
+    """Return `one` where `condition` is True, else `other`, in the dtype of `like`."""
     chosen = torch.full(condition.shape, one, dtype=like.dtype, device=like.device)
     return chosen.where(condition, other)

@@ -47,10 +47,15 @@ def mismatched_kl(
     ref_log_probs: torch.Tensor,
     reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """z of the formula, a detached scalar: the mean of r over B mismatched completions, at least 0.
+    """Return z of the formula: the mean of r over B mismatched completions, at least 0.
 
-    log_probs [B, T], mask [B, T] bool, ref_log_probs [B] (summed). `reduce` averages a scalar over
-    processes; it comes before the bound at 0.
+    Args:
+        log_probs: [B, T], fp32 or fp64.
+        mask: [B, T], bool.
+        ref_log_probs: [B], summed over the completion.
+        reduce: averages a scalar over processes; applied before the bound at 0.
+
+    Returns a detached scalar. Raises ValueError if a tensor does not fit.
     """
     check_sequences(log_probs, mask, "[B, T]")
     check_like("ref_log_probs", ref_log_probs, log_probs.shape[:1], log_probs.device)
@@ -60,8 +65,10 @@ def mismatched_kl(
 
 @dataclasses.dataclass(frozen=True)
 class KTOLoss:
-    """KTO or its APO variant, see the module's docstring. ValueError for an unknown name and values
-    outside their range."""
+    """KTO or its APO variant; the module's docstring has the formulas.
+
+    Raises ValueError for an unknown name and values out of range.
+    """
 
     beta: float = 0.1
     loss_type: str = "kto"
@@ -81,7 +88,7 @@ class KTOLoss:
 
     @property
     def couples_groups(self) -> bool:
-        """Whether a completion's loss depends on the others. Never, except through `kl`."""
+        """Whether a completion's loss depends on the others: no, except through `kl`."""
         return False
 
     def __call__(
@@ -92,11 +99,16 @@ class KTOLoss:
         ref_log_probs: torch.Tensor,
         kl: torch.Tensor | None = None,
     ) -> KTOOutput:
-        """Losses and rewards of B completions; the batch's loss is the mean over all of them.
+        """Return losses and rewards of B completions; the batch's loss is the mean over all.
 
-        log_probs [B, T] (fp32 or fp64), mask [B, T] bool, True at the tokens of the completions,
-        desirable [B] bool, ref_log_probs [B] (summed), kl a scalar from `mismatched_kl`: needed by
-        kto, refused by apo_zero_unpaired.
+        Args:
+            log_probs: [B, T], fp32 or fp64.
+            mask: [B, T], bool, True at the tokens of the completions.
+            desirable: [B], bool.
+            ref_log_probs: [B], summed over the completion.
+            kl: a scalar from `mismatched_kl`; required by kto, refused by apo_zero_unpaired.
+
+        Raises ValueError if a tensor does not fit.
         """
         check_sequences(log_probs, mask, "[B, T]")
         check_like("desirable", desirable, log_probs.shape[:1], log_probs.device)

@@ -14,7 +14,7 @@ batch.
 
 CPO (arXiv:2401.08417), with e = label_smoothing, x = S for sigmoid and hinge, m for ipo and simpo,
 and d = R(x_w) - R(x_l) where R(x) = x, or AlphaPO's (1 - e^(-alpha x)) / alpha (arXiv:2501.03884)
-for alpha other than 0, its exponent held at 80:
+for alpha other than 0, with its exponent bounded by 80:
 
     sigmoid   -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)
     hinge     max(0, 1 - beta d)                                        SLiC-HF, arXiv:2305.10425
@@ -63,13 +63,14 @@ class ReferenceFreeOutput(NamedTuple):
 
 
 def log_odds(log_p: torch.Tensor) -> torch.Tensor:
-    """log(p / (1 - p)) from log p <= 0, finite with gradient 0 where p is 1.
+    """Return log(p / (1 - p)) from log p <= 0; finite with gradient 0 where p is 1.
 
-    The bound on log p, eps^2 of the dtype, is smaller than any mean of rounded log-probabilities.
+    log p is bounded by -eps^2 of the dtype, less in magnitude than any mean of rounded
+    log-probabilities.
     """
     log_p = log_p.clamp(max=-(torch.finfo(log_p.dtype).eps ** 2))
-    # Each form of log(1 - p) keeps its digits on its own side of p = 1/2. The first has no finite
-    # gradient near p = 1, and what `where` drops must have one too.
+    # Each form of log(1 - p) is accurate on its own side of p = 1/2. The first has no finite
+    # gradient near p = 1, but `where` needs finite gradients even of the values that it drops.
     half = -math.log(2)
     low = torch.log1p(-log_p.clamp(max=half).exp())
     high = torch.log(-torch.expm1(log_p))
@@ -78,8 +79,10 @@ def log_odds(log_p: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class ORPOLoss:
-    """ORPO; the module's docstring has the formula. ValueError unless beta > 0 (TRL's `beta`, the
-    paper's lambda)."""
+    """ORPO; the module's docstring has the formula. `beta` is TRL's name for the paper's lambda.
+
+    Raises ValueError unless beta > 0.
+    """
 
     beta: float = 0.1
 
@@ -88,12 +91,12 @@ class ORPOLoss:
 
     @property
     def couples_groups(self) -> bool:
-        """Whether a group's loss depends on the others: by the tokens that nll is averaged over."""
+        """Whether a group's loss depends on the others: yes, nll averages over all their tokens."""
         return True
 
     @property
     def separable_by_tokens(self) -> bool:
-        """Whether `tokens_per_group` of the batch is all that couples groups."""
+        """Whether groups depend on each other only through the batch's `tokens_per_group`."""
         return True
 
     def __call__(
@@ -104,12 +107,17 @@ class ORPOLoss:
         *,
         tokens_per_group: torch.Tensor | float | None = None,
     ) -> ReferenceFreeOutput:
-        """Losses and rewards of G pairs; the batch's loss is the mean over all groups.
+        """Return losses and rewards of G pairs; the batch's loss is the mean over all groups.
 
-        log_probs [G, 2, T] (chosen, rejected; fp32 or fp64), of the prompt's tokens too where the
-        chosen is concerned; mask [G, 2, T] bool, True at the tokens of the completions; nll_mask
-        [G, T] bool, True at those of the chosen's prompt and completion; tokens_per_group,
-        `sequences.tokens_per_group` of the nll masks of the whole batch (None: these are all).
+        Args:
+            log_probs: [G, 2, T] (chosen, rejected), fp32 or fp64; those of the chosen also at the
+                prompt's tokens.
+            mask: [G, 2, T], bool, True at the tokens of the completions.
+            nll_mask: [G, T], bool, True at the tokens of the chosen's prompt and completion.
+            tokens_per_group: `sequences.tokens_per_group` of the whole batch's nll masks. Default:
+                these groups are the whole batch.
+
+        Raises ValueError if a tensor does not fit.
         """
         check_sequences(log_probs, mask, "[G, 2, T]")
         check_like("nll_mask", nll_mask, mask[:, 0].shape, log_probs.device)
@@ -134,9 +142,9 @@ _USED_BY = {"label_smoothing": {"sigmoid", "simpo"}, "simpo_gamma": {"simpo"}}
 
 @dataclasses.dataclass(frozen=True)
 class CPOLoss:
-    """CPO and its kin, see the module's docstring; `CPOLoss.simpo` is SimPO.
+    """CPO and its variants; the module's docstring has the formulas. `CPOLoss.simpo` is SimPO.
 
-    ValueError for unknown names, values outside their range, options that the loss does not use.
+    Raises ValueError for unknown names, values out of range, and options that the loss ignores.
     """
 
     beta: float = 0.1
@@ -157,18 +165,20 @@ class CPOLoss:
 
     @classmethod
     def simpo(cls, beta: float = 0.1, gamma: float = 0.5, alpha: float = 0.0, **options) -> CPOLoss:
-        """SimPO (AlphaPO with `alpha`): -log sigmoid(beta (m_w - m_l) - gamma), without nll unless
-        `cpo_alpha` asks for it. The paper uses beta from 2 to 10."""
+        """Return SimPO's loss (AlphaPO's with `alpha`): -log sigmoid(beta (m_w - m_l) - gamma).
+
+        nll is added only if `cpo_alpha` is given. The paper uses beta from 2 to 10.
+        """
         return cls(beta, "simpo", simpo_gamma=gamma, alpha=alpha, **{"cpo_alpha": 0.0, **options})
 
     @property
     def couples_groups(self) -> bool:
-        """Whether a group's loss depends on the others: by the tokens that nll is averaged over."""
+        """Whether a group's loss depends on the others: nll averages over all their tokens."""
         return self.cpo_alpha != 0.0
 
     @property
     def separable_by_tokens(self) -> bool:
-        """Whether `tokens_per_group` of the batch is all that couples groups."""
+        """Whether groups depend on each other only through the batch's `tokens_per_group`."""
         return self.couples_groups
 
     def __call__(
@@ -178,11 +188,15 @@ class CPOLoss:
         *,
         tokens_per_group: torch.Tensor | float | None = None,
     ) -> ReferenceFreeOutput:
-        """Losses and rewards of G pairs; the batch's loss is the mean over all groups.
+        """Return losses and rewards of G pairs; the batch's loss is the mean over all groups.
 
-        log_probs [G, 2, T] (chosen, rejected; fp32 or fp64), mask [G, 2, T] bool, True at the
-        tokens of the completions; tokens_per_group, `sequences.tokens_per_group` of the chosen
-        masks of the whole batch (None: these are all), read only if cpo_alpha is not 0.
+        Args:
+            log_probs: [G, 2, T] (chosen, rejected), fp32 or fp64.
+            mask: [G, 2, T], bool, True at the tokens of the completions.
+            tokens_per_group: `sequences.tokens_per_group` of the whole batch's chosen masks; read
+                only if cpo_alpha is not 0. Default: these groups are the whole batch.
+
+        Raises ValueError if a tensor does not fit.
         """
         check_sequences(log_probs, mask, "[G, 2, T]")
         x_G2 = sequence_log_probs(log_probs, mask)
@@ -202,7 +216,7 @@ class CPOLoss:
         )
 
     def _rewards(self, x: torch.Tensor) -> torch.Tensor:
-        """R(x)."""
+        """Return R(x) of the formula."""
         if self.alpha == 0.0:
             return x
         return -torch.expm1((-self.alpha * x).clamp(max=EXP_BOUND)) / self.alpha

@@ -17,32 +17,32 @@ from typing import Any
 import torch
 
 EXP_BOUND = 80.0
-"""Exponents are held here: e^80 is representable in fp32 with room for a coefficient."""
+"""The bound of exponents: fp32 can represent e^80, with room for a coefficient."""
 
 
 def bounded_exp(exponent: torch.Tensor, bound: float = EXP_BOUND) -> torch.Tensor:
-    """exp(min(exponent, bound)): never inf, with gradient 0 beyond the bound instead of NaN."""
+    """Return exp(min(exponent, bound)), which is never inf, with gradient 0 beyond the bound."""
     return exponent.clamp(max=bound).exp()
 
 
 def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """`values` where `mask`, else 0, whatever stood there (NaN included); gradient 0 there."""
+    """Return `values` where `mask` is True, else 0 with gradient 0, even for NaN."""
     return torch.where(mask, values, 0.0)
 
 
 def lengths(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Tokens of each sequence [...] of `mask` [..., T], at least 1."""
+    """Return the number of tokens of each sequence [...] of `mask` [..., T], at least 1."""
     return mask.sum(-1).clamp_min(1).to(dtype)
 
 
 def sequence_log_probs(
     log_probs: torch.Tensor, mask: torch.Tensor, ld_alpha: float | None = None
 ) -> torch.Tensor:
-    """Log-probability of each sequence: the sum of its tokens', `log_probs` [..., T] to [...].
+    """Return the log-probability [...] of each sequence: the sum of `log_probs` [..., T].
 
-    With `ld_alpha` (LD-DPO, arXiv:2409.06411, for pairs [..., 2, T]) the tokens of a sequence
-    beyond the length of the shorter of the two count `ld_alpha` times: 1 is no change, 0 leaves
-    them out. The reference's log-probabilities must be summed with the same `ld_alpha`.
+    With `ld_alpha` (LD-DPO, arXiv:2409.06411, for pairs [..., 2, T]), tokens beyond the length of
+    the pair's shorter sequence are multiplied by `ld_alpha`: 1 changes nothing, 0 drops them. The
+    reference's log-probabilities must be summed with the same `ld_alpha`.
     """
     log_probs = masked(log_probs, mask)
     if ld_alpha is None:
@@ -57,10 +57,11 @@ def sequence_log_probs(
 
 
 def tokens_per_group(mask_GT: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Mean number of tokens per group of the whole batch, at least one token in all; a scalar.
+    """Return the mean number of tokens per group of the whole batch, a scalar.
 
-    A negative log-likelihood averaged over the batch's tokens is the mean over groups of a group's
-    sum divided by this number. Groups handed over in parts need it of all of them.
+    The negative log-likelihood averaged over the batch's tokens is the mean over groups of each
+    group's sum divided by this number. If a batch is processed in parts, every part needs the
+    number of the whole batch. A batch without tokens counts as one token.
     """
     return mask_GT.sum().clamp_min(1).to(dtype) / mask_GT.shape[0]
 
@@ -68,9 +69,9 @@ def tokens_per_group(mask_GT: torch.Tensor, dtype: torch.dtype = torch.float32) 
 def batch_nll(
     log_probs_GT: torch.Tensor, mask_GT: torch.Tensor, per_group: torch.Tensor | float | None
 ) -> torch.Tensor:
-    """Negative log-likelihood [G] whose mean over the batch's groups is the mean over its tokens.
+    """Return losses [G] whose mean over groups is the batch's mean negative log-likelihood.
 
-    `per_group` is `tokens_per_group` of the batch; None when these groups are the whole batch.
+    `per_group` is `tokens_per_group` of the batch; None if these groups are the whole batch.
     """
     if per_group is None:
         per_group = tokens_per_group(mask_GT, log_probs_GT.dtype)
@@ -78,8 +79,8 @@ def batch_nll(
 
 
 def check_sequences(log_probs: torch.Tensor, mask: torch.Tensor, shape: str) -> None:
-    """Raise ValueError unless `log_probs` is fp32 or fp64 of `shape` ("[G, 2, T]": a number is an
-    exact size) and `mask` a bool tensor of the same shape on the same device."""
+    """Raise ValueError unless `log_probs` is fp32 or fp64 of `shape` (in "[G, 2, T]" a number is an
+    exact size), and `mask` is a bool tensor of the same shape on the same device."""
     sizes = shape.strip("[]").split(", ")
     got = tuple(log_probs.shape)
     fits = len(got) == len(sizes) and all(
@@ -99,7 +100,7 @@ def check_sequences(log_probs: torch.Tensor, mask: torch.Tensor, shape: str) -> 
 def check_like(
     name: str, tensor: torch.Tensor | None, shape: Iterable[int], device: torch.device
 ) -> None:
-    """Raise ValueError unless `tensor` is there, of `shape`, on `device`."""
+    """Raise ValueError unless `tensor` is given, has `shape` and is on `device`."""
     shape = tuple(shape)
     if tensor is None:
         raise ValueError(f"{name} is needed, a tensor of shape {shape}")
@@ -125,8 +126,10 @@ def check_range(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """Raise ValueError unless `value` is None or finite and from `low` to `high`, a bound itself
-    being outside where it is open."""
+    """Raise ValueError unless `value` is None, or finite and between `low` and `high`.
+
+    A bound is included unless it is open.
+    """
     if value is None:
         return
     inside = low <= value <= high and abs(value) < math.inf
@@ -137,8 +140,8 @@ def check_range(
 
 
 def check_unused(options: Any, used_by: Mapping[str, Iterable[str]], chosen: Iterable[str]) -> None:
-    """Raise ValueError for a field of the dataclass `options` that has another value than its
-    default though no loss of `chosen` is among those that `used_by` says use it."""
+    """Raise ValueError if a field of the dataclass `options` is set (differs from its default), but
+    no loss of `chosen` uses it according to `used_by`."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         users = used_by.get(field.name)

@@ -36,14 +36,14 @@ def main(options: argparse.Namespace) -> int:
     turns: list[dict[str, str]] = []
     while True:
         try:
-            said = input("> ").strip()
+            text = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
-        if said == "/new":
+        if text == "/new":
             turns = []
-        elif said:
-            turns.append({"role": "user", "content": said})
+        elif text:
+            turns.append({"role": "user", "content": text})
             ids = prompt_ids(turns, tokenizer)
             answer = complete(model, tokenizer, ids, options.new_tokens, streamer=streamer)
             turns.append({"role": "assistant", "content": answer})

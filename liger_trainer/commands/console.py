@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_WIDTH_OF_FILES = 240
+_FILE_WIDTH = 240
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
@@ -22,12 +22,12 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[object]]) -> Non
 
 
 def print_titled(title: str, text: str) -> None:
-    """Print a text below its title."""
+    """Print `text` below its title."""
     console().print(Text(title, style="bold"))
     console().print(Text(text), soft_wrap=True)
 
 
 def console() -> Console:
-    """Return the terminal, or the file that is written to instead."""
-    found = Console()
-    return found if found.is_terminal else Console(width=_WIDTH_OF_FILES)
+    """Return the console for the terminal, or a wide one if output goes to a file."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=_FILE_WIDTH)

@@ -50,8 +50,8 @@ def main(options: argparse.Namespace) -> int:
     require(recipe)
     tokenizer = load_tokenizer(recipe.model)
     prepared = load_data(recipe, tokenizer, load_rewards(recipe))
-    wanted = ["training"] + (["held-out"] if prepared.eval is not None else [])
-    found = {what: counts(prepared, recipe.data, tokenizer, what) for what in wanted}
+    splits = ["training"] + (["held-out"] if prepared.eval is not None else [])
+    found = {split: counts(prepared, recipe.data, tokenizer, split) for split in splits}
     shown = [
         sequences(row, tokenizer, recipe.data.max_length, prepared.processor)
         for row in islice(unpacked(prepared.train), options.rows)
@@ -72,7 +72,7 @@ def _json(prepared, found: dict[str, Counts], shown: list[list[Sequence]], token
     return {
         "kind": prepared.kind,
         "notes": prepared.notes,
-        "counts": {what: asdict(numbers) for what, numbers in found.items()},
+        "counts": {split: asdict(numbers) for split, numbers in found.items()},
         "rows": [[_tokens(sequence, tokenizer) for sequence in example] for example in shown],
     }
 
@@ -116,10 +116,10 @@ def _print_counts(found: dict[str, Counts]) -> None:
     packed = any(numbers.packed_rows is not None for numbers in found.values())
     used = [key for key in names if packed or key != "packed_rows"]
     rows = [
-        [what, *(f"{getattr(numbers, key):,}" for key in used)] for what, numbers in found.items()
+        [split, *(f"{getattr(numbers, key):,}" for key in used)] for split, numbers in found.items()
     ]
     print_table(["", *(names[key] for key in used)], rows)
     print()
-    lengths = [[what, *numbers.lengths.values()] for what, numbers in found.items()]
+    lengths = [[split, *numbers.lengths.values()] for split, numbers in found.items()]
     print_table(["length", *next(iter(found.values())).lengths], lengths)
     print()

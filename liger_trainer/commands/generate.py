@@ -63,7 +63,10 @@ def main(options: argparse.Namespace) -> int:
 
 
 def read_prompts(path: Path) -> list[Any]:
-    """Texts, or lists of messages. Raises ValueError for a file without any."""
+    """Return the prompts of a file: texts, or lists of messages.
+
+    Raises ValueError if the file is missing, empty or malformed.
+    """
     from liger_trainer.runs.data.rows import RowError, check_text
 
     if not path.is_file():

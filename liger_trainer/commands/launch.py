@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def command(options: argparse.Namespace) -> list[str]:
-    """Return the words of the command. Raises ValueError for what it could not run."""
+    """Return the words of the `accelerate launch` command. Raises ValueError for wrong options."""
     import torch
 
     from liger_trainer.runs.checks import require

@@ -35,7 +35,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--into: {into} exists already; choose another folder")
     if not into.parent.is_dir():
         raise ValueError(f"--into: there is no folder {str(into.parent)!r}")
-    # 4-bit weights would be rounded again: the adapter is added to what they were made of.
+    # Merging into 4-bit weights would round them again, so the unquantized base is loaded.
     arguments = dataclasses.replace(run.tuned, quantization=None)
     tokenizer = load_tokenizer(arguments)
     model = load_model(arguments).merge_and_unload()

@@ -31,7 +31,7 @@ def main(options: argparse.Namespace) -> int:
 
     run = open_run(options.run)
     card = model_card(run)
-    # The arguments of training are a pickle, which nobody should have to trust.
+    # training_args.bin is a pickle, which nobody should have to trust.
     names = [n for n in run.record["files"] if n not in ("training_args.bin", "report.html")]
     if options.dry_run:
         print(card)

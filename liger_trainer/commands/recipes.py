@@ -50,7 +50,7 @@ def _list(names: list[str]) -> int:
 
 
 def _needs(values: dict) -> str:
-    """Return what has to be there besides the package itself."""
+    """Return what a recipe needs besides the package itself."""
     from liger_trainer.runs.packages import needed
 
     needs = ["trl"] if values.get("method", "sft") != "sft" else []

@@ -8,7 +8,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from liger_trainer.runs.errors import ToldElsewhere
+from liger_trainer.runs.errors import ReportedElsewhere
 from liger_trainer.runs.secrets import hidden_override
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every command that runs a recipe takes."""
+    """Add the arguments of the commands that run a recipe."""
     add_recipe(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print every value, the injection plan and problems"
@@ -52,7 +52,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipes(prefix: str, **_) -> list[str]:
-    """For completion in the shell: names of recipes, and files."""
+    """Return recipe names, files and folders that begin with `prefix`, for shell completion."""
     from glob import glob
 
     from liger_trainer.runs.shipped import recipe_names
@@ -77,16 +77,15 @@ def main(options: argparse.Namespace) -> int:
     try:
         result = run(recipe, resume=options.resume, overwrite=options.overwrite, command=command)
     except KeyboardInterrupt:
-        print(f"\n{_what_is_left(recipe, command)}", file=sys.stderr)
+        print(f"\n{_interrupted_message(recipe, command)}", file=sys.stderr)
         return 130
     finally:
         leave_group()
-    return _tell(result, command)
+    return _print_result(result, command)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    """Return the recipe, checked; of the processes of one machine, the first one tells what is
-    wrong."""
+    """Return the checked recipe; only the first process of a machine reports what is wrong."""
     from liger_trainer.runs.checks import require
     from liger_trainer.runs.recipe import load_recipe
 
@@ -96,7 +95,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
             require(recipe)
     except (ValueError, OSError):
         if _local_rank() != 0:
-            raise ToldElsewhere from None
+            raise ReportedElsewhere from None
         raise
     return recipe
 
@@ -105,8 +104,8 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _tell(result: RunResult, command: str) -> int:
-    """Print what a run came to, and return the exit code."""
+def _print_result(result: RunResult, command: str) -> int:
+    """Print the result of a run, and return the exit code."""
     if not result.is_main:
         return 130 if result.interrupted else bool(result.warnings)
     if result.interrupted:
@@ -121,8 +120,8 @@ def _tell(result: RunResult, command: str) -> int:
     return bool(result.warnings)
 
 
-def _what_is_left(recipe: Recipe, command: str) -> str:
-    """Return what a run that was interrupted at once has left."""
+def _interrupted_message(recipe: Recipe, command: str) -> str:
+    """Return a message that states which checkpoint an interrupted run can continue from."""
     from liger_trainer.runs import checkpoints
     from liger_trainer.runs import folder as run_folder
 
@@ -151,7 +150,7 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
             print(inject(meta_model(recipe.model), training.get("liger_kernel_config")))
         else:
             print("nothing: training.use_liger_kernel is off")
-    except (OSError, ValueError) as error:  # a hub that cannot be reached, a file that is broken
+    except (OSError, ValueError) as error:  # an unreachable hub or a broken file
         print("not known: the model's configuration could not be loaded")
         found.append(f"model: {error}")
     for check in (checks.check_training, checks.check_data):
@@ -166,10 +165,12 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
 
 def _summary(result: RunResult) -> str:
     """Return the closing lines of a run."""
-    from liger_trainer.runs.summary import telling
+    from liger_trainer.runs.summary import headline_metrics
 
     numbers = result.summary
-    lines = [(f"held-out {name}", f"{b} before, {a} after") for name, b, a in telling(numbers)]
+    lines = [
+        (f"held-out {name}", f"{b} before, {a} after") for name, b, a in headline_metrics(numbers)
+    ]
     if numbers["tokens_per_second"]:
         lines.append(("speed", f"{numbers['tokens_per_second']:,.0f} tokens/s"))
     lines += [

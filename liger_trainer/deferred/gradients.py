@@ -13,8 +13,7 @@ _Tensor = torch.Tensor
 
 
 def _separate_value(logits) -> torch.Tensor | None:
-    """Return the value of the logits, if gradients of it do not pass through the logits
-    themselves."""
+    """Return the value of the logits if its gradients do not pass through the logits themselves."""
     direct = getattr(logits, "_direct", None)
     return direct if direct is not None and direct is logits._value else None
 
@@ -36,15 +35,15 @@ def _retain_grad(logits):
         raise RuntimeError("can't retain_grad on Tensor that has requires_grad=False")
     if logits._retains_grad:
         return
-    # torch's own would keep a deferred gradient, which holds the logits: a cycle through memory
-    # that Python's collector does not see.
-    logits._retains_grad, to = True, weakref.ref(logits)
+    # torch's own would keep a deferred gradient, which holds the logits: a reference cycle through
+    # C++ objects, which Python's collector does not see.
+    logits._retains_grad, owner = True, weakref.ref(logits)
 
     def keep(grad):
-        if (kept := to()) is not None:
+        if (alive := owner()) is not None:
             grad = grad.materialize() if isinstance(grad, Deferred) else grad.clone()
-            before = kept._retained
-            kept._retained = grad if before is None else before + grad
+            before = alive._retained
+            alive._retained = grad if before is None else before + grad
 
     as_wrapper(_Tensor.register_hook, logits, keep)
 
@@ -71,21 +70,21 @@ def _sum(parts):
 def _autograd_grad(outputs, inputs, grad_outputs=None, retain_graph=None, create_graph=False,
                    only_inputs=True, allow_unused=None, is_grads_batched=False,
                    materialize_grads=False):  # fmt: skip
-    """Gradients with respect to logits, that came to them fused and through their value."""
+    """Return gradients; for deferred logits, the sum of what reached them and their value."""
     wanted = [inputs] if torch.is_tensor(inputs) else list(inputs)
-    places: list[list] = []
+    sources: list[list] = []  # for each input, where its gradients arrive
     for x in wanted:
         if isinstance(x, Deferred):
-            places.append([torch.autograd.graph.get_gradient_edge(x)])
+            sources.append([torch.autograd.graph.get_gradient_edge(x)])
             value = _separate_value(x)
-            places[-1] += [value] if value is not None and value.requires_grad else []
+            sources[-1] += [value] if value is not None and value.requires_grad else []
         else:
-            places.append([x])
+            sources.append([x])
     outputs = [outputs] if torch.is_tensor(outputs) else list(outputs)
     found = iter(
         torch.autograd.grad(
             [x.materialize() if isinstance(x, Deferred) else x for x in outputs],
-            [x for place in places for x in place],
+            [x for parts in sources for x in parts],
             grad_outputs=grad_outputs,
             retain_graph=retain_graph,
             create_graph=create_graph,
@@ -94,9 +93,9 @@ def _autograd_grad(outputs, inputs, grad_outputs=None, retain_graph=None, create
         )
     )
     grads = []
-    for place in places:
-        parts = [next(found) for _ in place]
-        grads.append(_sum([g for g in parts if g is not None]))
+    for parts in sources:
+        arrived = [next(found) for _ in parts]
+        grads.append(_sum([g for g in arrived if g is not None]))
     if materialize_grads:
         grads = [
             torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True)

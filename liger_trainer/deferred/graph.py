@@ -1,7 +1,7 @@
 """The place of deferred logits in the autograd graph: gradients that reach the logits themselves.
 
-A consumer sends its gradients to the head's operands directly, and along the logits themselves a
-`DeferredGradient`, which is computed only if it is needed: hooks, `retain_grad` and
+A consumer sends its gradients directly to the head's operands. To the logits themselves it sends a
+`DeferredGradient`, which is computed only on demand, so that hooks, `retain_grad` and
 `torch.autograd.grad` get the same values as with plain logits.
 """
 
@@ -29,15 +29,16 @@ class _Like(NamedTuple):
 
 
 class DeferredGradient(Deferred):
-    """The gradient of a consumer's results in the logits, which the operands have already got.
+    """The gradient of a consumer's results with respect to the logits, computed on demand.
 
-    `_extra` is the part that came otherwise and is still to be sent on.
+    The operands have received this gradient already. `_extra` is a part from elsewhere, which they
+    have not.
     """
 
     handlers: ClassVar[dict[Callable, Callable]] = {}
     _make: Callable[[], torch.Tensor]
     _extra: torch.Tensor | None = None
-    _create_graph: bool  # its own derivative, which there is none of, may be asked for
+    _create_graph: bool  # made with create_graph=True, so differentiating it must raise
 
     @classmethod
     def of(
@@ -47,7 +48,7 @@ class DeferredGradient(Deferred):
         enabled = torch.is_grad_enabled()
         gradient._create_graph = enabled if create_graph is None else create_graph
         if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
-            # Anomaly detection looks at every gradient, from where autograd cannot compute one.
+            # Anomaly detection reads every gradient, at a point where it cannot be computed.
             make = functools.cache(make)
             make()
         gradient._make, gradient._extra = make, extra
@@ -61,7 +62,7 @@ class DeferredGradient(Deferred):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """Stay deferred where gradients meet or are kept (`retain_grad`)."""
+        """Stay deferred when gradients are added up or retained (`retain_grad`)."""
         if func in (torch.ops.aten.clone.default, torch.ops.aten.detach.default):
             (x, *_) = args
             return cls.of(x, x._make, x._extra, x._create_graph)
@@ -79,12 +80,12 @@ class DeferredGradient(Deferred):
 
 
 class LogitsNode(torch.autograd.Function):
-    """The place of deferred logits in the autograd graph; tensors: operands or parents."""
+    """The node of deferred logits in the autograd graph; its inputs are operands or parents."""
 
     @staticmethod
     def forward(ctx, make, state, from_parents, *tensors):
         ctx.set_materialize_grads(False)
-        # The logits themselves are not held here: that would be a cycle.
+        # The node does not hold the logits, which would be a reference cycle.
         ctx.state, ctx.from_parents = state, from_parents
         ctx.parents = tensors if from_parents else ()
         return make()
@@ -120,7 +121,7 @@ def _pass_on(ctx, grad: DeferredGradient) -> list[DeferredGradient | None]:
 
 def _to_parents(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     with torch.enable_grad():
-        values = [p.unwritten().detach().requires_grad_(p.requires_grad) for p in ctx.parents]
+        values = [p.original_value().detach().requires_grad_(p.requires_grad) for p in ctx.parents]
         value = ctx.from_parents(*values)
         wanted = [v for v in values if v.requires_grad]
         grads = iter(torch.autograd.grad(value, wanted, grad))
@@ -128,7 +129,7 @@ def _to_parents(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 def _to_operands(ctx, grad) -> tuple[torch.Tensor | None, ...] | None:
-    """Send a gradient that came to the logits themselves to hidden states and parameters."""
+    """Return the gradients of hidden states and parameters for a gradient of the logits."""
     origin = ctx.state.origin
     if isinstance(grad, DeferredGradient):
         if grad._extra is None:
@@ -142,7 +143,7 @@ def _to_operands(ctx, grad) -> tuple[torch.Tensor | None, ...] | None:
     origin.check()
     hidden = origin.hidden.detach().requires_grad_(ctx.needs_input_grad[3])
     operands = (hidden, *origin.operands())
-    with origin.as_then(), torch.enable_grad():
+    with origin.restored(), torch.enable_grad():
         value = plain_call(origin.head, hidden)
     wanted = [t for t in operands if t.requires_grad]
     grads = iter(torch.autograd.grad(value, wanted, grad, allow_unused=True))
@@ -150,27 +151,27 @@ def _to_operands(ctx, grad) -> tuple[torch.Tensor | None, ...] | None:
 
 
 class _Results(torch.autograd.Function):
-    """A consumer's results: their gradients go to the consumer, and along the logits deferred."""
+    """Return a consumer's results unchanged; backward also sends a deferred gradient to the
+    logits."""
 
     @staticmethod
     def forward(ctx, logits, true_gradient, *results):
         ctx.set_materialize_grads(False)
         ctx.like = _Like(logits.shape, logits.dtype, logits.device)
         ctx.true_gradient = true_gradient
-        return tuple(
-            r.clone() for r in results
-        )  # views could not be changed in place (loss += ...)
+        # Clones, because views could not be changed in place (loss += ...).
+        return tuple(r.clone() for r in results)
 
     @staticmethod
     def backward(ctx, *grads):
-        along = None
+        of_logits = None
         if any(g is not None for g in grads):
-            along = DeferredGradient.of(ctx.like, functools.partial(ctx.true_gradient, grads))
-        return along, None, *grads
+            of_logits = DeferredGradient.of(ctx.like, functools.partial(ctx.true_gradient, grads))
+        return of_logits, None, *grads
 
 
-def joined(logits: DeferredLogits, results: Results, true_gradient: Callable) -> Results:
-    """Return `results` as autograd sees results of `logits`.
+def as_results_of(logits: DeferredLogits, results: Results, true_gradient: Callable) -> Results:
+    """Return `results`, connected in the autograd graph to `logits`.
 
     `true_gradient(grads)` computes the logits' gradient from those of the differentiable results.
     """
@@ -178,13 +179,14 @@ def joined(logits: DeferredLogits, results: Results, true_gradient: Callable) ->
     if not differentiable:
         return results
     logits._state.origin.consumers.append(None)
-    seen = iter(_Results.apply(logits, true_gradient, *differentiable))
-    return tuple(next(seen) if r is not None and r.requires_grad else r for r in results)
+    connected = iter(_Results.apply(logits, true_gradient, *differentiable))
+    return tuple(next(connected) if r is not None and r.requires_grad else r for r in results)
 
 
 def gradient_through(logits: DeferredLogits, plain: Callable, grads) -> torch.Tensor:
+    """Return the logits' gradient: compute them and `plain` of them, and differentiate that."""
     with torch.enable_grad():
-        z = logits.unwritten().detach().requires_grad_()
+        z = logits.original_value().detach().requires_grad_()
         results = [r for r in plain(z) if r is not None and r.requires_grad]
     used = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
     return torch.autograd.grad([r for r, _ in used], z, [g for _, g in used])[0]

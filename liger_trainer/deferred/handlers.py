@@ -1,5 +1,7 @@
 """Losses and elementwise torch functions that deferred logits implement without their value.
-`views.py` has the functions that select tokens, `gradients.py` those about gradients."""
+
+`views.py` has the functions that select tokens, `gradients.py` those that request gradients.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,11 @@ from liger_trainer.kernels.logits.cross_entropy import cross_entropy
 from liger_trainer.kernels.logits.loss import LossOptions
 
 _Tensor = torch.Tensor
-WORKSPACE_BYTES = 64 << 20  # of fp32 logits that exist at once
+WORKSPACE_BYTES = 64 << 20  # of fp32 logits that `per_token` computes at once
 
 
 def implements(*functions):
-    """Register a handler of deferred logits for these functions of torch."""
+    """Register the decorated function as deferred logits' handler for these torch functions."""
 
     def register(handler):
         for function in functions:
@@ -46,7 +48,7 @@ def _record(logits, name, argument=None):
     state = logits.state
     if state is None or state.has_log_softmax:
         return NotImplemented
-    return derive([logits], state.then(name, argument), lambda z: OPS[name](z, argument))
+    return derive([logits], state.with_op(name, argument), lambda z: OPS[name](z, argument))
 
 
 def _cast(logits, dtype):
@@ -54,7 +56,7 @@ def _cast(logits, dtype):
         return NotImplemented
     if dtype == logits.dtype:
         return logits
-    # Who asks for fp64 is to have it, and kernels compute a loss of narrower logits in fp32.
+    # The kernels compute the loss of such logits in fp32, which is not what an fp64 cast requests.
     return NotImplemented if dtype == torch.float64 else _record(logits, "cast", dtype)
 
 
@@ -66,8 +68,10 @@ implements(_Tensor.double)(lambda x: _cast(x, torch.float64))
 
 @implements(_Tensor.to)
 def _to(logits, *args, **kwargs):
-    """`.to` with a dtype, and a device of the same kind, as device_map does with what a model
-    returns. Anything else needs the value: logits that are moved to the CPU are to be kept."""
+    """Handle `.to` with a dtype, and with a device of the same type (as device_map moves outputs).
+
+    Anything else needs the value: logits that are moved to the CPU are meant to be kept.
+    """
     wanted = [*args, *(v for k, v in kwargs.items() if k in ("dtype", "device"))]
     if set(kwargs) - {"dtype", "device", "non_blocking"} or not isinstance(logits, DeferredLogits):
         return NotImplemented
@@ -90,7 +94,7 @@ def _move(logits, device):
     state = logits.state
     if state is None:
         return NotImplemented
-    return derive([logits], state.then("move", device), lambda z: z.to(device), as_meta(logits))
+    return derive([logits], state.with_op("move", device), lambda z: z.to(device), as_meta(logits))
 
 
 def _is_number(x) -> bool:
@@ -166,9 +170,10 @@ def _argmax(logits, dim=None, keepdim=False):
 
 
 def per_token(logits, reduce, dtype: torch.dtype):
-    """Return `reduce` of each token's logits, without gradient; NotImplemented if that needs all.
+    """Return `reduce` of each token's logits, without gradient, or NotImplemented.
 
-    Some tokens are computed at a time, so that metrics need no full logits.
+    Logits are computed for a few tokens at a time, so that metrics do not materialize all of them.
+    NotImplemented means that only materialized logits can give the result.
     """
     ops = logits.state.ops
     rows = max(1, WORKSPACE_BYTES // (4 * logits.shape[-1]))
@@ -187,7 +192,7 @@ def per_token(logits, reduce, dtype: torch.dtype):
 
 
 def plain_logits(head: LinearHead, rows: slice = slice(None)) -> torch.Tensor:
-    """Return some rows of the logits [N, V], by the operations of the plain head."""
+    """Return some rows of the logits [N, V], computed as the plain head does."""
     parts, bias = [], head.bias
     for hidden, weight in zip(head.hidden, head.weight, strict=True):
         x = hidden.reshape(-1, hidden.shape[-1])[rows]
@@ -212,10 +217,12 @@ def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-
         options = LossOptions(ignore_index, label_smoothing)
         loss = cross_entropy(input.materialize(), target, options=options, **kwargs)
         return loss.to(dtype)
-    made = state.transform
-    if made is None:
+    transform = state.transform
+    if transform is None:
         return NotImplemented
-    options = LossOptions(ignore_index, label_smoothing, scale=made.scale, softcap=made.softcap)
+    options = LossOptions(
+        ignore_index, label_smoothing, scale=transform.scale, softcap=transform.softcap
+    )
 
     def fused(head: LinearHead):
         loss = linear_cross_entropy(
@@ -233,8 +240,7 @@ def _cross_entropy(input, target, weight=None, size_average=None, ignore_index=-
 
 
 def _loss_dtype(logits: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which torch returns a loss of such logits: autocast computes it in
-    fp32."""
+    """Return the dtype of torch's loss of such logits, which autocast computes in fp32."""
     autocast = torch.is_autocast_enabled(logits.device.type)
     return torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
 

@@ -8,7 +8,7 @@ the loss as it would for the logits, and this module needs to know nothing about
 
 Only tensors pass through the hooks. They get a one-element *anchor* that depends on the results:
 what a hook registers on the module's output then runs before the backward of the results, and no
-hook can round or change the results themselves.
+hook can round or change the results.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ Consumer = Callable[[LinearHead], "Results | torch.Tensor"]
 
 
 class CallableHead(Swapped):
-    """A module whose forward can be taken over for one call."""
+    """A module whose forward can be replaced for one call."""
 
     def forward(self, *args, **kwargs):
         body = _pending.take(self)
         if body is not None:
             return body(*args, **kwargs)
-        # Not `self.weight`: a parametrized one is computed anew by whoever asks for it.
+        # Not `self.weight`, because reading a parametrized weight computes it again.
         weight = self._parameters.get("weight")
         is_shard = isinstance(self, nn.Linear) and isinstance(weight, DTensor)
         if is_shard and not isinstance(args[0], DTensor):
@@ -65,7 +65,7 @@ class CallableHead(Swapped):
 
 
 def plain_call(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the head's logits, computed at once."""
+    """Return the head's logits, computed immediately."""
     if not is_wrapped_shard(head):
         return nn.Module.__call__(head, hidden)
 
@@ -78,11 +78,11 @@ def plain_call(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return weight and bias, gathered if they are shards.
+    """Return weight and bias, gathered if they are sharded.
 
-    Shards appear where logits are consumed after the forward of the module that holds them, if that
-    frees its weights at its end (FSDP2 with a resharded root). The gradient is averaged over the
-    ranks and scattered, as it would be for any other weight there.
+    They are sharded if the logits are consumed after the forward of the module that holds the head,
+    and that module reshards its weights after forward (FSDP2 with a resharded root). Their gradient
+    is averaged over the ranks and scattered, as for every other weight of that module.
     """
     weight, bias = layer.weight, layer.bias
     return _whole(weight), None if bias is None else _whole(bias)
@@ -118,14 +118,13 @@ def consume(
     """Call the layers of all terms, one inside the other, and `consumer` in the innermost.
 
     Return the consumer's results; or the plain logits, if a head turns out to be more than a sum of
-    linear layers, or to hold some rows of the vocabulary while `consumer` takes no `shards`.
+    linear layers, or if it is split by rows of the vocabulary and `consumer` takes no `shards`.
     """
-
     return _call(list(terms), consumer, [], shards and len(terms) == 1)
 
 
 def _call(terms: list[Term], consumer: Consumer, gathered: list[LinearHead], shards: bool = False):
-    # Not a closure that calls itself: that would be a cycle, which keeps the graph alive.
+    # Not a recursive closure, whose reference cycle would keep the graph alive.
     if not terms:
         return consumer(LinearHead.sum(gathered))
     (layer, hidden, scale), *rest = terms
@@ -144,7 +143,7 @@ def _call(terms: list[Term], consumer: Consumer, gathered: list[LinearHead], sha
 
 
 def _inside_composite(head: nn.Module, hidden: torch.Tensor, consumer: Consumer):
-    """Run a composite head (an adapter around a linear layer) to see of which terms it consists."""
+    """Run a composite head (an adapter around a linear layer) to record its linear terms."""
     if any(isinstance(p, DTensor) for p in head.parameters()):
         raise RuntimeError(
             "The adapter on the output head lies in shards here: its logits are consumed after the "
@@ -198,27 +197,28 @@ def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body, sh
             "which deferred logits cannot follow. Register it before the kernels are injected, or "
             "set fused_linear_cross_entropy to false in liger_kernel_config."
         )
-    return _behind(returned[0], results[0])
+    return _after_anchor(returned[0], results[0])
 
 
 def _anchor_of(results: Results, hidden: torch.Tensor) -> torch.Tensor:
     differentiable = [r for r in results if r is not None and r.requires_grad]
     if torch.is_grad_enabled() and differentiable:
-        # The results' backward waits until the gradient of the anchor has passed.
+        # The backward of the results waits for the gradient of the anchor.
         return Anchor.apply(*differentiable)
     return hidden.new_zeros(1)
 
 
-def _behind(anchor: torch.Tensor, results: Results) -> Results:
-    """`results`, whose backward runs after the hooks on the anchor."""
+def _after_anchor(anchor: torch.Tensor, results: Results) -> Results:
+    """Return `results` such that their backward runs after the hooks on the anchor."""
     if not anchor.requires_grad:
         return results
     wanted = [r is not None and r.requires_grad for r in results]
-    behind = iter(_Behind.apply(anchor, *(r for r, w in zip(results, wanted, strict=True) if w)))
-    return tuple(next(behind) if w else r for r, w in zip(results, wanted, strict=True))
+    differentiable = (r for r, w in zip(results, wanted, strict=True) if w)
+    ordered = iter(_AfterAnchor.apply(anchor, *differentiable))
+    return tuple(next(ordered) if w else r for r, w in zip(results, wanted, strict=True))
 
 
-class _Behind(torch.autograd.Function):
+class _AfterAnchor(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, *results):
         ctx.set_materialize_grads(False)

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from liger_trainer.deferred.graph import LogitsNode, gradient_through, joined
+from liger_trainer.deferred.graph import LogitsNode, as_results_of, gradient_through
 from liger_trainer.deferred.head_call import Results, Term, consume, plain_call
-from liger_trainer.deferred.origin import Origin, device_of, seen_in, stamp_of
+from liger_trainer.deferred.origin import Origin, device_of, snapshots_of, stamp_of
 from liger_trainer.deferred.scope import RECORDED, Scope
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.head import LinearHead
@@ -31,9 +31,9 @@ from liger_trainer.kernels.logits.transform import Transform
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """How deferred logits come from the head's input.
+    """How to compute deferred logits from the head's input.
 
-    `ops` is what happened to them, in order: ("cast", dtype), ("mul", c), ("div", c),
+    `ops` are the operations applied to them, in order: ("cast", dtype), ("mul", c), ("div", c),
     ("tanh", None), ("log_softmax", None), ("move", device).
     """
 
@@ -45,12 +45,12 @@ class State:
         terms = tuple(term._replace(hidden=fn(term.hidden)) for term in self.terms)
         return dataclasses.replace(self, terms=terms)
 
-    def then(self, name: str, value: object = None) -> State:
+    def with_op(self, name: str, value: object = None) -> State:
         return dataclasses.replace(self, ops=(*self.ops, (name, value)))
 
     @property
     def transform(self) -> Transform | None:
-        """What `ops` amount to; None if a kernel cannot express them."""
+        """The scale and softcap that `ops` amount to; None if a kernel cannot express them."""
         found = as_scale_and_softcap(self.ops)
         return None if found is None else Transform(*found)
 
@@ -65,9 +65,10 @@ class State:
 
 
 def as_scale_and_softcap(ops) -> tuple[float, float | None] | None:
-    """(scale, softcap) such that the ops are softcap * tanh(scale * z / softcap); else None.
+    """Return (scale, softcap) such that `ops` compute softcap * tanh(scale * z / softcap).
 
-    None also for factors that are so large or small that a step between them might overflow.
+    Return None if they compute something else, or if the factors are so large or small that an
+    intermediate result might overflow.
     """
     inner, outer = 1.0, None
     for name, argument in ops:
@@ -105,37 +106,39 @@ OPS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
 
 
 def replay(ops, value: torch.Tensor) -> torch.Tensor:
-    """Apply recorded ops to logits, by the very operations of the plain model."""
+    """Apply recorded operations to logits, exactly as the plain model does."""
     for name, argument in ops:
         value = OPS[name](value, argument)
     return value
 
 
 class DeferredLogits(Deferred):
-    """Logits [..., V] that are computed when touched; see the module's docstring."""
+    """Logits [..., V] that are computed on first access; see the module's docstring."""
 
     handlers: ClassVar[dict[Callable, Callable]] = {}
     _state: State
     _parents: tuple[DeferredLogits, ...] = ()
-    _from_parents: Callable  # the value, from the parents' values
-    _shares_memory = False  # with its parent: what is written there is seen here
+    _from_parents: Callable  # computes the value from the parents' values
+    _shares_memory = False  # a view of its parent: writes to one show in the other
     _with_grad: bool
-    _node: object = None  # the grad_fn that it was made with
-    _direct: torch.Tensor | None = None  # the value without the detour by `Results` of `graph.py`
-    _version_then = 0  # of that value, when it was computed
-    _retains_grad, _retained = False, None  # asked for by `retain_grad`, and what came
-    _is_exposed = False  # to writes that no version counter tells of
+    _node: object = None  # the grad_fn that it was created with
+    _direct: torch.Tensor | None = None  # the value, not connected to the logits by `graph.py`
+    _direct_version = 0  # the version of that value when it was computed
+    _retains_grad, _retained = False, None  # set by `retain_grad`; the gradient so far
+    _is_exposed = False  # to writes that no version counter records
 
     @property
     def state(self) -> State | None:
-        """How to compute the logits; None once their value, or that whose view they are, exists:
-        it may have been written to."""
+        """How to compute the logits; None once their value exists, or the value they are a view of.
+
+        That value may have been changed in place.
+        """
         exists = self._value is not None or self._base_logits()._direct is not None
         return None if exists else self._state
 
     @property
     def linear_terms(self) -> tuple[Term, ...] | None:
-        """The terms of an untouched sum of linear layers; else None."""
+        """The terms, if the logits are a sum of linear layers that no operation has changed."""
         return self._state.terms if self.state is not None and not self._state.ops else None
 
     @property
@@ -145,35 +148,36 @@ class DeferredLogits(Deferred):
 
     def compute(self) -> torch.Tensor:
         if self._shares_memory:
-            return self._of(p.direct() for p in self._parents)
-        return self._compute_anew()
+            return self._from_values(p.direct() for p in self._parents)
+        return self._recompute()
 
-    def _compute_anew(self) -> torch.Tensor:
+    def _recompute(self) -> torch.Tensor:
         if self._parents:
-            return self._of(p.unwritten() for p in self._parents)
+            return self._from_values(p.original_value() for p in self._parents)
         origin = self._state.origin
         origin.check()
-        with origin.as_then():
+        with origin.restored():
             return plain_call(origin.head, origin.hidden)
 
-    def _of(self, values: Iterable[torch.Tensor]) -> torch.Tensor:
+    def _from_values(self, values: Iterable[torch.Tensor]) -> torch.Tensor:
         with torch.set_grad_enabled(self._with_grad):
             return self._from_parents(*values)
 
     def direct(self) -> torch.Tensor:
+        """Return the value; its gradients go to the operands, not through the logits' node."""
         if self._direct is None:
             self._direct = self.compute()
-            self._version_then = self._direct._version
+            self._direct_version = self._direct._version
         return self._direct
 
-    def unwritten(self) -> torch.Tensor:
-        """Return the value as it was when others were derived from it, before any write to it."""
+    def original_value(self) -> torch.Tensor:
+        """Return the value as it was before any in-place change."""
         base = self._base_logits()
-        written = base._direct is not None and base._direct._version != base._version_then
-        return self._compute_anew() if written or base._is_exposed else self.direct()
+        changed = base._direct is not None and base._direct._version != base._direct_version
+        return self._recompute() if changed or base._is_exposed else self.direct()
 
     def _base_logits(self) -> DeferredLogits:
-        """Return the logits in whose memory these are."""
+        """Return the logits that these are a view of, or these."""
         base = self
         while base._shares_memory:
             (base,) = base._parents
@@ -184,10 +188,10 @@ class DeferredLogits(Deferred):
         if value is None:
             value = self.direct()
             if self.is_attached and self._is_observed():
-                (value,) = joined(self, (value,), lambda grads: grads[0])
+                (value,) = as_results_of(self, (value,), lambda grads: grads[0])
             elif not self.requires_grad:
                 value = value.detach()
-            elif not value.requires_grad:  # adopted by an autograd function
+            elif not value.requires_grad:  # returned by an autograd function as its own output
                 value = super().materialize()
             assert value is not None
             self._value = value
@@ -199,13 +203,13 @@ class DeferredLogits(Deferred):
         if self._shares_memory:
             return self._from_parents(*(p.detached_value() for p in self._parents))
         if self._parents:
-            return self._from_parents(*(p.unwritten().detach() for p in self._parents))
+            return self._from_parents(*(p.original_value().detach() for p in self._parents))
         return super().detached_value()
 
     def _is_observed(self) -> bool:
-        """Whether somebody waits for a gradient of the logits themselves."""
-        as_own = self.grad_fn is self._node
-        return not as_own or bool(self._backward_hooks) or self.retains_grad
+        """Return whether anything waits for a gradient of the logits themselves."""
+        has_own_node = self.grad_fn is self._node
+        return not has_own_node or bool(self._backward_hooks) or self.retains_grad
 
 
 def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bool, scope: Scope):
@@ -222,7 +226,7 @@ def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bo
         scope=scope,
         with_grad=torch.is_grad_enabled(),
         autocast=autocast,
-        seen=() if scope is RECORDED else seen_in(head),
+        snapshots=() if scope is RECORDED else snapshots_of(head),
         hidden_stamp=None if scope is RECORDED else stamp_of(hidden),
     )
     shape = (*hidden.shape[:-1], vocabulary)
@@ -231,9 +235,10 @@ def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bo
 
 
 def derive(parents, state: State, from_parents, like=None) -> DeferredLogits:
-    """Return logits that follow from others; `from_parents` makes the value of their values.
+    """Return logits derived from `parents`; `from_parents(*values)` computes their value.
 
-    `like` has their shape, strides and dtype (by default from a dry run on the meta device).
+    `like` has their shape, strides and dtype; by default, `from_parents` runs on the meta device to
+    find these.
     """
     shares = False
     if like is None:
@@ -278,15 +283,15 @@ def consume_logits(
 ) -> Results | None:
     """Return `fused(head)`, evaluated inside the head's call, as results of `logits`.
 
-    `plain(z)` must make the same results of the value z, and `shards` tells whether `fused` takes
-    a head with some rows of the vocabulary. None if the logits turn out to be more than a sum of
-    linear layers, or to come from such a head where it is not taken.
+    `plain(z)` must compute the same results from materialized logits z. `shards` states whether
+    `fused` takes a head that is split by rows of the vocabulary. Return None if the logits turn out
+    to be more than a sum of linear layers, or if the head is split and `fused` takes no shards.
     """
     state = logits.state
     state.origin.check()
     attached = logits.is_attached and torch.is_grad_enabled()
     if logits.requires_grad and not logits.is_attached:
-        return None  # made under no_grad inside somebody's autograd function
+        return None  # created under no_grad, inside another autograd function
     device = logits.device.type
 
     def cast(head: LinearHead) -> Results:
@@ -294,10 +299,10 @@ def consume_logits(
         with torch.autocast(device, enabled=False):
             return fused(dataclasses.replace(head, hidden=hidden))
 
-    with state.origin.as_then(), torch.set_grad_enabled(attached):
+    with state.origin.restored(), torch.set_grad_enabled(attached):
         results = consume(state.terms, cast, shards)
     if isinstance(results, torch.Tensor):
         return None
     if not attached:
         return results
-    return joined(logits, results, functools.partial(gradient_through, logits, plain))
+    return as_results_of(logits, results, functools.partial(gradient_through, logits, plain))

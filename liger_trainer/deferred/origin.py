@@ -18,8 +18,8 @@ WAY_OUT = (
 )
 
 
-class Seen(NamedTuple):
-    """A weight or bias of the head as it was at the head's call, and what tells of its change."""
+class Snapshot(NamedTuple):
+    """A weight or bias of the head when the head was called, with a stamp to detect changes."""
 
     layer: nn.Module
     name: str
@@ -28,40 +28,40 @@ class Seen(NamedTuple):
     stamp: tuple | None
 
     @property
-    def was_exchanged(self) -> bool:
-        """Whether an engine has put a shard in its place since."""
+    def was_resharded(self) -> bool:
+        """Whether an engine has replaced it by a shard since."""
         current = _tensor_of(self.layer, self.name)
         replaced = current is not None and type(current) is not DTensor
         return replaced and current.shape != self.tensor.shape
 
     @property
     def was_changed(self) -> bool:
-        if self.tensor.is_meta:  # offloaded: what it stands for is not looked at
+        if self.tensor.is_meta:  # offloaded, so there are no values to compare
             return False
         current = _tensor_of(self.layer, self.name)
-        if current is not self.tensor and type(current) is not DTensor and not self.was_exchanged:
+        if current is not self.tensor and type(current) is not DTensor and not self.was_resharded:
             return True
         return _differs(self.tensor, self.stamp)
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The call of a head that made the logits."""
+    """The head call that the logits stand for."""
 
     head: nn.Module
     hidden: torch.Tensor
-    device: torch.device  # where the head is, which need not be where its input is
+    device: torch.device  # of the head, which may differ from that of its input
     dtype: torch.dtype  # of the head's GEMMs
     fused: bool  # the loss is fused with the head; else it gets the plain logits
     scope: Scope
     with_grad: bool
     autocast: tuple[bool, torch.dtype]
-    seen: tuple[Seen, ...] = dataclasses.field(repr=False)
+    snapshots: tuple[Snapshot, ...] = dataclasses.field(repr=False)
     hidden_stamp: tuple | None
-    consumers: list = dataclasses.field(default_factory=list)  # who got gradients past the logits
+    consumers: list = dataclasses.field(default_factory=list)  # one entry per fused consumer
 
     @contextlib.contextmanager
-    def as_then(self):
+    def restored(self):
         """Restore the grad mode, autocast and weights of the call within the block."""
         enabled, dtype = self.autocast
         with (
@@ -73,40 +73,40 @@ class Origin:
 
     @contextlib.contextmanager
     def weights(self):
-        """Put back the weights of the call within the block, where an engine has put shards in
-        their place (FSDP1)."""
-        exchanged = [seen for seen in self.seen if seen.was_exchanged]
-        if not all(_in_memory(seen.tensor) for seen in exchanged):
+        """Put the weights of the call back within the block, if an engine has replaced them by
+        shards since (FSDP1)."""
+        resharded = [snapshot for snapshot in self.snapshots if snapshot.was_resharded]
+        if not all(_in_memory(snapshot.tensor) for snapshot in resharded):
             raise RuntimeError(
                 "The output head's weights were freed before its logits were used. Compute the "
                 "loss in the model's forward, by giving it labels. " + WAY_OUT
             )
-        shards = [(s.layer._parameters, s.name, s.layer._parameters[s.name]) for s in exchanged]
+        shards = [(s.layer._parameters, s.name, s.layer._parameters[s.name]) for s in resharded]
         try:
-            for seen in exchanged:
-                seen.layer._parameters[seen.name] = seen.tensor
+            for snapshot in resharded:
+                snapshot.layer._parameters[snapshot.name] = snapshot.tensor
             yield
         finally:
             for parameters, name, shard in shards:
                 parameters[name] = shard
 
     def check(self) -> None:
-        """Raise RuntimeError if the logits would not be those of the time of the call.
+        """Raise RuntimeError if the logits would differ from those at the time of the call.
 
-        While the scope is open nothing can have changed. Afterwards version counters tell of
-        in-place changes, and elements of each row of those that these miss (fused optimizers,
-        writes to `.data`).
+        While the scope is open, nothing can have changed. Afterwards, version counters reveal
+        in-place changes, and sampled elements reveal those that the counters miss (fused
+        optimizers, writes to `.data`).
         """
         if self.scope.open:
             return
         tracked = self.with_grad and torch.is_grad_enabled()
-        if tracked and any(s.tensor.requires_grad != s.requires_grad for s in self.seen):
+        if tracked and any(s.tensor.requires_grad != s.requires_grad for s in self.snapshots):
             raise RuntimeError(
                 "These logits were not computed during the forward, and weights of the output head "
                 "have been frozen or unfrozen since. Read outputs.logits before that. " + WAY_OUT
             )
         hidden_differs = _differs(self.hidden, self.hidden_stamp)
-        if hidden_differs or any(s.was_changed for s in self.seen):
+        if hidden_differs or any(s.was_changed for s in self.snapshots):
             raise RuntimeError(
                 "These logits were not computed during the forward, and the weights or hidden "
                 "states that they are made of have changed since (an optimizer step?). Read "
@@ -114,38 +114,40 @@ class Origin:
             )
 
     def operands(self) -> list[torch.Tensor]:
-        """Parameters by which the logits hang in the autograd graph.
+        """Return the parameters that the logits' node in the autograd graph depends on.
 
-        A search for unused parameters must find them. But a parameter waits for all gradients that
-        the graph announces, and where hooks gather the head's weights for its backward alone, it
-        must not wait for longer; nor do shards belong there, an engine puts the whole parameter in
-        their place. So these are left out, unless nothing else requires a gradient.
+        A search for unused parameters (DDP) must find them there. But a parameter's gradient is
+        complete only when all of its nodes have run, which is too late for an engine whose hooks
+        gather the head's weights just for its backward. Shards do not belong there either, because
+        an engine replaces them by the whole parameter. Both are left out, unless nothing else
+        requires a gradient.
         """
-        layers = [self.head, *(seen.layer for seen in self.seen)]
+        layers = [self.head, *(snapshot.layer for snapshot in self.snapshots)]
         hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        tensors = (seen.tensor for seen in self.seen) if self.seen else self.head.parameters()
+        tensors = [s.tensor for s in self.snapshots] or self.head.parameters()
         wanted = [p for p in tensors if p.requires_grad]
         in_memory = [p for p in wanted if p.numel() and not p.is_meta]
         whole = [p for p in in_memory if not isinstance(p, DTensor) and not hooked]
         return whole if whole or self.hidden.requires_grad else wanted
 
 
-def seen_in(head: nn.Module) -> tuple[Seen, ...]:
-    """Return the weights and biases of the head's linear layers, as they are."""
+def snapshots_of(head: nn.Module) -> tuple[Snapshot, ...]:
+    """Return snapshots of the weights and biases of the head's linear layers."""
     found = []
     for layer in head.modules():
         if isinstance(layer, nn.Linear):
             for name in ("weight", "bias"):
                 tensor = _tensor_of(layer, name)
                 if tensor is not None:
-                    found.append(Seen(layer, name, tensor, tensor.requires_grad, stamp_of(tensor)))
+                    stamp = stamp_of(tensor)
+                    found.append(Snapshot(layer, name, tensor, tensor.requires_grad, stamp))
     return tuple(found)
 
 
 def device_of(head: nn.Module, hidden: torch.Tensor) -> torch.device:
-    """Where `head(hidden)` will lie: its weights may be on another device, or offloaded."""
+    """Return the device of `head(hidden)`: the weights may be on another device, or offloaded."""
     placed = next((t for t in head.parameters() if not t.is_meta), hidden).device
-    hook = vars(head).get("_hf_hook")  # of accelerate, which moves input and weights
+    hook = vars(head).get("_hf_hook")  # accelerate's, which moves input and weights
     target = getattr(hook, "execution_device", None)
     if target is None:
         return placed
@@ -153,28 +155,28 @@ def device_of(head: nn.Module, hidden: torch.Tensor) -> torch.device:
 
 
 def _tensor_of(layer: nn.Linear, name: str) -> torch.Tensor | None:
-    """`layer.weight` or `.bias`, without asking for it: ZeRO-3 answers that by gathering."""
+    """Return `layer.weight` or `.bias`, not by attribute access, which gathers under ZeRO-3."""
     found = layer._parameters.get(name)
     return vars(layer).get(name) if found is None else found
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FEW = 4
+_SAMPLES = 4  # elements of each row and column
 
 
 def stamp_of(tensor: torch.Tensor) -> tuple | None:
-    """Return version, address and a few elements of each row and column; None for shards and what
-    is offloaded.
+    """Return version, address and a few elements of each row and column.
 
-    Reading all elements would cost a pass over the head in every forward, and what changes them
-    behind autograd's back (fused optimizers, writes to `.data`) changes whole rows.
+    Return None for shards and offloaded tensors. Reading all elements would cost a pass over the
+    head in every forward; and changes that no version counter records (fused optimizers, writes to
+    `.data`) affect whole rows.
     """
     if not tensor.numel() or tensor.is_meta or isinstance(tensor, DTensor):
         return None
     bits = tensor.detach().view(_BITS[tensor.element_size()])
     if bits.dim() < 2:
         return tensor._version, tensor.data_ptr(), (bits.clone(),)
-    rows, columns = (max(1, n // _FEW) for n in bits.shape[-2:])
+    rows, columns = (max(1, n // _SAMPLES) for n in bits.shape[-2:])
     samples = bits[..., ::columns].clone(), bits[..., ::rows, :].clone()
     return tensor._version, tensor.data_ptr(), samples
 

@@ -14,19 +14,19 @@ from torch import nn
 
 
 class Scope:
-    """One stretch of code that computes a loss; weights do not change while it is open."""
+    """The span of one loss computation; weights do not change while it is open."""
 
     open = True
 
 
 RECORDED = Scope()
-"""Of the terms of a composite head, which are consumed at once."""
+"""The scope of a composite head's terms, which are consumed immediately."""
 
 
 class _State(threading.local):
     scope: Scope | None = None
-    head: nn.Module | None = None  # the head whose calls are deferred at the moment
-    recording = False  # inside a composite head: its linear layers return their terms
+    head: nn.Module | None = None  # the head whose calls are deferred now
+    recording = False  # inside a composite head, whose linear layers return their terms
 
 
 _state = _State()
@@ -34,16 +34,16 @@ _state = _State()
 
 @contextlib.contextmanager
 def loss_scope() -> Iterator[None]:
-    """Defer the logits of every injected model inside the block, for a loss of your own:
+    """Defer the logits of every injected model inside the block, for a custom loss:
 
         with loss_scope():
             logits = model(input_ids).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
-    The loss is then fused with the head. Anything else that is done to the logits computes them.
-    A forward that is given labels needs no scope.
+    The loss is then fused with the head. Any other use of the logits computes them. A forward that
+    gets labels needs no scope.
     """
-    if _state.scope is not None:  # the outer one reaches further
+    if _state.scope is not None:  # the outer scope ends later
         yield
         return
     scope = _state.scope = Scope()
@@ -59,7 +59,7 @@ def in_loss_scope() -> bool:
 
 @contextlib.contextmanager
 def deferring(head: nn.Module) -> Iterator[None]:
-    """Within it, calls of `head` are deferred."""
+    """Defer calls of `head` inside the block."""
     before = _state.head
     with loss_scope():
         _state.head = head
@@ -76,7 +76,7 @@ def scope_of(head: nn.Module) -> Scope | None:
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """Within it, a linear layer onto the vocabulary returns the term that it would compute."""
+    """Make linear layers onto the vocabulary return deferred logits inside the block."""
     before, _state.recording = _state.recording, True
     try:
         yield

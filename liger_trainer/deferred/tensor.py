@@ -24,7 +24,7 @@ from liger_trainer.kernels.autograd import first_derivative_only
 
 _Tensor = torch.Tensor
 
-# Answered from the wrapper's own shape, dtype and device.
+# These functions read the wrapper's own shape, dtype and device.
 _METADATA = {
     *(getattr(_Tensor, name).__get__ for name in (
         "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad_fn",
@@ -51,11 +51,12 @@ class Deferred(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(
             cls, shape, strides, storage_offset, dtype=dtype, device=device
         )
-        # C++ code that asks for memory, of which there is none, gets an error, not a null pointer.
+        # C++ code that reads the memory, which does not exist, gets an error, not a null pointer.
         torch._C._set_throw_on_mutable_data_ptr(made)
         return made
 
     def compute(self) -> torch.Tensor:
+        """Return the value, connected to the operands' autograd graph."""
         raise NotImplementedError
 
     def materialize(self) -> torch.Tensor:
@@ -66,7 +67,7 @@ class Deferred(torch.Tensor):
             with torch.set_grad_enabled(self.grad_fn is not None):
                 value = self.compute()
             if self.requires_grad and not value.requires_grad:
-                # Made under no_grad inside somebody's autograd function, which is its grad_fn.
+                # Created under no_grad inside another autograd function, which is its grad_fn.
                 value = _ValueOf.apply(self, value)
             self._value = value
         return value
@@ -74,7 +75,7 @@ class Deferred(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        func = _as_torch_has_it(func)
+        func = _original_function(func)
         handler = cls.handlers.get(func)
         if handler is not None:
             answer = _call(handler, args, kwargs)
@@ -89,7 +90,7 @@ class Deferred(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """Reached by C++ code that skips `__torch_function__`; autograd is above this."""
+        """Serve C++ code that skips `__torch_function__`, below autograd."""
         with torch.no_grad():
             args, kwargs = tree_map_only(
                 Deferred, lambda d: d.detached_value(), (tuple(args), dict(kwargs or {}))
@@ -97,7 +98,7 @@ class Deferred(torch.Tensor):
             return func(*args, **kwargs)
 
     def detached_value(self) -> torch.Tensor:
-        """Return the value without its graph; below autograd there is none, and nothing is kept."""
+        """Return the value without its graph, for calls below autograd; does not keep it."""
         return self.compute() if self._value is None else self._value.detach()
 
     def __deepcopy__(self, memo):
@@ -111,11 +112,11 @@ _FUNCTIONAL = {name: f for name, f in vars(F).items() if inspect.isfunction(f)}
 _ORIGINAL = frozenset(_FUNCTIONAL.values())
 
 
-def _as_torch_has_it(func: Callable) -> Callable:
-    """Return the function of torch that asks for an answer.
+def _original_function(func: Callable) -> Callable:
+    """Return torch's own function for `func`, which may be a wrapper around it.
 
-    `F.cross_entropy` looks its own name up to say who asks. If somebody put a function around it in
-    its place, that is found, and calling it would apply what it adds a second time.
+    `F.cross_entropy` passes whatever its own name is bound to. If that is a wrapper that someone
+    has put in its place, calling it would apply the wrapper a second time.
     """
     if func in _ORIGINAL or not inspect.isfunction(func):
         return func
@@ -149,7 +150,7 @@ _SYNONYMS = {"axis": "dim", "keepdims": "keepdim"}
 
 
 def _call(handler: Callable, args: tuple, kwargs: dict):
-    """`handler`'s answer; NotImplemented if it does not take such arguments."""
+    """Return the handler's result, or NotImplemented if it does not take these arguments."""
     signature = _signature(handler)
     if kwargs:
         kwargs = {_SYNONYMS.get(name, name): value for name, value in kwargs.items()}
@@ -163,7 +164,7 @@ def _call(handler: Callable, args: tuple, kwargs: dict):
 
 
 class _ValueOf(torch.autograd.Function):
-    """The value of a deferred tensor; its gradient goes to the deferred tensor's own grad_fn."""
+    """Return the value of a deferred tensor, whose gradient goes to that tensor's own grad_fn."""
 
     @staticmethod
     def forward(ctx, deferred, value):
@@ -175,11 +176,11 @@ class _ValueOf(torch.autograd.Function):
 
 
 class Attach(torch.autograd.Function):
-    """Gives a deferred tensor its place in the autograd graph.
+    """Connect a deferred tensor to the autograd graph.
 
-    `Attach.apply(make, recompute, *operands)`: `make()` returns the deferred tensor and
-    `recompute(*operands)` its value; a gradient that reaches the deferred tensor itself is sent to
-    the operands through it.
+    In `Attach.apply(make, recompute, *operands)`, `make()` returns the deferred tensor and
+    `recompute(*operands)` returns its value. If a gradient reaches the deferred tensor itself,
+    backward differentiates `recompute` and sends it to the operands.
     """
 
     @staticmethod

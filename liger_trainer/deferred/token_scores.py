@@ -35,7 +35,7 @@ def token_scores(
 ) -> TokenScores:
     """Return scores of `labels` [...] under `logits` [..., V]; label -100 marks ignored tokens.
 
-    Deferred logits go through `linear_log_probs` with whatever scale and softcap the model applied
+    Deferred logits go through `linear_log_probs` with the scale and softcap that the model applied
     to them; `weighting` is explained there. Other logits go through `log_probs`.
     """
     state = fusable(logits)
@@ -46,7 +46,7 @@ def token_scores(
 
     if state is not None:
         if state.origin.dtype == torch.float16:
-            weighting = None  # the loss scale must reach the logits' gradient before it is rounded
+            weighting = None  # the loss scale must come before the logits' gradient is rounded
         scores = _fused_scores(
             logits, state.transform, labels, plain, temperature, outputs, weighting
         )
@@ -56,11 +56,13 @@ def token_scores(
 
 
 def _fused_scores(
-    logits: DeferredLogits, made: Transform, labels, plain,
+    logits: DeferredLogits, transform: Transform, labels, plain,
     temperature: float = 1.0, outputs: Sequence[str] = (), weighting: str | None = None,
 ) -> TokenScores | None:  # fmt: skip
-    """Return scores of logits that are `made` so of the head's; None if they must be computed."""
-    options = ScoreOptions(scale=made.scale, softcap=made.softcap, temperature=temperature)
+    """Return scores of logits that are `transform` of the head's; None if it cannot be fused."""
+    options = ScoreOptions(
+        scale=transform.scale, softcap=transform.softcap, temperature=temperature
+    )
 
     def fused(head: LinearHead):
         return linear_log_probs(
@@ -73,7 +75,7 @@ def _fused_scores(
 
 
 def fusable(logits: torch.Tensor) -> State | None:
-    """Return what deferred logits are made of, if a kernel can take it from there; else None."""
+    """Return the state of deferred logits if a fused kernel can consume them, else None."""
     state = logits.state if isinstance(logits, DeferredLogits) else None
     if state is None or not state.origin.fused or state.has_log_softmax or not state.transform:
         return None
@@ -90,8 +92,11 @@ def divergence(
     reduction: str = "mean",
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> tuple:
-    """Return the generalized Jensen-Shannon divergence of the logits, over the tokens of `mask`,
-    and the student's entropy of each token."""
+    """Return (divergence, student entropy) of the logits at the tokens that `mask` keeps.
+
+    The divergence (generalized Jensen-Shannon) is reduced; the entropy is per token. Logits may be
+    deferred.
+    """
     states = fusable(student), fusable(teacher)
     plain_options = DivergenceOptions(float(beta), float(temperature))
 
@@ -132,7 +137,7 @@ def divergence(
     return results
 
 
-# --- expressions of user code ---------------------------------------------------------------------
+# --- expressions in user code ---------------------------------------------------------------------
 
 
 @implements(torch.gather, torch.Tensor.gather)
@@ -146,7 +151,7 @@ def _take_along_dim(input, indices, dim=None):
 
 
 def _label_log_probs(logits, dim, index):
-    """log_softmax(logits).gather(-1, labels): the labels' log-probabilities."""
+    """Return the labels' log-probabilities, log_softmax(logits).gather(-1, labels)."""
     state = logits.state if isinstance(logits, DeferredLogits) else None
     if state is None or not isinstance(index, torch.Tensor) or not isinstance(dim, int):
         return NotImplemented
@@ -154,18 +159,18 @@ def _label_log_probs(logits, dim, index):
     names = [name for name, _ in state.ops]
     if not fits or "log_softmax" not in names or index.dtype != torch.int64:
         return NotImplemented
-    made = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")]).transform
-    if not state.origin.fused or made is None:
+    transform = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")]).transform
+    if not state.origin.fused or transform is None:
         return NotImplemented
     scores = _fused_scores(
-        logits, made, index.squeeze(-1), lambda z: TokenScores(z.gather(-1, index).squeeze(-1))
+        logits, transform, index.squeeze(-1), lambda z: TokenScores(z.gather(-1, index).squeeze(-1))
     )
     return NotImplemented if scores is None else scores.log_probs.unsqueeze(-1).to(logits.dtype)
 
 
 @implements(torch.mean, torch.Tensor.mean)
 def _mean(logits, dim=None, keepdim=False):
-    """Return the mean of all logits or of each token's, as numbers to report."""
+    """Return the mean of all logits, or of each token's, without gradient (for metrics)."""
     of_each = dim in (-1, logits.ndim - 1)
     if fusable(logits) is None or logits.requires_grad or not logits.numel():
         return NotImplemented
@@ -179,8 +184,8 @@ def _mean(logits, dim=None, keepdim=False):
 
 
 def _means(logits, dtype: torch.dtype):
-    """Return the mean of each token's logits: where they are linear, the product with a mean
-    weight."""
+    """Return the mean of each token's logits; without softcap, by multiplying with the mean of the
+    weight's rows."""
     transform = logits.state.transform
     if transform.softcap is not None:
         return per_token(logits, lambda z: z.to(dtype).mean(-1), dtype)

@@ -13,7 +13,7 @@ _Tensor = torch.Tensor
 
 
 def _rows(logits, fn, like=None):
-    """`fn` acts on the tokens of hidden states and logits alike."""
+    """Apply `fn`, which acts on tokens alone, to hidden states and logits alike."""
     return derive([logits], logits.state.map_hidden(fn), fn, like)
 
 
@@ -28,7 +28,10 @@ def _contiguous(logits, memory_format=torch.contiguous_format):
 
 @implements(_Tensor.clone, torch.clone)
 def _clone(logits, memory_format=torch.preserve_format):
-    """Within the scope, or inside an autograd function's forward. Elsewhere it is a snapshot."""
+    """Stay deferred inside the scope, or in an autograd function's forward.
+
+    Elsewhere, a clone is a snapshot that must not change with the weights.
+    """
     state = logits.state
     if state is None or (torch.is_grad_enabled() and not state.origin.scope.open):
         return NotImplemented
@@ -47,16 +50,16 @@ def _detach(logits):
 
 @implements(_Tensor.data.__get__, _Tensor.numpy)
 def _expose(logits, *args, **kwargs):
-    """Note that a write is possible which shows in no version counter."""
+    """Record that writes are possible that no version counter records."""
     if isinstance(logits, DeferredLogits):
         logits._base_logits()._is_exposed = True
     return NotImplemented
 
 
 def _adoptable(logits, copy):
-    """Return a copy that an autograd function may return as its own (an engine's identity, say).
+    """Return a copy that an autograd function can return as its output (an engine's identity, say).
 
-    Its gradient then passes through that function; without one, it has none.
+    Its gradient then passes through that function; otherwise it has none.
     """
     made = derive([logits], logits.state, copy)
     made._with_grad = logits._with_grad
@@ -111,7 +114,7 @@ def _split(logits, split_size, dim=0):
 
 @implements(torch.unbind, _Tensor.unbind)
 def _unbind(logits, dim=0):
-    """Also what iterates over logits."""
+    """Handle `unbind`, which also serves iteration over logits."""
     return _pieces(logits, lambda x: x.unbind(dim), dim)
 
 
@@ -129,8 +132,7 @@ def _getitem(logits, index):
     parts = index if isinstance(index, tuple) else (index,)
     if all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts):
         return _rows(logits, lambda x: x[index])
-    # Advanced indexing makes a copy; its shape may depend on values, so it is read off the hidden
-    # states.
+    # Advanced indexing copies; its shape may depend on values, so it is taken from hidden states.
     hidden = logits.state.terms[0].hidden[index]
     shape = (*hidden.shape[:-1], logits.shape[-1])
     like = torch.empty(shape, dtype=logits.dtype, device="meta")
@@ -138,7 +140,7 @@ def _getitem(logits, index):
 
 
 def _leaves_vocabulary(index, ndim: int) -> bool:
-    """Whether `index` selects tokens only, each with its whole vocabulary."""
+    """Return whether `index` selects only tokens, each with its whole vocabulary."""
     parts = list(index) if isinstance(index, tuple) else [index]
     consumed = 0
     for part in parts:

@@ -1,4 +1,4 @@
-"""Heads of which each rank holds some rows.
+"""Heads that are split by rows over ranks (tensor parallelism).
 
 Tensor parallelism wraps a linear layer: the input becomes a DTensor replicated on every rank, the
 weight is a DTensor split by rows, and the output is gathered. Inside the wrapper, where the linear
@@ -28,7 +28,7 @@ from liger_trainer.kernels.linear.vocab_parallel import VocabShard
 
 
 def shard_of(weight: torch.Tensor | None) -> VocabShard | None:
-    """Return the rows of `weight` [V, H] that this rank holds; None if it is not evenly split by
+    """Return which rows of `weight` [V, H] this rank holds; None if it is not evenly split by
     rows."""
     if not isinstance(weight, DTensor) or weight.placements != (Shard(0),):
         return None
@@ -43,12 +43,12 @@ def _shard_along(mesh: DeviceMesh, weight: DTensor) -> VocabShard | None:
 
 
 def is_wrapped_shard(layer: nn.Module) -> bool:
-    """Whether the layer's forward is replaced on the instance, around a weight that is split."""
+    """Return whether the layer's weight is split and its forward is wrapped on the instance."""
     return "forward" in vars(layer) and isinstance(layer._parameters.get("weight"), DTensor)
 
 
 def refuse_scattered(weight: torch.Tensor | None) -> None:
-    """Raise RuntimeError if `weight` is split over data ranks as well, and was not gathered."""
+    """Raise RuntimeError if `weight` is also split over data-parallel ranks and not gathered."""
     dimensions = getattr(weight, "placements", ())
     if sum(not placement.is_replicate() for placement in dimensions) > 1:
         raise RuntimeError(
@@ -67,12 +67,11 @@ class LocalRows(NamedTuple):
 
     @classmethod
     def of(cls, x, weight, bias, split: torch.Tensor | None) -> LocalRows | None:
-        """None if this is no such call, or one whose input's gradient nobody would sum.
+        """Return the local rows of a call, or None if the layer is not split by rows.
 
-        `split` is the weight as it was when the layer's forward was entered, which a wrapper may
-        have replaced by its local rows since.
-
-        RuntimeError if the weight is split over data ranks as well.
+        Also return None if nothing would sum the gradient of the input over the ranks. `split` is
+        the weight at entry to the layer's forward, which a wrapper may have replaced by its local
+        rows since. Raise RuntimeError if the weight is also split over data-parallel ranks.
         """
         refuse_scattered(split)
         shard = shard_of(split)
@@ -91,22 +90,22 @@ class LocalRows(NamedTuple):
         return cls(LinearHead([x], [weight], bias, shard), mesh)
 
     def leaving(self, tensor: torch.Tensor) -> DTensor:
-        """`tensor`, the same on all ranks, in the form in which the wrapper hands it through."""
+        """Return `tensor`, equal on all ranks, as the DTensor that the wrapper passes through."""
         return DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
 
 
-Taking = Callable[
+Replacement = Callable[
     [torch.Tensor, torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"], object
 ]
 
 
 class _InPlaceOfLinear(TorchFunctionMode):
-    """Within it, the layer's linear function is `take(x, weight, bias, split)`.
+    """Replace the layer's `F.linear` by `take(x, weight, bias, split)`.
 
-    NotImplemented leaves it as it is.
+    If that returns NotImplemented, `F.linear` runs.
     """
 
-    def __init__(self, layer: nn.Linear, take: Taking):
+    def __init__(self, layer: nn.Linear, take: Replacement):
         super().__init__()
         self._layer, self._take, self._split = layer, take, layer._parameters.get("weight")
 
@@ -120,8 +119,8 @@ class _InPlaceOfLinear(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def in_place_of_linear(layer: nn.Linear, take: Taking) -> Iterator[None]:
-    """Within it, calls of a layer whose forward is wrapped on the instance go through `take`."""
+def in_place_of_linear(layer: nn.Linear, take: Replacement) -> Iterator[None]:
+    """Replace `F.linear` by `take` in calls of a layer whose forward is wrapped on the instance."""
     own = vars(layer)["forward"]
 
     def forward(*args, **kwargs):
@@ -136,23 +135,23 @@ def in_place_of_linear(layer: nn.Linear, take: Taking) -> Iterator[None]:
 
 
 def is_transparent(layer: nn.Module) -> bool:
-    """Return whether the wrapper around a split layer's forward hands on its input and its result.
+    """Return whether the wrapper of a split layer's forward passes input and result unchanged.
 
-    Tried once for each wrapper and way in which the weight is split, with a few numbers that do not
-    reach the weight, and without the module's hooks; no rank waits for another.
+    This is tested once for each wrapper and split of the weight, with a few numbers that do not
+    reach the weight, and without the module's hooks. No rank waits for another.
     """
     weight = layer._parameters.get("weight")
     if not isinstance(layer, nn.Linear) or not is_wrapped_shard(layer):
         return False
     key = vars(layer)["forward"], weight.placements, weight.device_mesh
-    tried, found = vars(layer).get("_liger_transparent", (None, False))
-    if tried != key:
-        found = _hands_on(layer, weight)
+    tested, found = vars(layer).get("_liger_transparent", (None, False))
+    if tested != key:
+        found = _passes_unchanged(layer, weight)
         layer._liger_transparent = key, found
     return found
 
 
-def _hands_on(layer: nn.Linear, weight: torch.Tensor) -> bool:
+def _passes_unchanged(layer: nn.Linear, weight: torch.Tensor) -> bool:
     hidden = torch.rand(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
     marks = torch.rand(3, dtype=weight.dtype, device=weight.device)
     seen, mesh = [], None
@@ -166,7 +165,7 @@ def _hands_on(layer: nn.Linear, weight: torch.Tensor) -> bool:
         split = mesh is not None and _is_split_by_rows(weight, mesh)
         return DTensor.from_local(marks, mesh, [Replicate()], run_check=False) if split else marks
 
-    for with_grad in (True, False):  # without, a wrapper may go on with local tensors
+    for with_grad in (True, False):  # without gradients, a wrapper may use local tensors
         with in_place_of_linear(layer, take), torch.set_grad_enabled(with_grad):
             try:
                 returned = layer.forward(hidden.requires_grad_(with_grad))
@@ -179,7 +178,10 @@ def _hands_on(layer: nn.Linear, weight: torch.Tensor) -> bool:
 
 
 def _is_split_by_rows(weight: DTensor, mesh: DeviceMesh) -> bool:
-    """Along `mesh`, of which the weight's mesh may have more dimensions (of data ranks)."""
+    """Return whether `weight` is split by rows along `mesh`.
+
+    The weight's own mesh may have further dimensions (data-parallel ranks).
+    """
     own = weight.device_mesh
     if own == mesh:
         return weight.placements == (Shard(0),)

@@ -1,20 +1,20 @@
 """Checkpoint as few layers as a memory budget requires: `activation_memory: auto`, or a number.
 
-With L layers, of which the last k keep their activations and the others are checkpointed, a step
-of n tokens takes
+If the last k layers keep their activations and all others are checkpointed, a step of n tokens
+takes
 
     base + rest * max(1, n / n_rest) + k * n * cost
 
-where `base` is what is allocated before the forward (weights, optimizer states), `cost` the bytes
-that one token costs in a layer that keeps its activations, beyond one that is checkpointed, and
-`rest` everything else at the peak (gradients, the head's workspace, one recomputed layer),
-seen in a step of n_rest tokens.
+bytes, where `base` is allocated before the forward (weights, optimizer states), `cost` is what a
+layer that keeps its activations takes per token, beyond a checkpointed one, and `rest` is
+everything else at the peak (gradients, the head's workspace, one recomputed layer), measured in a
+step of n_rest tokens.
 
-The first step measures: it keeps one layer. From the second on, k is the largest number that fits.
-A forward that runs out of memory is repeated with fewer layers, from the same random state; so is a
-whole step, by a trainer, in one process before gradients have accumulated. Either gives the same
-result as without the failure. The first layers are the ones that are checkpointed: backward reaches
-them when the activations of the others are already freed.
+The first step measures: it keeps one layer. In all later steps, k is the largest number that fits.
+A forward that runs out of memory is repeated with fewer layers, from the same random state. In the
+same way, a trainer repeats a whole step, if there is one process and no gradients had accumulated.
+The result is the same as without the failure. The first layers are the ones that are checkpointed:
+backward reaches them when the activations of the others are already freed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ from liger_trainer.request import config_of
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-# Of the device: blocks that the allocator cannot use, and what others allocate.
+# The share of the device's memory that is used: the allocator cannot use some blocks, and other
+# libraries allocate, too.
 _USABLE = 0.94
-_LOWER = 0.95  # of what was allocated when memory ran out
+_LOWER = 0.95  # the new limit, relative to what was allocated when memory ran out
 _CHECKPOINT = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
@@ -54,11 +55,11 @@ class Device(NamedTuple):
         return torch.cuda.memory_allocated(self.device)
 
     def peak(self) -> int:
-        """Return the most that was ever allocated; nobody's statistics are reset."""
+        """Return the maximum that was ever allocated; does not reset the statistics."""
         return torch.cuda.max_memory_allocated(self.device)
 
     def usable(self) -> int:
-        """Return what this process could have allocated at once."""
+        """Return how much this process can allocate in all."""
         free, _ = torch.cuda.mem_get_info(self.device)
         return int(_USABLE * (free + torch.cuda.memory_reserved(self.device)))
 
@@ -68,42 +69,43 @@ class Device(NamedTuple):
 
 @dataclasses.dataclass
 class Budget:
-    """What was measured, and the choice that follows; sizes in bytes.
+    """The measurements, and how many layers keep their activations; sizes in bytes.
 
-    `asked` is "auto" or a number of GiB that PyTorch may allocate on the device.
+    `requested` is "auto" or a number of GiB that PyTorch may allocate on the device.
     """
 
-    asked: str | float
+    requested: str | float
     layers: list[nn.Module] = dataclasses.field(repr=False)
     device: Device
     limit: int = 0
     cost: float = 0.0
     rest: int | None = None
     rest_tokens: int = 0
-    kept: int = 1  # in the step that runs
+    kept: int = 1  # layers that keep their activations in the current step
     base: int = 0
     tokens: int = 0
     peak_before: int = 0
     steps: int = 0
-    told: int | None = None
+    reported: int | None = None  # the last `kept` that was logged
     lowered: int = 0
-    too_many: int = 0  # tokens with which even one layer was too much, before it was measured
+    too_many: int = 0  # tokens with which one kept layer ran out of memory, before measurement
 
     def choose(self, tokens: int) -> int:
-        """Return how many layers keep their activations in the step of `tokens` that begins."""
+        """Begin a step of `tokens`, and return how many layers keep their activations in it."""
         self._learn()
         if not self.limit:
-            self.limit = self.device.usable() if self.asked == "auto" else int(self.asked * GIB)
+            is_auto = self.requested == "auto"
+            self.limit = self.device.usable() if is_auto else int(self.requested * GIB)
         self.base, self.tokens, self.steps = self.device.allocated(), tokens, self.steps + 1
         self.peak_before = self.device.peak()
         self.kept = self._fit()
-        self._tell()
+        self._report()
         return self.kept
 
     def _fit(self) -> int:
         """Return how many layers may keep their activations in this step.
 
-        Before it is known, one; none for as many tokens as that was too much for.
+        Before the measurement that is one, or none if one ran out of memory with so many tokens.
         """
         if self.rest is None:
             return int(not self.too_many or self.tokens < self.too_many)
@@ -111,7 +113,7 @@ class Budget:
         return max(0, min(len(self.layers), int(free / (self.cost * self.tokens))))
 
     def _learn(self) -> None:
-        """Take in what the last step took at its peak, or at most took if the peak is older."""
+        """Update `rest` from the peak of the last step, an upper bound if the peak is older."""
         if not (self.steps and self.cost):
             return
         peak = self.device.peak()
@@ -128,24 +130,24 @@ class Budget:
         return int(self.rest * max(1.0, tokens / self.rest_tokens))
 
     def check(self, is_first: bool) -> None:
-        """Raise ValueError after a first forward that takes more than was asked for in any case."""
+        """Raise ValueError if the first forward exceeds the budget with all layers checkpointed."""
         taken = self.device.allocated()
-        if is_first and self.kept == 0 and self.asked != "auto" and taken > self.limit:
+        if is_first and self.kept == 0 and self.requested != "auto" and taken > self.limit:
             raise ValueError(
-                f"activation_memory: {self.asked} GiB is less than a step takes: with every layer "
-                f"checkpointed, a forward of {self.tokens} tokens leaves {taken / GIB:.1f} GiB in "
-                "use. Give more, or reduce or shorten the batch."
+                f"activation_memory: {self.requested} GiB is less than a step takes: with every "
+                f"layer checkpointed, a forward of {self.tokens} tokens leaves {taken / GIB:.1f} "
+                "GiB in use. Give more, or reduce or shorten the batch."
             )
 
     def lower(self) -> int:
-        """Return how many layers to keep in place of `kept`, with which memory ran out."""
+        """Lower the limit after running out of memory, and return how many layers to keep."""
         self.device.release()
         self.limit = int(_LOWER * min(self.limit, self.device.peak()))
         self.lowered += 1
         if self.rest is None:
             self.too_many = min(self.too_many or self.tokens, self.tokens)
-        self.kept = self.told = max(0, min(self._fit(), self.kept - 1))
-        self.peak_before = self.device.peak()  # which tells nothing of the step as it is repeated
+        self.kept = self.reported = max(0, min(self._fit(), self.kept - 1))
+        self.peak_before = self.device.peak()  # this peak is not that of the repeated step
         logger.warning(
             "out of memory: the step is repeated with %d of %d layers checkpointed",
             len(self.layers) - self.kept,
@@ -153,20 +155,20 @@ class Budget:
         )
         return self.kept
 
-    def _tell(self) -> None:
-        if self.rest is not None and self.kept != self.told:
-            self.told = self.kept
+    def _report(self) -> None:
+        if self.rest is not None and self.kept != self.reported:
+            self.reported = self.kept
             logger.info("activation_memory: %s", self)
 
     def __str__(self) -> str:
-        if self.told is None:
-            return f"{self.asked}: not measured yet"
-        asked = (
-            f"auto ({self.limit / GIB:.1f} GiB)" if self.asked == "auto" else f"{self.asked} GiB"
-        )
+        if self.reported is None:
+            return f"{self.requested}: not measured yet"
+        is_auto = self.requested == "auto"
+        budget = f"auto ({self.limit / GIB:.1f} GiB)" if is_auto else f"{self.requested} GiB"
         lowered = f"; lowered {self.lowered} times after running out" if self.lowered else ""
+        total = len(self.layers)
         return (
-            f"{asked}: {len(self.layers) - self.told} of {len(self.layers)} layers checkpointed; "
+            f"{budget}: {total - self.reported} of {total} layers checkpointed; "
             f"one that is not takes {self.cost * self.tokens / GIB:.2f} GiB more for {self.tokens} "
             f"tokens{lowered}"
         )
@@ -174,12 +176,12 @@ class Budget:
 
 @dataclasses.dataclass
 class EveryLayer(Budget):
-    """In place of a budget that cannot be kept for `reason`: every layer is checkpointed."""
+    """Checkpoint every layer, because a budget cannot be kept for `reason`."""
 
     reason: str = ""
 
     def choose(self, tokens: int) -> int:
-        self.kept = self.told = 0
+        self.kept = self.reported = 0
         return 0
 
     def check(self, is_first: bool) -> None:
@@ -190,14 +192,16 @@ class EveryLayer(Budget):
 
 
 def budget_of(model: nn.Module) -> Budget | None:
-    """Return the budget of an injected model, or of the one inside a wrapper; None before a step
-    was trained, and where there is none."""
+    """Return the budget of an injected model, or of the one inside a wrapper.
+
+    None if the model has no budget, or has not trained a step yet.
+    """
     found = (vars(module).get("_liger_budget") for module in model.modules())
     return next((budget for budget in found if budget is not None), None)
 
 
 def why_not(model: nn.Module) -> str | None:
-    """Return None if a budget can be kept for `model`, else the reason."""
+    """Return the reason why no budget can be kept for `model`, or None."""
     parameters = list(model.parameters())
     if any(isinstance(p, DTensor) or not p.numel() for p in parameters):
         return "its weights are sharded, and every process would choose for itself"
@@ -207,7 +211,7 @@ def why_not(model: nn.Module) -> str | None:
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """Return the layers that can be checkpointed, outermost ones alone, in order."""
+    """Return the layers that can be checkpointed, only the outermost ones, in order."""
     found: list[nn.Module] = []
     inside: set[int] = set()
     for module in model.modules():
@@ -218,12 +222,12 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def within_budget(budget: Budget, tokens: int, forward: Callable):
-    """Return `forward()`, with as many layers checkpointed as the budget demands.
+    """Return `forward()`, with as many layers checkpointed as the budget requires.
 
-    Raises torch.OutOfMemoryError if all are and that is not enough, and ValueError if it is more
-    than the number of GiB that was asked for.
+    If all are checkpointed, raises torch.OutOfMemoryError if memory still runs out, and ValueError
+    if the first forward exceeds the requested number of GiB.
     """
-    is_first = budget.told is None
+    is_first = budget.reported is None
     kept = budget.choose(tokens)
     state = probe.random_state(budget.device.device)
     while True:
@@ -235,14 +239,14 @@ def within_budget(budget: Budget, tokens: int, forward: Callable):
         except torch.OutOfMemoryError:
             if kept == 0:
                 raise
-        # Out of the handler: its traceback holds the activations.
+        # Outside of the handler, because its traceback holds the activations.
         kept = budget.lower()
         probe.set_random_state(budget.device.device, state)
 
 
 @contextlib.contextmanager
 def _checkpointed(layers: list[nn.Module], count: int) -> Iterator[None]:
-    """Within it, the first `count` layers are checkpointed and no other is."""
+    """Checkpoint the first `count` layers, and no others, inside the block."""
     names = ("gradient_checkpointing", "_gradient_checkpointing_func")
     before = [{n: vars(layer)[n] for n in names if n in vars(layer)} for layer in layers]
     try:
@@ -259,7 +263,7 @@ def _checkpointed(layers: list[nn.Module], count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _measured(budget: Budget) -> Iterator[None]:
-    """Within it, the last layer tells what it keeps; in the first step alone."""
+    """Measure, in the first step, what the last layer keeps per token."""
     if budget.cost or budget.kept != 1:
         yield
         return
@@ -272,7 +276,7 @@ def _measured(budget: Budget) -> Iterator[None]:
     def end(module, args, output):
         kept = budget.device.allocated() - at_start[0]
         hidden = output[0] if isinstance(output, tuple) else output
-        # What a checkpointed layer keeps: its input, which is the output of the one before.
+        # A checkpointed layer keeps its input, which is as large as its output.
         budget.cost = max(kept - hidden.numel() * hidden.element_size(), 1) / budget.tokens
 
     handles = [layer.register_forward_pre_hook(start), layer.register_forward_hook(end)]
@@ -284,9 +288,9 @@ def _measured(budget: Budget) -> Iterator[None]:
 
 
 def repeated(trainer: Trainer, model: nn.Module, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Return `step()`, a forward and backward; once more if it runs out of memory and can be.
+    """Return `step()`, a forward and backward; repeat it with fewer kept layers if memory runs out.
 
-    It can in one process, where no gradients had accumulated before.
+    Only a step in a single process can be repeated, and only if no gradients had accumulated.
     """
     config = config_of(trainer)
     if config is None or not config.has_budget:

@@ -21,27 +21,29 @@ from liger_trainer.kernels.runtime import every_size
 from liger_trainer.swap import PLACED, has_foreign_forward
 
 SCALES = (1e-3, 1.0, 100.0)
-TOLERANCE_FP32 = 2e-5  # relative to the largest value; sums over a row in another order
-FACTOR = 2.0
-Form = TypeVar("Form")  # what a rule calls one of the formulas that it tries
-_ON_CPU = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are
+TOLERANCE_FP32 = 2e-5  # relative to the largest value; kernels sum rows in another order
+FACTOR = 2.0  # how many times the original's rounding error is allowed
+Form = TypeVar("Form")  # identifies one of the formulas that a rule tries
+_ON_CPU = {"device": "cpu", "dtype": torch.float32}  # independent of torch's defaults
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
+    """Whether a candidate equals the original, and by how much they differ."""
+
     equal: bool
     max_error: float | None  # fp32, relative to the largest value
     reason: str
-    rounding: float = 0.0  # largest 16-bit difference between the two: chooses among equals
+    rounding: float = 0.0  # largest 16-bit difference; decides between several equal candidates
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One comparison: the tensors both functions get, all requiring gradients or none."""
+    """One comparison: the input tensors of both functions."""
 
     inputs: tuple[torch.Tensor, ...]
     label: str
-    optional: bool = False  # leave it out if the original does not take such inputs
+    optional: bool = False  # skipped if the original does not take such inputs
 
     def cast(self, dtype: torch.dtype) -> Case:
         inputs = tuple(t.detach().to(dtype).requires_grad_(t.requires_grad) for t in self.inputs)
@@ -49,7 +51,7 @@ class Case:
 
 
 def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the shape of all shards together: DeepSpeed's hold no elements until gathered."""
+    """Return the shape of the whole tensor: DeepSpeed's parameters are empty until gathered."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
@@ -61,9 +63,9 @@ def twin(
 ) -> nn.Module:
     """Return a copy of `module` without hooks, with `make(tensor)` for parameters and buffers.
 
-    A forward that offloading put on the instance (accelerate) counts as a hook.
-    The data of a parameter is not touched: it may be a shard, or on the meta device. Whoever wants
-    a tensor of its whole shape takes `whole_shape`.
+    A forward that accelerate's offloading put on the instance counts as a hook. The data of a
+    parameter is not read, since it may be a shard or on the meta device; `make` gets the shape of
+    the whole tensor from `whole_shape`.
     """
     memo = {} if memo is None else memo
     if id(module) not in memo:
@@ -75,7 +77,7 @@ def twin(
                 made = make(tensor)
                 parameter = isinstance(tensor, nn.Parameter)
                 memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if parameter else made
-        # Not copied as dictionaries: an engine's own have the module's data behind them.
+        # These are not copied like other attributes: an engine's dictionaries hold the module.
         for name in ("_modules", "_parameters", "_buffers"):
             values = vars(module)[name]
             memo[id(values)] = {k: v if v is None else memo[id(v)] for k, v in values.items()}
@@ -116,7 +118,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Within it, random numbers may be drawn; afterwards nobody notices."""
+    """Restore the random states of the CPU and of `devices` after the block."""
     accelerators = {d for d in devices if d.type not in ("cpu", "meta")}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -126,9 +128,9 @@ def random_state_kept(devices: Iterable[torch.device]) -> Iterator[None]:
 
 
 def impurity(function: Callable, module: nn.Module, inputs: tuple) -> str | None:
-    """Return what `function(*inputs)` does beyond its result, None if nothing is seen.
+    """Return a side effect of `function(*inputs)`, or None if none is found.
 
-    It may draw random numbers, change `module`'s attributes, or return something else next time.
+    It may draw random numbers, change `module`'s attributes, or return another result next time.
     """
     before, state = random_state(inputs[0].device), _state(module)
     results = []
@@ -154,7 +156,7 @@ def random_state(device: torch.device) -> list[torch.Tensor]:
 
 
 def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    """Set what `random_state` returned."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
@@ -169,7 +171,7 @@ def _state(module: nn.Module) -> dict[str, tuple[object, int | None]]:
 
 
 def _same(state: dict, other: dict) -> bool:
-    """Whether two states hold the same objects, numbers and text compared by value."""
+    """Return whether two states hold the same objects; numbers and text are compared by value."""
     return state.keys() == other.keys() and all(
         (a is b or (type(a) is type(b) and isinstance(a, (int, float, str)) and a == b))
         and length == other_length
@@ -183,9 +185,10 @@ def draw(shape: tuple[int, ...], scale: float, device: torch.device, seed: int) 
 
 
 def compare(original: Callable, candidate: Callable, cases: Iterable[Case]) -> Verdict:
-    """Run both on each case. A case in 16 bits is also run, by the original, in fp32.
+    """Compare both functions on each case, outputs and gradients.
 
-    `original(*inputs)` and `candidate(*inputs)` return a tensor or a tuple of tensors.
+    For 16-bit cases, the original in fp32 is the reference. `original(*inputs)` and
+    `candidate(*inputs)` return a tensor or a tuple of tensors.
     """
     worst, rounding = 0.0, 0.0
     for case in cases:
@@ -196,9 +199,9 @@ def compare(original: Callable, candidate: Callable, cases: Iterable[Case]) -> V
                 continue
             return Verdict(False, None, f"cannot be run on its own: {_first_line(error)}")
         try:
-            with every_size():  # the kernel itself is on trial, whatever the size
+            with every_size():  # run the kernel even for small inputs
                 got = evaluate(candidate, case)
-        except ValueError as error:  # the kernel does not take such input
+        except ValueError as error:  # the kernel does not take such inputs
             return Verdict(False, None, _first_line(error))
         for a, b in zip(expected, got, strict=True):
             if a.dtype != b.dtype or a.shape != b.shape:
@@ -225,10 +228,10 @@ def choose(
     otherwise: str,
     twin: nn.Module | None = None,
 ) -> tuple[Form | None, Verdict]:
-    """Return the form whose candidate equals `original`, the one that rounds like it if several do.
+    """Return the form whose candidate equals `original`; of several, the one that rounds like it.
 
-    If `original` is a function of the module `twin`, which is in evaluation mode, it must be equal
-    in training mode, too. `otherwise` is the reason if none of the results is right.
+    If `original` calls the module `twin`, which is in evaluation mode, they must also be equal in
+    training mode. `otherwise` is the reason to give if all candidates differ.
     """
     found, nearest = [], None
     for form, candidate in candidates.items():
@@ -252,7 +255,7 @@ def choose(
 
 
 def evaluate(function: Callable, case: Case) -> list[torch.Tensor]:
-    """Return outputs, then the gradient of each input that requires one."""
+    """Return the outputs, followed by the gradient of each input that requires one."""
     outputs = function(*case.inputs)
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     wanted = [t for t in case.inputs if t.requires_grad]
@@ -276,9 +279,9 @@ def _first_line(error: Exception) -> str:
 
 
 def with_parameters(module: nn.Module, states: int = 1) -> tuple[Callable, list[nn.Parameter]]:
-    """Return `module` as a function of `states` inputs, then parameters, and these.
+    """Return `module` as a function of `states` inputs and its parameters, and the parameters.
 
-    So parameters are probed like inputs.
+    Parameters can then be probed like inputs.
     """
     names = [name for name, _ in module.named_parameters()]
 

@@ -26,7 +26,7 @@ from liger_trainer.injection.rules.proposal import OVERRIDDEN, Proposal, Search
 from liger_trainer.report import InjectionReport, Row, Site, Status
 from liger_trainer.swap import has_foreign_forward, is_swapped, swap, unswap
 
-_ALWAYS, _EVERY = 8, 64  # forwards in which a watch looks
+_ALWAYS, _EVERY = 8, 64  # a watch looks in the first 8 forwards, then in every 64th
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +38,22 @@ def inject(
     config: Mapping[str, bool] | KernelConfig | None = None,
     strict: bool = False,
 ) -> InjectionReport:
-    """Swap every part of `model` that a kernel provably computes, in place and reversibly.
+    """Swap every part of `model` for which a kernel is verified to be equal, in place.
 
-    Only this instance changes: other models, also of the same class, are not touched. Parameters,
-    their names and the model's forward stay. A model that was injected before starts from its plain
-    state again.
+    Only this instance changes, not other models of the same class. Parameters, their names and the
+    model's forward stay as they are, and `restore` undoes the swaps. If the model was injected
+    before, it is restored first.
 
     Args:
-        model: a model of transformers or any module built like one; may be wrapped by PEFT, and may
-            lie on the meta device (then the report says what would be swapped).
+        model: a transformers model or any module built like one. It may be wrapped by PEFT, or be
+            on the meta device; the report then states what would be swapped.
         config: switches as in `TrainingArguments.liger_kernel_config`; see `KernelConfig`.
-        strict: raise instead of leaving an eligible site as it is.
+        strict: raise ValueError for an eligible site that cannot be swapped.
 
-    Returns the report of every site that was looked at.
+    Returns the report of all sites that a rule applies to.
 
-    Raises ValueError for an unknown key in `config`, and with `strict` for a refused site. Whatever
-    is raised, the model is then plain. The state of random number generators is left as it was.
+    Raises ValueError for an unknown key in `config`, and with `strict` for a refused site. After
+    any exception the model is restored. The states of random number generators do not change.
     """
     config = KernelConfig.from_dict(config)
     restore(model)
@@ -86,13 +86,17 @@ def inject(
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Within it, modules may be probed; nothing that the caller has set plays in or is changed."""
+    """Set up a block in which modules can be probed.
+
+    The caller's autocast, grad mode, default device and random states have no effect in the block,
+    and are the same afterwards.
+    """
     devices = {t.device for t in (*model.parameters(), *model.buffers())}
     with contextlib.ExitStack() as stack:
         stack.enter_context(probe.random_state_kept(devices))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        if torch.get_default_device().type != "cpu":  # every function is slower below
+        if torch.get_default_device().type != "cpu":  # only then: it slows every torch function
             stack.enter_context(torch.device("cpu"))
         for kind in {device.type for device in devices} - {"meta"} | {"cpu"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -103,7 +107,7 @@ def _swap(proposals: list[Proposal], report: InjectionReport) -> None:
     done = set()
     for proposal in proposals:
         for module, mixin, key in proposal.swaps:
-            # One object may be found at several places: an activation that two MLPs share.
+            # One module may appear at several sites, such as an activation that two MLPs share.
             if (id(module), mixin) not in done:
                 done.add((id(module), mixin))
                 swap(module, mixin, *key)
@@ -111,7 +115,7 @@ def _swap(proposals: list[Proposal], report: InjectionReport) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Undoes `inject`: the model computes bit for bit what it did before."""
+    """Undo `inject`: the model computes bit for bit what it did before."""
     for module in model.modules():
         unswap(module)
         vars(module).pop("_liger_watch", None)
@@ -128,7 +132,7 @@ def injected_config(model: nn.Module) -> KernelConfig | None:
 
 
 def restore_for(model: nn.Module | None, trainer: object) -> None:
-    """Restore a model that comes to a trainer whose flag is off, from one whose flag was on."""
+    """Restore a model that another trainer injected, for a trainer whose flag is off."""
     if model is not None and is_injected(model):
         restore(model)
         logger.warning(
@@ -150,7 +154,7 @@ def _proposals(search: Search) -> Iterator[Proposal]:
 
 
 def _propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]:
-    """Yield what the rules for single modules propose for `module` and its activations."""
+    """Yield the proposals of all rules for `module` and for its activations."""
     found = (propose(search, site, module) for propose in _RULES)
     for proposal in (*filter(None, found), *gated.propose(search, site, module)):
         modules = (module for module, *_ in proposal.swaps if module is not search.model)
@@ -162,7 +166,7 @@ def _propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]
 
 @dataclasses.dataclass(eq=False)
 class Watch:
-    """Notices modules that are added to a model after its injection, such as adapters."""
+    """Detect modules that are added to a model after its injection, such as adapters."""
 
     config: KernelConfig
     report: InjectionReport
@@ -173,8 +177,11 @@ class Watch:
         return {**vars(self), "ids": None}
 
     def look(self, model: nn.Module) -> None:
-        """Amend the report, once a change is seen: in the first forwards and then now and then, for
-        walking a model with adapters takes up to a millisecond."""
+        """Amend the report if modules have been added.
+
+        Only the first forwards and then every 64th look for changes, because walking a model with
+        adapters takes up to a millisecond.
+        """
         self.calls += 1
         if self.calls > _ALWAYS and self.calls % _EVERY:
             return
@@ -194,7 +201,7 @@ class Watch:
 
 
 def _as_added(proposal: Proposal) -> Row | None:
-    """Return the row of a place that was added; None if it was swapped before."""
+    """Return the report's row for a site that was added; None if it was swapped before."""
     if any(is_swapped(module) for module, *_ in proposal.swaps):
         return None
     if not proposal.row.swapped:
@@ -204,7 +211,7 @@ def _as_added(proposal: Proposal) -> Row | None:
 
 
 def _ids(model: nn.Module) -> list[int]:
-    """Return what tells whether the model still has the same modules."""
+    """Return the ids of all modules, to tell whether the model still has the same ones."""
     modules = [model]
     for module in modules:
         modules.extend(child for child in module._modules.values() if child is not None)

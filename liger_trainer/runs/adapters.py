@@ -7,18 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Fields of the section `model` that say which weights are meant; the others say how to load them.
+# Fields of the section `model` that identify the weights; the others determine how to load them.
 LOCATION = ("name_or_path", "package", "gguf_file", "revision", "subfolder", "variant", "config")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def located(arguments: Any) -> tuple[Any, Path | None]:
-    """Return the arguments of the base model, and the adapter to put on it, if `arguments` name
-    one.
+    """Return the arguments of the base model, and the folder of the adapter if they name one.
 
-    The base is what `run.json` says beside the adapter, or else `adapter_config.json`.
-    Raises ValueError for a run that has left no model, and for an adapter without a base.
+    The base is stated by the `run.json` next to the adapter, or else by `adapter_config.json`.
+    Raises ValueError for a run that left no model, and for an adapter without a base.
     """
     folder = Path(arguments.name_or_path or "")
     if arguments.package is not None or not arguments.name_or_path or not folder.is_dir():
@@ -48,18 +47,18 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
     chosen = {key: base.get(key) for key in LOCATION}
     if arguments.config:
         chosen["config"] = {**(chosen["config"] or {}), **arguments.config}
-    # An adapter of an adapter that is no run's: rare, and one more step.
+    # The base may itself be an adapter, which takes one more step.
     return located(dataclasses.replace(arguments, **chosen))[0], folder
 
 
 def location(arguments: Any) -> dict[str, Any]:
-    """Return what `run.json` keeps as `base`: where the base model of `arguments` is."""
+    """Return the location of the base model of `arguments`, which `run.json` stores as `base`."""
     base, _ = located(arguments)
     return {key: getattr(base, key) for key in LOCATION if getattr(base, key) is not None}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file; empty where there is no file or no object."""
+    """Return the JSON object in a file, or an empty one if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

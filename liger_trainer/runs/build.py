@@ -28,7 +28,7 @@ from liger_trainer.trl.checks import ranks_of_a_row
 def build_trainer(recipe: Recipe, args):
     """Return the trainer of a recipe, ready for `.train()`, and its data.
 
-    Raises ValueError for data and models that the method cannot train on.
+    Raises ValueError for data and models that the method cannot use.
     """
     tokenizer, rewards = load_tokenizer(recipe.model), load_rewards(recipe)
     with args.main_process_first(desc="data"):
@@ -36,8 +36,8 @@ def build_trainer(recipe: Recipe, args):
     for note in prepared.notes if args.process_index == 0 else ():
         print(f"data: {note}", flush=True)
     if recipe.data.streaming:
-        # Each process reads all of the stream and takes its share. The alternative, that the first
-        # one sends the others their batches, needs batches of one length.
+        # Each process reads the whole stream and takes its share. The alternative, in which the
+        # first process sends batches to the others, requires batches of equal length.
         args.accelerator_config.dispatch_batches = False
     transformers.set_seed(args.seed)
     build = _sft_trainer if recipe.kind.trainer is None else _trl_trainer
@@ -49,19 +49,19 @@ def build_trainer(recipe: Recipe, args):
 
 
 def load_data(recipe: Recipe, tokenizer, rewards: list) -> Prepared:
-    """Return the data of a recipe. Raises ValueError for what its method cannot train on."""
+    """Return the data of a recipe. Raises ValueError for data that its method cannot use."""
     return prepare(recipe.data, tokenizer, purpose_of(recipe, rewards), seed=recipe.data_seed)
 
 
 def purpose_of(recipe: Recipe, rewards: list) -> Purpose:
-    """Return what the method of a recipe makes of its examples."""
+    """Return what the method of a recipe requires of its examples."""
     kind = recipe.kind
     processor = functools.partial(load_processor, recipe.model) if kind.images else None
     return Purpose(kind.examples, columns_of(rewards), row_check(rewards), processor, kind.tools)
 
 
 def load_trained(recipe: Recipe, trained: Path):
-    """Return the trainer of a recipe, with the trained weights or adapter of a folder, and its
+    """Return the trainer of a recipe with the weights or adapter in the folder `trained`, and its
     data."""
     trainer, prepared = build_trainer(recipe, recipe.training_arguments())
     with one_line(str(trained)):
@@ -70,8 +70,7 @@ def load_trained(recipe: Recipe, trained: Path):
 
 
 def load_rewards(recipe: Recipe) -> list:
-    """Return the reward functions; modules are also looked for beside the recipe and in the working
-    folder."""
+    """Return the reward functions, importable also from the recipe's folder and the working one."""
     if recipe.reward is None:
         return []
     places = [str(recipe.path.resolve().parent), os.getcwd()]
@@ -112,21 +111,20 @@ def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
 
 def _collator(model, args, tokenizer, prepared: Prepared) -> Callable[[list], dict]:
     if prepared.processor is not None:
-        args.remove_unused_columns = False  # the collator takes columns that are no inputs yet
+        args.remove_unused_columns = False  # the collator needs columns that are not model inputs
         return VisionCollator(prepared.processor)
     flash = "flash" in (model.config._attn_implementation or "")
     return Collator(tokenizer.pad_token_id, flatten=flash)
 
 
 def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: list):
-    """Return a trainer of TRL, which tokenizes and collates itself.
+    """Return a TRL trainer, which tokenizes and collates itself.
 
-    TRL would load the reference by the policy's name alone: not possible for a GGUF file in a
-    package, and silently another model where the recipe names a revision or changes the
-    configuration. So it is built as the policy is, unless nothing needs one: with a new adapter the
-    reference is the model without it, with one that is trained further TRL keeps a copy of it, and
-    precomputed log-probabilities come from the policy before
-    its first step.
+    TRL would load the reference model by the policy's name alone. That fails for a GGUF file in a
+    package, and silently loads another model if the recipe names a revision or changes the
+    configuration. So the reference is loaded like the policy, unless none is needed: with a new
+    adapter the reference is the model without it, with an adapter that is trained further TRL keeps
+    a copy of it, and precomputed log-probabilities come from the policy before its first step.
     """
     if prepared.eval is not None:
         check_generations(args)
@@ -135,8 +133,8 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
         given["teacher_model"] = load_model(recipe.teacher)
     peft_config = recipe.peft_config()
     precomputed = getattr(args, "precompute_ref_log_probs", False)
-    # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so there TRL
-    # wants a model of its own for them.
+    # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so TRL then
+    # requires a separate model for them.
     adapted = peft_config is not None or located(recipe.model)[1] is not None
     if recipe.kind.reference and not adapted and not (precomputed and not _sharded(args)):
         given["ref_model"] = load_model(recipe.model)
@@ -152,7 +150,7 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
             liger_kernel_config=recipe.kernels,
             **given,
         )
-    except NotImplementedError as error:  # TRL's word for options that exclude each other
+    except NotImplementedError as error:  # raised by TRL for options that exclude each other
         raise ValueError(f"training: {error}") from error
     if precomputed:
         trainer.ref_model = None  # no longer needed
@@ -162,12 +160,12 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
 
 
 def _sharded(args) -> bool:
-    """Whether FSDP is on, by the recipe or by `accelerate launch`."""
+    """Return whether FSDP is on, by the recipe or by `accelerate launch`."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def _require_separation(model, args) -> None:
-    """Packed examples are told apart by their position ids, and only where no cache is kept."""
+    """Raise ValueError unless packed examples are kept apart: by position ids, without a cache."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"data.packing: {type(model).__name__} takes no position_ids, so packed examples would "
@@ -181,9 +179,10 @@ def _require_separation(model, args) -> None:
 
 
 def check_generations(args) -> None:
-    """Raise ValueError where completions cannot be evaluated in groups.
+    """Raise ValueError if completions cannot be evaluated in groups.
 
-    TRL checks this only for a recipe that evaluates on the way; every run does at its ends.
+    TRL checks this only if a recipe evaluates during training, but every run evaluates before and
+    after it.
     """
     count = getattr(args, "num_generations_eval", None) or getattr(args, "num_generations", None)
     batch = args.per_device_eval_batch_size * args.world_size

@@ -5,11 +5,11 @@ from __future__ import annotations
 import yaml
 
 from liger_trainer.runs.finished import FinishedRun
-from liger_trainer.runs.summary import machine, telling
+from liger_trainer.runs.summary import headline_metrics, machine
 
 
 def model_card(run: FinishedRun) -> str:
-    """Markdown with the metadata that a hub reads."""
+    """Return the model card in Markdown, with the metadata that a hub reads."""
     base = run.record["base"].get("name_or_path") or run.record["base"].get("package")
     method, summary = run.recipe.method, run.record["summary"]
     front = {
@@ -17,7 +17,7 @@ def model_card(run: FinishedRun) -> str:
         "library_name": "peft" if run.is_adapter else "transformers",
         "tags": ["liger-trainer", method],
     }
-    rows = "\n".join(f"| {n} | {b} | {a} |" for n, b, a in telling(summary))
+    rows = "\n".join(f"| {n} | {b} | {a} |" for n, b, a in headline_metrics(summary))
     versions = ", ".join(f"{k} {v}" for k, v in machine().items() if k not in ("Device", "Python"))
     recipe = yaml.safe_dump(run.record["recipe"], sort_keys=False).rstrip()
     parts = [

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or do not count.
 
-A checkpoint is complete when `complete.json` is in it: the run that wrote it and, of every file,
-size and a digest of both ends. It is written last, after the files are on the disk, and older
+A checkpoint is complete when it contains `complete.json`, which names the run that wrote it, and
+the size and a digest of every file. It is written last, after the files are on the disk, and older
 checkpoints are removed only then. Whatever interrupts a save (a signal, a full disk, a power cut)
-leaves a folder without it, and the checkpoint before is the newest.
+leaves a folder without it, and the previous checkpoint remains the newest.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from safetensors import SafetensorError
 from liger_trainer.runs.errors import RunError
 
 MANIFEST = "complete.json"
-_BEGUN = "incomplete.json"  # whose run the folder is, while it is being filled
+_BEGUN = "incomplete.json"  # names the run of a folder while it is being filled
 _NAME = re.compile(r"checkpoint-(\d+)")
 _END = 1 << 16  # bytes
-# What the writers of checkpoints raise when a disk is full: torch, safetensors, Python.
+# Errors of writers (Python, torch, safetensors) when a disk is full.
 SAVE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def begin(checkpoint: Path, run: str) -> None:
-    """Mark a folder as that of `run`, not complete."""
-    remove(checkpoint)  # what an earlier save has left
+    """Mark a folder as an incomplete checkpoint of `run`."""
+    remove(checkpoint)  # whatever an earlier save has left
     checkpoint.mkdir(parents=True, exist_ok=True)
     write_whole(checkpoint / _BEGUN, json.dumps({"run": run}))
 
 
 def complete(checkpoint: Path, run: str, **facts: Any) -> None:
-    """Declare everything in a folder to be the complete checkpoint of `run`."""
+    """Mark a folder, with all files in it, as a complete checkpoint of `run`."""
     files = {}
     for path in _files(checkpoint):
         with path.open("r+b") as file:
@@ -48,7 +48,7 @@ def complete(checkpoint: Path, run: str, **facts: Any) -> None:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Write a file that has, at any time, its old content or its new one."""
+    """Write a file atomically: at any time it has its old or its new content."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -62,7 +62,7 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def flaw(checkpoint: Path, run: str) -> str:
-    """Why a folder is no complete checkpoint of `run`; empty if it is."""
+    """Return why a folder is not a complete checkpoint of `run`, or an empty string."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     except FileNotFoundError:
@@ -81,19 +81,18 @@ def flaw(checkpoint: Path, run: str) -> str:
 
 
 def newest(folder: Path, run: str) -> tuple[Path | None, list[str]]:
-    """Return the newest complete checkpoint of `run`, and a sentence about each that was passed
-    over."""
-    passed = []
+    """Return the newest complete checkpoint of `run`, and a sentence about each skipped one."""
+    skipped = []
     for checkpoint in reversed(numbered(folder)):
         reason = flaw(checkpoint, run)
         if not reason:
-            return checkpoint, passed
-        passed.append(f"{checkpoint.name} is left aside: {reason}")
-    return None, passed
+            return checkpoint, skipped
+        skipped.append(f"{checkpoint.name} is left aside: {reason}")
+    return None, skipped
 
 
-def what_is_left(folder: Path, run: str) -> str:
-    """Return a sentence about where a run that failed can go on."""
+def resume_hint(folder: Path, run: str) -> str:
+    """Return a sentence that states where a run that failed can continue."""
     checkpoint, _ = newest(folder, run)
     if checkpoint is None:
         return "There is no complete checkpoint"
@@ -107,12 +106,12 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def step(checkpoint: Path) -> int:
-    """Return the optimizer steps that were done."""
+    """Return the number of optimizer steps before the checkpoint."""
     return int(_NAME.fullmatch(checkpoint.name)[1])
 
 
 def owner(checkpoint: Path) -> str | None:
-    """Return the run that wrote a checkpoint, complete or not; None if none did."""
+    """Return the id of the run that wrote a checkpoint, complete or not, or None."""
     for name in (MANIFEST, _BEGUN):
         try:
             return json.loads((checkpoint / name).read_text())["run"]
@@ -122,14 +121,14 @@ def owner(checkpoint: Path) -> str | None:
 
 
 def foreign(checkpoint: Path, runs: set[str]) -> bool:
-    """Whether a folder is none of `runs`'. One whose manifest is damaged is taken for theirs."""
+    """Return whether none of `runs` wrote a checkpoint. A damaged manifest counts as theirs."""
     found = owner(checkpoint)
     return found not in runs and not (found is None and (checkpoint / MANIFEST).exists())
 
 
 def remove(checkpoint: Path) -> None:
-    """Remove what a run wrote to a checkpoint. Other files stay, and with them the folder."""
-    if (checkpoint / MANIFEST).is_file():  # from now on it is not complete, and still ours
+    """Remove the files that a run wrote to a checkpoint; other files, and their folder, stay."""
+    if (checkpoint / MANIFEST).is_file():  # first make it incomplete, but still owned by the run
         os.replace(checkpoint / MANIFEST, checkpoint / _BEGUN)
     if (checkpoint / _BEGUN).is_file():
         every = [p.relative_to(checkpoint).as_posix() for p in _files(checkpoint)]
@@ -142,22 +141,22 @@ def remove(checkpoint: Path) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing."""
+    """Remove a folder if it is empty."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def guard_saves(trainer, run: str, *, saving: Callable[[bool], None], healthy) -> None:
-    """Make a trainer's checkpoints complete ones of `run`, and its rotation remove only those.
+    """Make a trainer save complete checkpoints of `run`, and remove old ones of this run only.
 
     Args:
-        saving: is told before and after a save.
-        healthy: called before a save, in every process; nothing is saved where it returns False.
+        saving: called with True before a save, and with False after it.
+        healthy: called before a save, in every process; nothing is saved if it returns False.
 
-    Saving raises RunError where the disk is full, with the incomplete checkpoint removed.
+    If the disk is full, saving removes the incomplete checkpoint and raises RunError.
     """
     args, save = trainer.args, trainer._save_checkpoint
-    limit, args.save_total_limit = args.save_total_limit, None  # its rotation knows no owners
+    limit, args.save_total_limit = args.save_total_limit, None  # Trainer's rotation ignores owners
 
     def save_checkpoint(model, trial):
         if not healthy():
@@ -176,8 +175,8 @@ def guard_saves(trainer, run: str, *, saving: Callable[[bool], None], healthy) -
                 rotate(folder, run, limit, keep=trainer.state.best_model_checkpoint)
         except SAVE_ERRORS as error:
             remove(checkpoint)
-            left = what_is_left(folder, run)
-            raise RunError(f"{checkpoint} could not be saved: {error}. {left}") from error
+            hint = resume_hint(folder, run)
+            raise RunError(f"{checkpoint} could not be saved: {error}. {hint}") from error
         finally:
             saving(False)
 
@@ -185,7 +184,7 @@ def guard_saves(trainer, run: str, *, saving: Callable[[bool], None], healthy) -
 
 
 def rotate(folder: Path, run: str, limit: int | None, keep: str | None) -> None:
-    """Remove the oldest checkpoints of `run` over `limit`, never the newest or `keep`."""
+    """Remove the oldest checkpoints of `run` beyond `limit`, but never the newest or `keep`."""
     if not limit or limit < 1:
         return
     ours = [c for c in numbered(folder) if not flaw(c, run)]
@@ -201,12 +200,15 @@ def _files(checkpoint: Path) -> list[Path]:
 
 
 def _fingerprint(path: Path) -> list:
-    """Size, and a digest of the first and the last 64 KiB: a whole one would cost as much time as
-    the save, and what fails is a file that ends early or was never written."""
+    """Return the size, and a digest of the first and last 64 KiB.
+
+    A digest of the whole file would take as long as the save. Actual failures are files that end
+    early or were never written.
+    """
     size = path.stat().st_size
-    found = xxhash.xxh3_64()
+    digest = xxhash.xxh3_64()
     with path.open("rb") as file:
-        found.update(file.read(_END))
+        digest.update(file.read(_END))
         file.seek(max(size - _END, 0))
-        found.update(file.read(_END))
-    return [size, found.hexdigest()]
+        digest.update(file.read(_END))
+    return [size, digest.hexdigest()]

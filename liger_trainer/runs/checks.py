@@ -18,7 +18,7 @@ from liger_trainer.runs.load import load_config, load_tokenizer, meta_model
 from liger_trainer.runs.packages import missing
 from liger_trainer.runs.recipe import Recipe
 
-_ROWS = 100  # that a dry run looks at
+_ROWS = 100  # rows per data set that a dry run checks
 _AT_LEAST = {
     "dataloader_num_workers": 0,
     "eval_accumulation_steps": 1,
@@ -46,8 +46,8 @@ def require(recipe: Recipe) -> None:
 
 
 def problems(recipe: Recipe) -> list[str]:
-    """Sentences about what the recipe alone shows: packages that are missing, numbers that cannot
-    be meant."""
+    """Return sentences about what is wrong with the recipe itself: missing packages, wrong
+    numbers."""
     fields, found = recipe.values["training"], missing(recipe.values)
     for key, least in _AT_LEAST.items():
         if fields.get(key) is not None and fields[key] < least:
@@ -78,8 +78,7 @@ def problems(recipe: Recipe) -> list[str]:
 
 
 def conflicts(recipe: Recipe) -> list[str]:
-    """Return what may surprise, or fail later on: sentences that a run is begun with all the
-    same."""
+    """Return warnings: sentences about what may surprise or fail later, but does not stop a run."""
     fields, found = recipe.values["training"], []
     on_gpu = torch.cuda.is_available() and not fields.get("use_cpu")
     if fields.get("bf16") and fields.get("fp16"):
@@ -115,8 +114,10 @@ def conflicts(recipe: Recipe) -> list[str]:
 
 
 def model_problems(recipe: Recipe) -> list[str]:
-    """Return what the model's configuration shows, without weights. It may have to be fetched from
-    a hub."""
+    """Return problems that the model's configuration shows, without loading weights.
+
+    The configuration may have to be fetched from a hub.
+    """
     config, found = load_config(recipe.model).get_text_config(), []
     longest = getattr(config, "max_position_embeddings", None)
     used = "max_length" not in recipe.kind.unused_data
@@ -139,16 +140,14 @@ def model_problems(recipe: Recipe) -> list[str]:
 
 
 def check_training(recipe: Recipe) -> None:
-    """Raise ValueError for what the installed release says of the section `training`, and of
-    batches."""
+    """Raise ValueError if the installed version rejects `training`, or its batches do not fit."""
     args = recipe.training_arguments()
     if recipe.data.holds_out:
         check_generations(args)
 
 
 def check_data(recipe: Recipe) -> None:
-    """Raise ValueError for what the first rows of local data show. A hub's data would have to be
-    fetched."""
+    """Raise ValueError for problems in the first rows of local data; a hub's is not fetched."""
     data = recipe.data
     sources = [(source, "training") for source in data.sources]
     sources += [(source, "held-out") for source in data.eval_sources]
@@ -157,16 +156,16 @@ def check_data(recipe: Recipe) -> None:
     purpose = purpose_of(recipe, load_rewards(recipe))
     tokenizer = load_tokenizer(recipe.model)
     loaded = [
-        (part_of(source, first_rows(source, _ROWS, streaming=data.streaming)), what)
-        for source, what in sources
+        (part_of(source, first_rows(source, _ROWS, streaming=data.streaming)), split)
+        for source, split in sources
     ]
     processor = processor_for([part for part, _ in loaded], data, purpose)
-    for part, what in loaded:
+    for part, split in loaded:
         form = form_of(part.columns, purpose.examples, part.source.form)
-        sieve = Sieve(f"of the first {len(part.rows)} {what}", invalid=data.invalid)
+        sieve = Sieve(f"of the first {len(part.rows)} {split}", invalid=data.invalid)
         fit(part, data, tokenizer, form, sieve, purpose, processor, recipe.data_seed)
 
 
 def _is_local(path: str) -> bool:
-    """Whether a path is one of this machine, also where nothing is there."""
+    """Return whether a path is local, even if nothing exists there."""
     return os.path.exists(path) or path.startswith(("/", ".")) or is_file_name(path)

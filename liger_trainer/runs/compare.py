@@ -8,8 +8,8 @@ from typing import Any
 
 from liger_trainer.runs.recipe import SECTIONS, Recipe, defaults
 
-# Values that change neither the model that comes out nor the order of what is drawn at random. The
-# data's place is among them: its contents are compared, when they are there.
+# Keys that affect neither the trained model nor the order of random draws. The location of the data
+# is among them, because its contents are compared once they are loaded.
 _HARMLESS = {
     "data": {"path", "eval_path", "num_proc", "samples"},
     "model": {"token", "cache_dir", "local_files_only", "offload_folder"},
@@ -42,11 +42,11 @@ _LENGTH = {"max_steps", "num_train_epochs"}
 
 
 def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = False) -> list[str]:
-    """`section.key: before -> now` for every value that makes another run of `recipe`.
+    """Return `section.key: before -> now` for every value that would make `recipe` a different run.
 
     Args:
-        before: the shown values of the earlier recipe.
-        resuming: whether a run may become longer or shorter.
+        before: the values of the earlier recipe, as `run.json` holds them.
+        resuming: allow the run to become longer or shorter.
     """
     now, found = json.loads(json.dumps(recipe.shown)), []  # as the earlier one was written
     if before.get("method") != now["method"]:
@@ -66,7 +66,7 @@ def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = Fals
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values are equal, or are two names of one folder."""
+    """Return whether two values are equal, or are paths of the same file or folder."""
     if a == b:
         return True
     if not (isinstance(a, str) and isinstance(b, str)):

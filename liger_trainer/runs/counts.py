@@ -8,9 +8,9 @@ from liger_trainer.runs.memory import Shape, Weights
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """Return the sizes that the formulas need, of a model without adapters.
+    """Return the sizes that the formulas need, for a model without adapters.
 
-    Raises ValueError for a model whose layers are not attention and one gated MLP, or differ.
+    Raises ValueError unless all layers are alike, with attention and one gated MLP.
     """
     config = model.config.get_text_config()
     hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 0)
@@ -39,7 +39,7 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Count over the parameters of a model, with or without adapters; tied ones count once."""
+    """Return the parameter counts of a model, with or without adapters; tied ones count once."""
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     layer = layers_of(model)[0]
@@ -69,7 +69,10 @@ def weights_of(model: nn.Module) -> Weights:
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder's layers: the list of modules that holds most parameters."""
+    """Return the decoder's layers: the module list with the most parameters.
+
+    Raises ValueError if there is no such list.
+    """
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of layers")
@@ -82,6 +85,6 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _count(parameters) -> tuple[int, int]:
-    """(elements, bytes)."""
+    """Return (elements, bytes)."""
     found = list(parameters)
     return sum(p.numel() for p in found), sum(p.numel() * p.element_size() for p in found)

@@ -1,5 +1,5 @@
-"""What the engine of a run, which accelerate sets up, means for its checkpoints and its model, and
-how its processes agree."""
+"""The engine of a run (set up by accelerate): its name, how to save its model, and agreement
+between its processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 
 def engine_of(accelerator: Accelerator) -> str:
-    """Return how the processes share the work, as far as a run that is resumed must do the same."""
+    """Return how the processes share the work, which must be the same when a run is resumed."""
     found = [accelerator.distributed_type.value]
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     if deepspeed is not None:
@@ -24,14 +24,14 @@ def engine_of(accelerator: Accelerator) -> str:
 
 
 def save_whole_model(accelerator: Accelerator) -> None:
-    """Let the trainer save a model as one: of a sharded state it would save nothing, silently."""
+    """Make the trainer gather and save a whole model; of a sharded state it silently saves none."""
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None:
         fsdp.set_state_dict_type("FULL_STATE_DICT")
 
 
 def in_any_process(found: bool, args) -> bool:
-    """Return whether any process of the run has found something; all have to ask."""
+    """Return whether `found` is True in any process of the run; all processes must call this."""
     if args.world_size == 1:
         return found
     flag = torch.tensor(float(found), device=args.device)
@@ -40,11 +40,11 @@ def in_any_process(found: bool, args) -> bool:
 
 
 def leave_group() -> None:
-    """Leave the process group, where there is one, after which the process may end.
+    """Leave the process group, if there is one, so that the process can exit.
 
-    A thread of gloo holds the tensors of the last collective for a moment after it is done, and
-    needs the interpreter to let go of them. If that shuts down first, it ends the thread within a
-    destructor, and the process aborts (SIGABRT).
+    A gloo thread holds the tensors of the last collective for a moment after it has finished, and
+    needs the interpreter to release them. If the interpreter shuts down first, it ends the thread
+    inside a destructor, and the process aborts (SIGABRT).
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

@@ -1,11 +1,11 @@
-"""How runs fail, apart from wrong input, which is a ValueError or an OSError. A leaf."""
+"""Errors of runs. Wrong input raises ValueError or OSError instead. A leaf."""
 
 from __future__ import annotations
 
 
 class RunError(RuntimeError):
-    """Training failed; the message says why, and what is left of it."""
+    """Training failed; the message states why, and where to continue."""
 
 
-class ToldElsewhere(Exception):  # noqa: N818 (it is no error of its own)
-    """Another process of the run has failed, and says why."""
+class ReportedElsewhere(Exception):  # noqa: N818 (it is not an error itself)
+    """Another process of the run has failed and reports the reason."""

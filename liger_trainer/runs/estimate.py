@@ -16,8 +16,8 @@ from liger_trainer.runs.memory import Run, peak, usable
 from liger_trainer.runs.recipe import Recipe, defaults
 from liger_trainer.runs.shapes import CONFIGS
 
-_METHODS = {"sft": 1, "dpo": 2, "orpo": 2, "cpo": 2, "simpo": 2}  # sequences of an example
-# Bytes of optimizer states per trained element; None: two of the weight's own dtype.
+_METHODS = {"sft": 1, "dpo": 2, "orpo": 2, "cpo": 2, "simpo": 2}  # sequences per example
+# Bytes of optimizer states per trained element; None: two values of the weight's own dtype.
 _OPTIMIZERS = {
     "adamw_torch": None,
     "adamw_torch_fused": None,
@@ -25,20 +25,20 @@ _OPTIMIZERS = {
     "adamw_bnb_8bit": 2 + 8 / 256,
     "sgd": 0,
 }
-_MOST_GPUS = 4096
+_MAX_GPUS = 4096
 
 
 def fits(run: Run) -> bool:
-    """Whether a GPU has the memory that a run needs."""
+    """Return whether a GPU has the memory that a run needs."""
     return peak(run).total <= usable(run.memory)
 
 
 def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str | None) -> Run:
-    """Return what the formulas need to know of a recipe on `gpus` GPUs of `memory` GiB.
+    """Return the inputs of the formulas for a recipe on `gpus` GPUs of `memory` GiB.
 
-    Only the model's configuration is loaded; with `shape`, a name of `CONFIGS`, not even that.
-    Raises ValueError for what the formulas do not cover, and for a configuration that cannot be
-    reached.
+    Only the model's configuration is loaded; with `shape`, a name in `CONFIGS`, not even that.
+    Raises ValueError for a recipe that the formulas do not cover, and for a configuration that
+    cannot be loaded.
     """
     fields = defaults("training", recipe.method)
     fields |= {key: value for key, (value, _) in recipe.training_fields().items()}
@@ -46,7 +46,7 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
     model = _meta_model(recipe, shape)
     sizes, whole = shape_of(model), weights_of(model)
     weights = weights_of(recipe.adapted(model))
-    # `auto` is decided by the machine, and every GPU of today has bf16.
+    # `auto` depends on the machine; every current GPU supports bf16.
     mixed = bool(fields.get("bf16") or fields.get("fp16"))
     narrow = mixed or engine.startswith("zero") or weights.head_dtype_bytes == 2
     reference = recipe.kind.reference and recipe.values.get("peft") is None
@@ -78,30 +78,29 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
 
 
 def ways_out(run: Run) -> list[str]:
-    """Return what would make a run fit: each change that is enough alone, else the least of
-    several.
+    """Return changes that would make a run fit: each that suffices alone, else a combination.
 
-    Empty if nothing here does.
+    Empty if no known change does.
     """
-    found = [f"{more} GPUs" for more in [_least(run)] if more is not None]
+    found = [f"{more} GPUs" for more in [_fewest_gpus(run)] if more is not None]
     batches = _batches(run)
     enough = [change for change in (_CHECKPOINTED, _REDUCED) if fits(replace(run, **change))]
     enough += [change for change in batches if fits(replace(run, **change))][:1]
-    found += [", ".join(_words(run, change)) for change in enough if _words(run, change)]
+    found += [", ".join(_settings(run, change)) for change in enough if _settings(run, change)]
     if found:
         return found
     sharded = {} if run.sharded else {"engine": "fsdp2"}
     both = sharded | _CHECKPOINTED | _REDUCED
     for change in (sharded, sharded | _CHECKPOINTED, both, *(both | batch for batch in batches)):
-        more = _least(replace(run, **change))
+        more = _fewest_gpus(replace(run, **change))
         if more is not None:
-            return [", ".join([*_words(run, change), f"{more} GPUs"])]
+            return [", ".join([*_settings(run, change), f"{more} GPUs"])]
     return []
 
 
 _CHECKPOINTED = {"checkpointing": True}
 _REDUCED = {"reduce_each": True}
-_WORDS = {
+_SETTINGS = {
     "engine": "--engine {}",
     "checkpointing": "training.gradient_checkpointing=true",
     "reduce_each": (
@@ -112,23 +111,23 @@ _WORDS = {
 
 
 def _batches(run: Run) -> list[dict]:
-    """Fewer examples in a micro-batch, the largest number first."""
+    """Return changes to fewer examples per micro-batch, the largest number first."""
     each = run.tokens // run.batch
     return [{"batch": b, "tokens": b * each} for b in range(run.batch - 1, 0, -1)]
 
 
-def _words(run: Run, change: dict) -> list[str]:
-    """Return a change as a user makes it, without what is so already."""
+def _settings(run: Run, change: dict) -> list[str]:
+    """Return a change as options or recipe keys, without those that the run has already."""
     return [
-        _WORDS[key].format(value)
+        _SETTINGS[key].format(value)
         for key, value in change.items()
-        if key in _WORDS and getattr(run, key) != value
+        if key in _SETTINGS and getattr(run, key) != value
     ]
 
 
-def _least(run: Run) -> int | None:
-    """Return the fewest GPUs, more than there are, on which a run fits."""
-    low, high = run.gpus, _MOST_GPUS
+def _fewest_gpus(run: Run) -> int | None:
+    """Return the smallest number of GPUs, above the run's, on which it fits; None if none does."""
+    low, high = run.gpus, _MAX_GPUS
     if low >= high or not fits(replace(run, gpus=high)):
         return None
     while high - low > 1:
@@ -139,8 +138,7 @@ def _least(run: Run) -> int | None:
 
 
 def _covered(recipe: Recipe, fields: dict) -> KernelConfig:
-    """Return the kernels of a recipe. Raises ValueError for a recipe that the formulas do not
-    describe."""
+    """Return the kernels of a recipe. Raises ValueError if the formulas do not cover the recipe."""
     if recipe.method not in _METHODS:
         raise ValueError(f"plan: not for method {recipe.method}; it is for {', '.join(_METHODS)}")
     if not fields.get("use_liger_kernel"):
@@ -172,7 +170,7 @@ def _covered(recipe: Recipe, fields: dict) -> KernelConfig:
 
 
 def _meta_model(recipe: Recipe, shape: str | None):
-    """Return the model without weights, in the dtype that the recipe loads it in."""
+    """Return the model on the meta device, in the dtype in which the recipe loads it."""
     if shape is None:
         try:
             config = load_config(recipe.model)

@@ -17,7 +17,7 @@ from liger_trainer.runs.secrets import HIDDEN
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The folder of a finished run, what is recorded of it, and its recipe."""
+    """The folder of a finished run, the contents of its `run.json`, and its recipe."""
 
     path: Path
     record: dict[str, Any]
@@ -29,16 +29,14 @@ class FinishedRun:
 
     @property
     def tuned(self) -> ModelArguments:
-        """The model that came out."""
-        elsewhere = dict.fromkeys(LOCATION)
-        return dataclasses.replace(
-            self.recipe.model, **{**elsewhere, "name_or_path": str(self.path)}
-        )
+        """The arguments of the trained model."""
+        unset = dict.fromkeys(LOCATION)
+        return dataclasses.replace(self.recipe.model, **{**unset, "name_or_path": str(self.path)})
 
 
 def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
-    """Return the finished run in a folder. Raises ValueError when there is none, or not
-    all of it, in one line."""
+    """Return the finished run in a folder. Raises ValueError if there is none, or if it is
+    incomplete."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"there is no folder {str(path)!r}")
@@ -61,5 +59,5 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
 
 
 def _known(keys: Any) -> Any:
-    """Return a section without the values that were hidden when it was written."""
+    """Return a section without the secrets, which were masked when it was written."""
     return {k: v for k, v in keys.items() if v != HIDDEN} if isinstance(keys, dict) else keys

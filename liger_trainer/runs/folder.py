@@ -1,8 +1,8 @@
 """Ownership, state and resume point of a run's output folder.
 
-`run.json` holds the recipe as given, the state of the run and the files that it wrote. The folder
-becomes a run's own with its first optimizer step: until then it is as it was, so that a run which
-cannot begin destroys and blocks nothing. Only files that runs wrote are ever replaced or removed.
+`run.json` holds the recipe as given, the state of the run and the files that it wrote. A run takes
+over the folder with its first optimizer step. Until then the folder stays unchanged, so a run that
+cannot start destroys and blocks nothing. Only files that runs wrote are ever replaced or removed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STATES = ("running", "interrupted", "diverged", "finished")
 
 @dataclass
 class RunFolder:
-    """The folder of one run, held by it. `checkpoint` is what it resumes from, if anything."""
+    """The locked output folder of a run. `checkpoint` is the one to resume from, if any."""
 
     recipe: Recipe
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -48,11 +48,11 @@ class RunFolder:
 
     @property
     def resumed(self) -> dict[str, Any]:
-        """`run.json` of the run as it was when it is resumed; empty for another run."""
+        """The `run.json` that a resumed run found; empty for a new run."""
         return self.earlier if self.earlier and self.earlier["id"] == self.id else {}
 
     def begin(self) -> None:
-        """Make the folder this run's; a run that it replaces is removed. Once."""
+        """Take over the folder, and remove the run that this one replaces; does nothing twice."""
         if self.begun:
             return
         self.begun = True
@@ -63,7 +63,7 @@ class RunFolder:
             files, replaced = self.earlier["files"], list(self.earlier["replaced"])
             if not self.resumed:
                 replaced.append(self.earlier["id"])
-        # Both lists are on the disk before anything is removed, for a run that is killed meanwhile.
+        # Write both lists before anything is removed, in case this run is killed meanwhile.
         self.write("running", files=files, replaced=replaced)
         for checkpoint in checkpoints.numbered(self.path) if replaced else ():
             if checkpoints.owner(checkpoint) in replaced:
@@ -75,7 +75,7 @@ class RunFolder:
         self.write("running", files=files, replaced=[])
 
     def write(self, state: str, **facts: Any) -> None:
-        """Record the state of the run, and facts besides those recorded before."""
+        """Record the state of the run, and further facts, in `run.json`."""
         assert state in _STATES
         self.facts |= facts
         content = {"state": state, "id": self.id, "recipe": self.recipe.shown, **self.facts}
@@ -83,7 +83,7 @@ class RunFolder:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """Return a folder to save a model in, which `publish` empties. Removed in the end."""
+        """Yield a temporary folder to save a model in, for `publish`."""
         path = self.path / _STAGING
         shutil.rmtree(path, ignore_errors=True)
         try:
@@ -92,10 +92,10 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
 
     def publish(self, staging: Path) -> None:
-        """Move a saved model to its place, and removes what an earlier save has left over."""
+        """Move a saved model to its place, and remove files of an earlier save."""
         before = self.facts["files"]
         found = [p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file()]
-        new = sorted(name for name in found if name != "README.md")  # boilerplate of PEFT
+        new = sorted(name for name in found if name != "README.md")  # PEFT's boilerplate
         self.write("running", files=sorted({*before, *new}))
         for name in new:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,14 +106,13 @@ class RunFolder:
 
 
 @contextmanager
-def held(
+def locked(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, processes: int = 1
 ) -> Iterator[RunFolder]:
-    """Return the output folder, locked while the block runs: the lock ends with the process at
-    the latest.
+    """Yield the output folder, locked within the block; the lock also ends with the process.
 
-    Raises ValueError when `refusal` has a reason, and where another process holds the folder. What
-    was created for a run that has not begun is removed again.
+    Raises ValueError if `refusal` returns a reason, or if another process has locked the folder. If
+    the run does not begin, a folder that was created for it is removed.
     """
     path = recipe.output_dir
     reason = refusal(recipe, resume=resume, overwrite=overwrite, processes=processes)
@@ -144,7 +143,7 @@ def refusal(
     overwrite: bool = False,
     processes: int | None = None,
 ) -> str | None:
-    """Why a run of `recipe` must not start in its output folder, and what to do; None if it may."""
+    """Return why a run of `recipe` must not start in its output folder, and what to do, or None."""
     path = recipe.output_dir
     if path.exists() and not path.is_dir():
         return f"training.output_dir: {path} is a file"
@@ -178,7 +177,7 @@ def refusal(
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """Return the contents of `run.json`, or None where there is none."""
+    """Return the contents of `run.json`, or None if there is none."""
     file = path / RUN_FILE
     if not file.is_file():
         return None
@@ -196,7 +195,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def _claimed(recipe: Recipe, *, resume: bool) -> RunFolder:
-    """Return the folder, now that nobody else changes it."""
+    """Return the folder, after it was locked."""
     path, earlier = recipe.output_dir, read(recipe.output_dir)
     if not resume:
         return RunFolder(recipe, earlier=earlier)
@@ -236,7 +235,7 @@ def _resume_refusal(recipe: Recipe, earlier: dict[str, Any], processes: int | No
 
 
 def _foreign(path: Path, earlier: dict[str, Any] | None) -> str | None:
-    """Return the name of something in the way that no run wrote."""
+    """Return the name of a model file or checkpoint that no run wrote, or None."""
     ours = set() if earlier is None else {earlier["id"], *earlier["replaced"]}
     for name in MODEL_FILES:
         if (path / name).exists() and (earlier is None or name not in earlier["files"]):

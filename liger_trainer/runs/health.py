@@ -11,20 +11,20 @@ from liger_trainer.runs.engine import in_any_process
 
 
 class Health(TrainerCallback):
-    """Ends training once the weights are not finite, and remembers losses that were not.
+    """Stop training once weights are not finite, and record losses that are not.
 
-    Trainer logs a mean of earlier losses in place of one that is NaN, so the losses themselves are
-    watched. The weights are looked at when a loss or a gradient norm is not finite, and before
-    every save. (A gradient norm alone may be: a scaler of fp16 skips such steps.)
+    Trainer replaces a NaN loss in its log by a mean of earlier ones, so the losses themselves are
+    watched. The weights are checked when a loss or a gradient norm is not finite, and before every
+    save. (A gradient norm alone may be infinite: an fp16 scaler skips such steps.)
     """
 
     def __init__(self):
         self.diverged: int | None = None  # the step after which the weights were not finite
-        self.bad_losses: list[int] = []  # the steps at which they were logged
+        self.bad_losses: list[int] = []  # the steps at which bad losses were logged
         self._bad = torch.tensor(False)
 
     def watch(self, trainer) -> None:
-        """Look at the loss of every step of `trainer`, without waiting for the device."""
+        """Watch the loss of every step of `trainer`, without waiting for the device."""
         step = trainer.training_step
 
         def training_step(*args, **kwargs):
@@ -49,18 +49,18 @@ class Health(TrainerCallback):
         return control
 
     def check(self, model, args, step: int) -> bool:
-        """Whether the trainable weights of all processes are finite."""
+        """Return whether the trainable weights of all processes are finite."""
         if self.diverged is None and in_any_process(not weights_are_finite(model), args):
             self.diverged = step
         return self.diverged is None
 
 
 def weights_are_finite(model) -> bool:
-    """Whether this process's part of the trainable weights is finite."""
+    """Return whether this process's part of the trainable weights is finite."""
     flags = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            part = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3 keeps a shard there
+            part = getattr(parameter, "ds_tensor", parameter).detach()  # the shard under ZeRO-3
             part = part.to_local() if hasattr(part, "to_local") else part
             flags.append(torch.isfinite(part).all())
     by_device = {flag.device: [f for f in flags if f.device == flag.device] for flag in flags}

@@ -10,7 +10,7 @@ import yaml
 
 from liger_trainer.report import InjectionReport, Row
 from liger_trainer.runs.plots import plots
-from liger_trainer.runs.summary import telling
+from liger_trainer.runs.summary import headline_metrics
 
 _PAGE = """<!doctype html>
 <html lang=en>
@@ -110,11 +110,14 @@ def write_report(
     """Write the page and return its path.
 
     Args:
-        summary: `held_out`, `tokens_per_second`, `peak_memory_gib`, ... as `summarize` has them,
-            with `steps` and `minutes`.
+        title: the heading of the page.
+        summary: `held_out`, `tokens_per_second`, `peak_memory_gib`, ... as `summarize` returns
+            them, with `steps` and `minutes`.
         log_history: the trainer's log, with `tokens_per_second` and `peak_memory_gib`.
-        injection: None with the flag off.
+        injection: the injection report; None if the flag is off.
         recipe: the recipe's nested values.
+        machine: versions and hardware.
+        notes: sentences below the heading.
         samples: held-out examples: `prompt`, `expected`, and the completions `before` and `after`.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
@@ -139,7 +142,10 @@ def write_report(
 def _cards(summary: dict[str, Any]) -> list[tuple[str, str]]:
     speed = summary.get("tokens_per_second")
     return [
-        *((f"{first} → {last}", f"held-out {name}") for name, first, last in telling(summary)),
+        *(
+            (f"{first} → {last}", f"held-out {name}")
+            for name, first, last in headline_metrics(summary)
+        ),
         *([(f"{speed:,.0f}", "tokens per second")] if speed else []),
         (f"{summary['peak_memory_gib']:.2f} GiB", "peak memory"),
         (f"{summary['steps']:,}", "optimizer steps"),

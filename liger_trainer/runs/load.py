@@ -69,7 +69,7 @@ class ModelArguments:
 
     @property
     def label(self) -> str:
-        """The model's name for people: that of the hub, the GGUF file or the folder."""
+        """The model's name in messages: the GGUF file, hub name, folder or package."""
         return self.gguf_file or self.name_or_path or self.package or ""
 
     def __post_init__(self):
@@ -88,7 +88,7 @@ class ModelArguments:
 
 
 def folder(arguments: ModelArguments) -> str:
-    """Where the model is: the hub name or path, or the folder inside an installed package.
+    """Return where the model is: a hub name, a path, or a folder inside an installed package.
 
     Raises ValueError for a package that is not installed, FileNotFoundError for a missing folder.
     """
@@ -97,7 +97,7 @@ def folder(arguments: ModelArguments) -> str:
         if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
             raise FileNotFoundError(f"model.name_or_path: there is no folder {name!r}")
         return name
-    # Python would run the code of a package to look for another one inside it.
+    # Only the top package is looked up: to find a subpackage, Python would run the package's code.
     top, *inside = arguments.package.split(".")
     spec = importlib.util.find_spec(top) if top.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -116,7 +116,7 @@ def folder(arguments: ModelArguments) -> str:
 
 
 def load_config(arguments: ModelArguments):
-    """Return the model's configuration alone; no weights are read."""
+    """Return the model's configuration, without reading weights."""
     arguments, _ = located(arguments)
     with one_line(arguments.label):
         config = AutoConfig.from_pretrained(folder(arguments), **_given(arguments, _LOADING_KEYS))
@@ -131,9 +131,11 @@ def load_config(arguments: ModelArguments):
 
 
 def load_tokenizer(arguments: ModelArguments):
-    """Return the tokenizer, with a padding token. Raises FileNotFoundError for a missing template
-    file."""
-    tokenizer = _read_beside(arguments, AutoTokenizer)
+    """Return the tokenizer, with a padding token.
+
+    Raises FileNotFoundError for a missing template file.
+    """
+    tokenizer = _load_with(arguments, AutoTokenizer)
     _complete(tokenizer, tokenizer, arguments)
     return tokenizer
 
@@ -143,7 +145,7 @@ def load_processor(arguments: ModelArguments):
 
     Raises ValueError for a model that has none, and as `load_tokenizer` does.
     """
-    processor = _read_beside(arguments, AutoProcessor)
+    processor = _load_with(arguments, AutoProcessor)
     if not hasattr(processor, "image_processor"):
         raise ValueError(
             f"data: the examples have images, but {arguments.label} has no processor of images; "
@@ -154,8 +156,8 @@ def load_processor(arguments: ModelArguments):
     return processor
 
 
-def _read_beside(arguments: ModelArguments, cls: type):
-    """Return what lies beside the weights, the adapter or where `model.tokenizer` says."""
+def _load_with(arguments: ModelArguments, cls: type):
+    """Load a tokenizer or processor from `model.tokenizer`, the adapter, or the model's folder."""
     base, adapter = located(arguments)
     source, keys = folder(base), _LOADING_KEYS
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
@@ -168,7 +170,7 @@ def _read_beside(arguments: ModelArguments, cls: type):
 
 
 def _complete(templated, tokenizer, arguments: ModelArguments) -> None:
-    """Give a tokenizer or processor the template of the recipe, and a padding token."""
+    """Set the recipe's template and a padding token on a tokenizer or processor."""
     if arguments.chat_template:
         template = Path(arguments.chat_template)
         if not template.is_file():
@@ -179,9 +181,9 @@ def _complete(templated, tokenizer, arguments: ModelArguments) -> None:
 
 
 def load_model(arguments: ModelArguments, *, scores: bool = False):
-    """Return the model with its weights, ready to train; with its adapter, where it has one.
+    """Return the model with its weights, and its adapter if it has one, ready to train.
 
-    With `scores`, in place of logits it has one number for a sequence: a reward model.
+    With `scores`, it returns one number per sequence instead of logits: a reward model.
     """
     base, adapter = located(arguments)
     kwargs = _given(base, _LOADING_KEYS + _WEIGHT_KEYS)
@@ -198,8 +200,7 @@ def load_model(arguments: ModelArguments, *, scores: bool = False):
 
 
 def load_for_generation(arguments: ModelArguments):
-    """Return the model as `load_model` does, on the accelerator if there is one and nothing else
-    says where."""
+    """Return the model as `load_model` does, on the accelerator unless it is placed elsewhere."""
     model = load_model(arguments)
     placed = arguments.device_map is not None or arguments.quantization is not None
     if placed or not torch.accelerator.is_available():
@@ -219,9 +220,9 @@ def _with_adapter(model, arguments: ModelArguments, adapter: Path):
 
 
 def quantization_config(arguments: ModelArguments):
-    """Return what `from_pretrained` needs to know about quantization; None for dense weights.
+    """Return the quantization configuration for `from_pretrained`; None for dense weights.
 
-    GGUF weights are unpacked: left packed, they could be neither trained nor saved.
+    GGUF weights are dequantized, because they could otherwise be neither trained nor saved.
     """
     if arguments.quantization:
         try:
@@ -234,11 +235,11 @@ def quantization_config(arguments: ModelArguments):
 
 
 def meta_model(arguments: ModelArguments, *, scores: bool = False):
-    """Return the model's modules on the meta device: structure, no memory, no weights."""
+    """Return the model on the meta device, without memory and weights."""
     config = load_config(arguments)
     kwargs = _given(arguments, ("attn_implementation", "trust_remote_code"))
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # flash attention on a "CPU" model, and such
+    transformers_logging.set_verbosity_error()  # no warnings such as flash attention "on a CPU"
     try:
         with torch.device("meta"), one_line(arguments.label):
             return _auto_class(config, scores).from_config(config, **kwargs)
@@ -247,8 +248,8 @@ def meta_model(arguments: ModelArguments, *, scores: bool = False):
 
 
 def _auto_class(config, scores: bool):
-    """Return text generation where transformers has it for this configuration, else image and text;
-    for `scores`, sequence classification."""
+    """Return the auto class: sequence classification for `scores`, else causal LM if transformers
+    has one for this configuration, else image-text-to-text."""
     if scores:
         return transformers.AutoModelForSequenceClassification
     remote = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
@@ -259,8 +260,8 @@ def _auto_class(config, scores: bool):
 
 @contextmanager
 def one_line(label: str) -> Iterator[None]:
-    """Raise ValueError with the model's name for files that are cut off, do not fit each other or
-    need what is not installed."""
+    """Turn loading errors (truncated files, mismatches, missing packages) into a ValueError of one
+    line with the model's name."""
     try:
         yield
     except (SafetensorError, RuntimeError, ImportError, ValueError) as error:

@@ -3,7 +3,7 @@
 The peak is the largest of four moments: the loss (all activations, the head's workspace), the
 backward of the last layer (all activations, its temporaries), the backward of the first layer
 (nearly all gradients, its temporaries), and the optimizer's step (all gradients). With gradient
-accumulation, the gradients of earlier micro-batches are there throughout.
+accumulation, the gradients of earlier micro-batches exist throughout the step.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Shape:
     key_value: int
     heads: int
     vocab: int
-    extra_norms: int = 0  # of a layer, on `hidden`, besides the two before attention and MLP
-    head_norms: bool = False  # of queries and keys
+    extra_norms: int = 0  # per layer, of width `hidden`, besides those before attention and MLP
+    head_norms: bool = False  # norms of queries and keys
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Counts of parameters, in elements where the name does not say bytes."""
+    """Counts of parameters, in elements unless the name says bytes."""
 
     trained: int
     frozen: int
@@ -41,7 +41,7 @@ class Weights:
     frozen_bytes: int
     layer: int  # one decoder layer
     layer_trained: int
-    matrices_trained: int  # in all linear layers; what autocast casts
+    matrices_trained: int  # in all linear layers, whose weights autocast casts
     head: int  # vocabulary times hidden
     head_trained: bool
     head_dtype_bytes: int
@@ -50,7 +50,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Run:
-    """A training step. `tokens` are those of a micro-batch on one GPU; bytes are per element."""
+    """A training step. `tokens` is the size of a micro-batch on one GPU; bytes are per element."""
 
     shape: Shape
     weights: Weights
@@ -71,18 +71,18 @@ class Run:
 
     @property
     def sharded(self) -> bool:
-        """Whether weights are gathered when they are used."""
+        """Whether weights are sharded, and gathered for use."""
         return self.engine in ("fsdp2", "zero3")
 
     @property
     def master(self) -> float:
-        """Bytes of a trained weight as the optimizer sees it."""
+        """Bytes per trained weight in the optimizer's copy."""
         upcast = self.engine.startswith("zero") or (self.engine == "fsdp2" and self.mixed)
         return 4 if upcast else self.weights.trained_bytes / max(1, self.weights.trained)
 
     @property
     def residual(self) -> int:
-        """Bytes of the residual stream: that of the embedding's output."""
+        """Bytes per element of the residual stream, which has the embedding's output dtype."""
         narrowed = self.engine != "ddp" or not self.mixed
         return self.compute if narrowed else max(self.compute, self.weights.head_dtype_bytes)
 
@@ -100,11 +100,11 @@ class Memory:
 
 
 def kept_per_token(run: Run, *, lean: bool) -> dict[str, int]:
-    """Bytes that one layer keeps for backward, per token.
+    """Return the bytes per token that one layer saves for backward.
 
-    Norms keep their inputs, which are the residuals; the gated product keeps gate and up; attention
-    q, k, v, its output and the log-sum-exp of each head; LoRA s x Aᵀ. Unless `lean`, linear layers
-    keep norm outputs and gated products as well.
+    Norms save their inputs, which are the residuals. The gated product saves gate and up. Attention
+    saves q, k, v, its output and the log-sum-exp of each head. LoRA saves s x Aᵀ. Unless `lean`,
+    linear layers also save norm outputs and gated products.
     """
     s, c = run.shape, run.compute
     adapter = 4 if run.weights.ranks and not run.mixed else c
@@ -118,7 +118,7 @@ def kept_per_token(run: Run, *, lean: bool) -> dict[str, int]:
         "statistics": 4 * (s.heads + 2 + s.extra_norms),
     }
     if not lean:
-        # Of an fp32 output, autocast makes a copy for each of q, k, v, gate and up.
+        # autocast copies an fp32 output for each of q, k, v, gate and up.
         copies = 5 if run.residual > c else 2
         kept["norm outputs"] = copies * s.hidden * c
         kept["gated product"] = s.intermediate * c
@@ -126,7 +126,7 @@ def kept_per_token(run: Run, *, lean: bool) -> dict[str, int]:
 
 
 def states(run: Run) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer states on one GPU."""
+    """Return the bytes of weights, gradients and optimizer states on one GPU."""
     w, n = run.weights, run.gpus
     trained = w.trained * run.master
     optimizer = 2 * trained if run.optimizer is None else w.trained * run.optimizer
@@ -150,11 +150,11 @@ def states(run: Run) -> dict[str, float]:
 
 
 def head_memory(run: Run) -> tuple[float, float]:
-    """Bytes of the head's logits and of the buffer that sums its weight's gradient.
+    """Return the bytes of the head's logits, and of the buffer for its weight's gradient.
 
-    As the kernels decide; the sum is in fp32 over more than two workspaces.
+    Computed as in the kernels: over more than two workspaces, that gradient is summed in fp32.
     """
-    from liger_trainer.kernels.linear.workspace import rows_on, workspace  # they load torch
+    from liger_trainer.kernels.linear.workspace import rows_on, workspace  # imports torch
 
     s, trained = run.shape, run.weights.head_trained
     most = rows_on(int(run.memory * GIB), run.tokens, s.vocab, s.hidden * trained, run.compute)
@@ -165,23 +165,23 @@ def head_memory(run: Run) -> tuple[float, float]:
 
 
 def peak(run: Run) -> Memory:
-    """Return the moment of the step that needs most, and what is there then."""
+    """Return the moment of the step with the most memory in use, and its parts."""
     s, w, c = run.shape, run.weights, run.compute
     fixed = states(run)
     gradients = fixed.pop("gradients")
-    lean = run.lean and not run.checkpointing  # in a checkpointed layer everything is kept
+    lean = run.lean and not run.checkpointing  # a checkpointed layer saves all when recomputed
     layer = run.tokens * sum(kept_per_token(run, lean=lean).values())
     all_layers = layer * s.layers
     if run.checkpointing:
         all_layers = s.layers * s.hidden * run.residual * run.tokens
     casts = 0
-    if run.engine == "ddp" and run.mixed and not w.ranks:  # LoRA's operation casts again
+    if run.engine == "ddp" and run.mixed and not w.ranks:  # LoRA's operation keeps no casts
         casts = c * w.matrices_trained if w.head_dtype_bytes > c else 0
     if run.sharded:
         units = w.head + 2 * w.layer
         live = units if run.engine == "fsdp2" else min(_LIVE, w.trained + w.frozen)
         fixed["gathered weights"] = c * live
-    # Gradients of a layer before and while they are reduced.
+    # A layer's gradients before and during reduction.
     unreduced = {
         "ddp": 0,
         "fsdp2": 2 * c * w.layer_trained,
@@ -194,15 +194,15 @@ def peak(run: Run) -> Memory:
     logits, d_weight = head_memory(run)
     rest = run.tokens * s.hidden * (run.residual + 2 * c)  # final norm in and out, d hidden
     again = layer if run.checkpointing else 0
-    # d gated, d gate, d up; the gated product, if it was kept, has gone by then.
+    # d gated, d gate, d up; the gated product, if it was saved, has been freed by then.
     temporary = again + run.tokens * c * ((3 if lean else 2) * s.intermediate + 2 * s.hidden)
-    # In the first layer's backward its own gradients and the embedding's are not there yet.
+    # In the first layer's backward, its own gradients and the embedding's do not exist yet.
     most = (s.layers - 1) * w.layer_trained + w.head * w.head_trained
     moments = {
         "the loss": (earlier, casts, all_layers, logits + d_weight + rest, 0),
         "backward of the last layer": (
             earlier,
-            casts * (not run.checkpointing),  # else autocast has dropped them after forward
+            casts * (not run.checkpointing),  # with checkpointing, freed after forward
             all_layers,
             d_weight + rest,
             temporary + unreduced,
@@ -225,6 +225,8 @@ def peak(run: Run) -> Memory:
 
 
 def usable(memory: float) -> float:
-    """Bytes of a GPU of `memory` GiB that tensors may take: without 1 GiB for the CUDA context and
-    NCCL, and 4% that the allocator cannot fill."""
+    """Return the bytes that tensors can take on a GPU of `memory` GiB.
+
+    Excluded are 1 GiB for the CUDA context and NCCL, and 4% that the allocator cannot fill.
+    """
     return (0.96 * memory - 1) * GIB

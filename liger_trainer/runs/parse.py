@@ -1,6 +1,6 @@
-"""YAML to plain values: the part of YAML 1.2 that a recipe needs, and one line about what is not.
+"""Parse YAML to plain values: the part of YAML 1.2 that a recipe needs.
 
-Plain values are None, booleans, numbers, strings, lists and dictionaries: what JSON holds too.
+Plain values are those of JSON: None, booleans, numbers, strings, lists and dictionaries.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-_MOST_NODES = 100_000  # after aliases are expanded; the largest recipe has a few hundred
+_MAX_NODES = 100_000  # after aliases are expanded; the largest recipe has a few hundred
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2: `2e-5` is a float, `no` and dates are text; and no key appears twice."""
+    """A loader for YAML 1.2: `2e-5` is a float, `no` and dates are text, keys must be unique."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in the base class)
         first: [(tag, p) for tag, p in found if not tag.endswith((":timestamp", ":bool"))]
@@ -50,10 +50,11 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str) -> Any:
-    """Return the plain value that `text` is in YAML.
+    """Return the plain value of a YAML text.
 
-    Raises ValueError, in one line, for what is not YAML, holds a key twice, is too large once its
-    aliases are expanded, contains itself, or is no plain value (a set, binary data, a NaN).
+    Raises ValueError, in one line, for text that is not YAML, has a duplicate key, is too large
+    once aliases are expanded, contains itself, or holds values that are not plain (a set, binary
+    data, a NaN).
     """
     try:
         value = yaml.load(text, _Loader)
@@ -69,8 +70,7 @@ def parse(text: str) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Return the number of nodes below and with `node`, each alias counted as what it stands
-    for."""
+    """Return the number of nodes in `node`, including itself, with aliases expanded."""
     if id(node) in known:
         size = known[id(node)]
         if size is None:
@@ -82,14 +82,14 @@ def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
         size += sum(_count(child, known) for child in node.value)
     elif isinstance(node, yaml.MappingNode):
         size += sum(_count(part, known) for pair in node.value for part in pair)
-    if size > _MOST_NODES:
-        raise ValueError(f"more than {_MOST_NODES:,} values once aliases are expanded")
+    if size > _MAX_NODES:
+        raise ValueError(f"more than {_MAX_NODES:,} values once aliases are expanded")
     known[id(node)] = size
     return size
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Return a copy in which nothing is shared. Raises ValueError for what is no plain value."""
+    """Return a copy without shared parts. Raises ValueError for values that are not plain."""
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, (str, int)):

@@ -1,4 +1,4 @@
-"""The figures of a run's report: inline SVG, of whatever the log holds. A leaf."""
+"""The figures of a run's report, as inline SVG. A leaf."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of one or more keys of the log, each in training and held out."""
+    """A figure of one or more keys of the log, each for training and held-out data."""
 
     name: str
-    keys: tuple[tuple[str, str], ...]  # (key, what it is in the legend; empty if it is alone)
+    keys: tuple[tuple[str, str], ...]  # (key, its name in the legend; empty if it is the only one)
     from_zero: bool = False
     limits: tuple[float, float] | None = None
 
@@ -59,8 +59,8 @@ _REWARD_FUNCTION = re.compile(r"rewards/(.+)/mean")
 
 
 def plots(log_history: list[dict[str, Any]]) -> list[str]:
-    """SVG figures of the loss, rewards, margins, accuracies, KL, entropy and speed, in that order;
-    those of which the log has a number."""
+    """Return SVG figures of the loss, rewards, margins, accuracies, KL, entropy and speed, in that
+    order, as far as they were logged."""
     keys = {key for entry in log_history for key in entry}
     functions = sorted(m[1] for m in map(_REWARD_FUNCTION.fullmatch, keys) if m)
     rewards = tuple(Chart(f"Reward: {f}", ((f"rewards/{f}/mean", ""),)) for f in functions)
@@ -76,15 +76,15 @@ def plots(log_history: list[dict[str, Any]]) -> list[str]:
 
 
 def _lines(chart: Chart, log_history: list[dict[str, Any]]):
-    """`(points, label, colour)` of everything in the chart that was logged."""
-    colours = ((BLUE, ORANGE), (RED, GREEN))
-    held_out_too = any(_series(log_history, f"eval_{key}") for key, _ in chart.keys)
-    for (key, what), pair in zip(chart.keys, colours, strict=False):
-        for prefix, where, colour in (("", "training", pair[0]), ("eval_", "held out", pair[1])):
+    """Yield `(points, label, color)` of each line in the chart that was logged."""
+    colors = ((BLUE, ORANGE), (RED, GREEN))
+    has_held_out = any(_series(log_history, f"eval_{key}") for key, _ in chart.keys)
+    for (key, name), pair in zip(chart.keys, colors, strict=False):
+        for prefix, split, color in (("", "training", pair[0]), ("eval_", "held out", pair[1])):
             points = _series(log_history, prefix + key)
-            words = [what, where if held_out_too else ""]
+            words = [name, split if has_held_out else ""]
             if points:
-                yield points, ", ".join(filter(None, words)), colour
+                yield points, ", ".join(filter(None, words)), color
 
 
 def _series(log_history: list[dict[str, Any]], key: str) -> Points:
@@ -92,14 +92,12 @@ def _series(log_history: list[dict[str, Any]], key: str) -> Points:
 
 
 def _plot(chart: Chart, lines: list[tuple[Points, str, str]]) -> str:
-    """One line chart over optimizer steps, as inline SVG with ids of its own."""
+    """Return a line chart over optimizer steps, as inline SVG with unique ids."""
     figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axes = figure.add_subplot()
-    for points, label, colour in lines:
+    for points, label, color in lines:
         marker = "o" if len(points) < 30 else None
-        axes.plot(
-            *zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=4
-        )
+        axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=4)
     axes.set_title(chart.name, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("step", color=GREY)
     axes.grid(axis="y", color="#e2e8f0")

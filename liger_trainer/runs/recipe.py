@@ -1,8 +1,8 @@
 """A recipe: YAML plus command-line overrides, checked key by key before anything is loaded.
 
 Precedence: command line, then YAML, then defaults. The keys of `training` are the fields of the
-*installed* `transformers.TrainingArguments`, or of the method's TRL configuration, those of `peft`
-the fields of `peft.LoraConfig`, so a key that a release has dropped is an error and not a silence.
+*installed* `transformers.TrainingArguments` or of the method's TRL configuration, and the keys of
+`peft` are those of `peft.LoraConfig`. A key that a release has dropped is therefore an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from liger_trainer.config import KernelConfig
 from liger_trainer.request import CONFIG, FLAG
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.sources import near
+from liger_trainer.runs.data.sources import suggest_path
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.methods import (
     METHODS,
@@ -36,7 +36,7 @@ from liger_trainer.runs.secrets import hidden, hidden_override
 from liger_trainer.runs.shipped import recipe_names, shipped
 from liger_trainer.runs.typed import admits, convert, known
 
-# Fields that are paths here, never names of a hub: `~` is the home folder in them, and only there.
+# Fields that may be paths; only in these is `~` expanded to the home folder.
 _MODEL_PATHS = ("name_or_path", "tokenizer", "chat_template", "cache_dir", "offload_folder")
 _PATHS = {
     "model": _MODEL_PATHS,
@@ -44,7 +44,7 @@ _PATHS = {
     "data": ("path", "eval_path", "mix"),
     "training": ("output_dir",),
 }
-# One option under two names, of which the later release of transformers prefers the second.
+# Options that a later release of transformers renamed: old name, new name.
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -53,20 +53,20 @@ _RENAMED = {
 
 SECTIONS = ("model", "data", "training", "peft", "reward", "teacher")
 _OPTIONAL = ("peft", "reward", "teacher")
-# Of the sections whose classes depend neither on the method nor on another package.
+# Classes of the sections that depend neither on the method nor on an optional package.
 _CLASSES = {
     "model": ModelArguments,
     "data": DataArguments,
     "reward": RewardArguments,
     "teacher": ModelArguments,
 }
-# Keys of `training` that are this package's, whether or not the configuration has such fields.
+# Keys of `training` for this package, whether or not the configuration has such fields.
 _OWN = {FLAG: bool, CONFIG: dict[str, bool | str | float] | None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a run needs, and where each value came from."""
+    """All settings of a run, and where each value came from."""
 
     path: Path
     method: str
@@ -83,31 +83,31 @@ class Recipe:
 
     @property
     def kind(self) -> Method:
-        """What the method takes and is given."""
+        """The description of the method."""
         return METHODS[self.method]
 
     @property
     def shown(self) -> dict[str, Any]:
-        """`values` without tokens and passwords, for people and files."""
+        """The `values` with tokens and passwords masked, to print and write."""
         return hidden(self.values)
 
     @property
     def data_seed(self) -> int:
-        """What shuffles and splits the data."""
+        """The seed that shuffles and splits the data."""
         fields = defaults("training", self.method) | self.values["training"]
         return fields["seed"] if fields["data_seed"] is None else fields["data_seed"]
 
     def training_fields(self) -> dict[str, tuple[Any, str]]:
-        """Every field of `training` that is set: its value, and where that comes from."""
+        """Return every field of `training` that is set: its value, and where it comes from."""
         fields = {k: (v, "default") for k, v in training_defaults(self.method).items()}
         for key, value in self.values["training"].items():
             fields[key] = (value, self.sources.get(f"training.{key}", "default"))
         return fields | derived_fields(self.method, self.model, self.data)
 
     def training_arguments(self):
-        """Return the filled configuration of the method. `bf16: auto` is decided by the machine.
+        """Return the configuration of the method. `bf16: auto` depends on the machine.
 
-        Raises ValueError with the section's name when the installed release refuses a value.
+        Raises ValueError with the section's name if the installed version rejects a value.
         """
         cls = arguments_class(self.method)
         given = self.training_fields().items()
@@ -127,7 +127,10 @@ class Recipe:
         return bool(given.get(FLAG)) and (given.get(CONFIG) or True)
 
     def peft_config(self):
-        """Return the filled `LoraConfig`, or None without a `peft` section. Raises ValueError."""
+        """Return the `LoraConfig`, or None without a `peft` section.
+
+        Raises ValueError if PEFT rejects it.
+        """
         if self.values.get("peft") is None:
             return None
         try:
@@ -136,8 +139,10 @@ class Recipe:
             raise ValueError(f"peft: {error}") from error
 
     def adapted(self, model):
-        """Return a model with the adapter of the section `peft`, where there is one. Raises
-        ValueError for a section that does not fit the model."""
+        """Return a model with the adapter of the section `peft`, if there is one.
+
+        Raises ValueError if the section does not fit the model.
+        """
         config = self.peft_config()
         if config is None:
             return model
@@ -150,25 +155,25 @@ class Recipe:
 
 
 def native_bf16() -> bool:
-    """Whether there is an accelerator that computes bf16 at full speed."""
+    """Return whether there is an accelerator that computes bf16 at full speed."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Return the recipe of a file, or of a name such as `sft/qwen3-8b-lora` that comes with the
-    package, checked; nothing is downloaded or created.
+    """Return the checked recipe in a file, or of a packaged one by name (`sft/qwen3-8b-lora`).
 
-    Raises FileNotFoundError for a missing recipe, and ValueError for bad YAML, an unknown section
-    or key (with the nearest name), and a value of the wrong type.
+    Nothing is downloaded or created. Raises FileNotFoundError for a missing recipe, and ValueError
+    for bad YAML, an unknown section or key (suggesting the nearest name), and a value of the wrong
+    type.
     """
     path = _find(path)
     return recipe_of(_read(path), path, overrides)
 
 
 def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Return the recipe of nested values, checked. Raises ValueError as `load_recipe` does."""
+    """Return the checked recipe of nested values. Raises ValueError as `load_recipe` does."""
     given = {section: keys for section, keys in values.items() if isinstance(keys, dict)}
     sources = {f"{section}.{key}": "recipe" for section, keys in given.items() for key in keys}
     for override in overrides:
@@ -185,7 +190,7 @@ def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ())
 
 
 def defaults(section: str, method: str) -> dict[str, Any]:
-    """Return the values of a section that a recipe leaves out, as far as they are no objects."""
+    """Return the default values of a section, except those that a factory creates."""
     found = {f.name: f.default for f in dataclasses.fields(_class_of(section, method))}
     usual = training_defaults(method) if section == "training" else {}
     return {k: v for k, v in found.items() if v is not dataclasses.MISSING} | usual
@@ -199,7 +204,7 @@ def _find(name: str | Path) -> Path:
         return shipped(f"{name}.yaml")
     close = difflib.get_close_matches(str(name), recipe_names(), n=3, cutoff=0.6)
     hint = f"; of the shipped ones, there is {', '.join(close)}" if close else ""
-    raise FileNotFoundError(f"no recipe {str(path)!r}{near(path)}{hint}")
+    raise FileNotFoundError(f"no recipe {str(path)!r}{suggest_path(path)}{hint}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> None:
-    """Put one `section.key=value` into `values`; the value is a YAML scalar or flow."""
+    """Apply one `section.key=value` to `values`; the value is a YAML scalar or flow."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise ValueError(f"{override!r} is not of the form section.key=value")
@@ -231,15 +236,17 @@ def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> No
         if not isinstance(target, dict):
             raise ValueError(f"{override!r}: {parent!r} is a value, not a section with keys")
     before = target.get(leaf)
-    had = hidden(before, leaf)
-    source = "command line" if before is None else f"command line; the recipe has {had}"
+    replaced = hidden(before, leaf)
+    source = "command line" if before is None else f"command line; the recipe has {replaced}"
     target[leaf] = value
     sources[".".join(key.split(".")[:2])] = source
 
 
 def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict[str, Any]:
-    """`values` with every section checked against its dataclass, numbers in their type and paths
-    without `~`."""
+    """Return `values` with every section checked against its dataclass.
+
+    Integers become floats where the field is one, and `~` is expanded in paths.
+    """
     known("recipe", values, ["method", *SECTIONS])
     checked = {"method": method}
     for section in SECTIONS:
@@ -269,7 +276,7 @@ def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict
 
 
 def _at_home(value: Any) -> Any:
-    """Paths without `~`: one, several, or those of the entries of `data.mix`."""
+    """Return paths with `~` expanded: one, several, or those in the entries of `data.mix`."""
     if isinstance(value, list):
         return [_at_home(item) for item in value]
     if isinstance(value, dict):
@@ -278,7 +285,7 @@ def _at_home(value: Any) -> Any:
 
 
 def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) -> dict[str, Any]:
-    """`given` with options of two names under the one that the installed release prefers."""
+    """Return `given` with renamed options under the name that the installed version has."""
     given = dict(given)
     for old, new in _RENAMED.items():
         if old in given and new in given:
@@ -292,7 +299,7 @@ def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) 
 
 
 def _class_of(section: str, method: str) -> type:
-    """Return the dataclass that a section fills. Raises ValueError where its package is missing."""
+    """Return the dataclass of a section. Raises ValueError if its package is not installed."""
     if section == "training":
         return arguments_class(method)
     if section == "peft":

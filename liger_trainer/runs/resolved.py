@@ -1,4 +1,4 @@
-"""A recipe with all that is set, for people to read."""
+"""A recipe with every value that is set, for people to read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from liger_trainer.runs.secrets import hidden
 
 
 def resolved_yaml(recipe: Recipe) -> str:
-    """Return the recipe as YAML with every value that is set and, beside it, where that came
-    from."""
+    """Return the recipe as YAML: every value that is set, with a comment on where it comes from."""
     sections: dict[str, Any] = {
         "method": recipe.method,
         "model": _set_fields(recipe.model),

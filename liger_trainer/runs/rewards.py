@@ -24,8 +24,8 @@ from liger_trainer.runs.sandbox import SANDBOXES, Job, find_sandbox, judge
 
 logger = logging.getLogger(__name__)
 
-_SECONDS = 2  # of processor time for all assertions of a problem; solutions take milliseconds
-Reward = Callable[..., Any]  # a list of numbers, or, where it is asynchronous, a coroutine
+_SECONDS = 2  # processor time for all assertions of a problem; solutions take milliseconds
+Reward = Callable[..., Any]  # returns a list of numbers; an asynchronous one, a coroutine
 _FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
@@ -51,8 +51,8 @@ class RewardArguments:
     def load(self) -> list[Reward]:
         """Return the functions.
 
-        Raise ValueError for a module or a function that cannot be found, and where code would have
-        to run and no sandbox works.
+        Raises ValueError for a module or function that cannot be found, and if a function runs
+        generated code but no sandbox works.
         """
         found = [REWARDS.get(name) or _imported(name) for name in self.functions]
         if passes_tests in found:
@@ -61,7 +61,7 @@ class RewardArguments:
 
 
 def columns_of(rewards: list[Reward]) -> list[str]:
-    """Dataset columns that the functions cannot do without: their parameters without default."""
+    """Return the dataset columns that the functions require: their parameters without default."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = [
         parameter.name
@@ -73,16 +73,16 @@ def columns_of(rewards: list[Reward]) -> list[str]:
 
 
 def row_check(rewards: list[Reward]) -> Callable[[dict], None] | None:
-    """Return a function that raises RowError for a row that a reward function could never reward;
-    None where no function knows that beforehand."""
+    """Return a function that raises RowError for a row that can never be rewarded, or None."""
     return next((r.check_row for r in rewards if isinstance(r, PassesTests)), None)
 
 
 def guarded(reward: Reward) -> Reward:
-    """Return a function that gives 0, with a counted warning, to completions on which `reward`
-    raises, or returns what is no finite number. None stays None, TRL's word for not applicable.
+    """Return a version of `reward` that tolerates failures on single completions.
 
-    Raise what `reward` raises as long as it never worked: that is no matter of one completion.
+    A completion on which `reward` raises, or returns no finite number, gets 0 and a counted
+    warning. None stays None, which TRL treats as not applicable. If `reward` raises on every
+    completion and has never worked before, the exception is raised.
     """
     if inspect.iscoroutinefunction(reward):
         return reward
@@ -106,7 +106,7 @@ def guarded(reward: Reward) -> Reward:
 
 
 def _one_by_one(reward: Reward, completions, columns: dict) -> list:
-    """Return the rewards of completions one at a time, the exception where one raises."""
+    """Return the rewards of completions, computed one at a time; an exception if one raises."""
     values = []
     for i, completion in enumerate(completions):
         row = {
@@ -139,16 +139,16 @@ _warned: Counter[str] = Counter()
 
 
 def _warn(what: str, reason: str) -> None:
-    """Log the first time, the tenth, the hundredth ..., with the count."""
+    """Log a warning the 1st, 10th, 100th, ... time, with the count."""
     _warned[what] += 1
     if str(_warned[what]).strip("0") == "1":
         logger.warning("%s (%d so far): %s", what, _warned[what], reason)
 
 
 def parses(completions, *, source, **_) -> list[float]:
-    """Return the share of a completion's lines, from the first on, that is Python, between 0 and 1.
+    """Return the share of a completion's leading lines that are Python, between 0 and 1.
 
-    It is read as what continues `source`, and as a program of its own; the better of the two
+    A completion is read as a continuation of `source` and as a program of its own; the larger share
     counts. Prose and code fences are not Python.
     """
     texts = map(text_of, completions)
@@ -156,8 +156,10 @@ def parses(completions, *, source, **_) -> list[float]:
 
 
 def defines_function(completions, *, source, entry_point, **_) -> list[float]:
-    """1 where `source` and the leading code of the completion define a function that returns
-    something, else 0: a function with nothing but its docstring is not written yet."""
+    """Return 1 for a completion that, with `source`, defines a function that returns a value.
+
+    Others get 0: a function with only a docstring is not written yet.
+    """
     texts = map(text_of, completions)
     return [
         float(_returns(_leading_code(s, t)[0], name))
@@ -170,8 +172,9 @@ class PassesTests:
     """The share of the problem's assertions that hold, between 0 and 1.
 
     `tests` defines `check(candidate)`; assertions of constants are not counted. The code runs in a
-    sandbox, where it answers calls with plain data (see `sandbox`). What never defines the
-    function, or ends at a limit, gets 0; what cannot be checked too, with a warning.
+    sandbox, where it answers calls with plain data (see `sandbox.py`). A completion that never
+    defines the function, or reaches a limit, gets 0. So does one that cannot be checked, with a
+    warning.
     """
 
     sandbox: str = "auto"
@@ -207,14 +210,14 @@ REWARDS: dict[str, Reward] = {
 
 
 def text_of(completion: str | list[dict]) -> str:
-    """Return what was written: the string, or the contents of the messages."""
+    """Return the text of a completion: the string, or the contents of the messages."""
     if isinstance(completion, str):
         return completion
     return "".join(message.get("content") or "" for message in completion)
 
 
 def _leading_code(source: str, text: str) -> tuple[str, float]:
-    """Return the longest program from the first lines of `text`, and their share of its lines."""
+    """Return the longest valid program from the first lines of `text`, and their share of all."""
     lines = text.rstrip().splitlines()
     written = sum(bool(line.strip()) for line in lines)
     for count in range(len(lines), 0, -1):
@@ -227,7 +230,7 @@ def _leading_code(source: str, text: str) -> tuple[str, float]:
 
 
 def _imports(source: str) -> str:
-    """Return the lines with which `source` imports names that a whole function may use."""
+    """Return the import lines of `source`, which a complete function may rely on."""
     lines = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     return "".join(line + "\n" for line in lines)
 
@@ -235,15 +238,15 @@ def _imports(source: str) -> str:
 def _is_python(program: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # odd escapes in generated strings
+            warnings.simplefilter("ignore", SyntaxWarning)  # invalid escapes in generated strings
             ast.parse(program)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # of generated text
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # generated text may be anything
         return False
     return True
 
 
 def _returns(program: str, name: str) -> bool:
-    """Whether the program's last function `name` has a return or yield with a value."""
+    """Return whether the program's last function `name` returns or yields a value."""
     if not _is_python(program):
         return False
     functions = [

@@ -1,4 +1,4 @@
-"""Runs a recipe: data, model, trainer, and what is left behind: a model, `run.json`, a report."""
+"""Run a recipe: data, model, trainer; and write its results: a model, `run.json`, a report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from liger_trainer.injection.memory_budget import budget_of
 from liger_trainer.runs import folder as run_folder
 from liger_trainer.runs.adapters import location
 from liger_trainer.runs.build import build_trainer
-from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, what_is_left
+from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, resume_hint
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.engine import engine_of, save_whole_model
-from liger_trainer.runs.errors import RunError, ToldElsewhere
+from liger_trainer.runs.errors import ReportedElsewhere, RunError
 from liger_trainer.runs.folder import RunFolder
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.html import write_report
@@ -34,39 +34,44 @@ from liger_trainer.runs.throughput import peak_memory_gib
 
 @dataclass(frozen=True)
 class RunResult:
-    """Result of a run. `interrupted` tells that it stopped early, with a checkpoint; `warnings`
-    that something about the model is not right."""
+    """The result of a run.
+
+    `interrupted`: it stopped early, with a checkpoint. `warnings`: problems of the trained model.
+    """
 
     output_dir: Path
     interrupted: bool
     summary: dict[str, Any]
     report: Path | None
     warnings: list[str]
-    is_main: bool  # whether this process is the one that speaks and writes
+    is_main: bool  # this process prints messages and writes files
 
 
 def run(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, command: str = ""
 ) -> RunResult:
-    """Trains as the recipe says.
+    """Train by a recipe, and return the result.
 
     Args:
+        recipe: a checked recipe.
+        resume: continue or extend the run in the output folder.
+        overwrite: replace the run in the output folder.
         command: the command line, for the report.
 
-    Raises ValueError, before the output folder is touched, for a folder that holds another run,
-    data that cannot be trained on, options that cannot work, packages that are missing;
-    FileNotFoundError for missing files; RunError when weights became NaN, and for a full disk;
-    KeyboardInterrupt when it was interrupted twice.
+    Raises, before the output folder is changed, ValueError for a folder that holds another run,
+    data that cannot be trained on, invalid options and missing packages, and FileNotFoundError for
+    missing files. Raises RunError if weights become NaN or the disk is full, and KeyboardInterrupt
+    if interrupted twice.
     """
     require(recipe)
     args = recipe.training_arguments()
-    with _holding(recipe, args, resume=resume, overwrite=overwrite) as (folder, facts):
+    with _locked_folder(recipe, args, resume=resume, overwrite=overwrite) as (folder, facts):
         return _Run(recipe, args, folder, facts, command).go()
 
 
 @dataclass
 class _Facts:
-    """What all processes have to know of the folder, which the first one holds."""
+    """What all processes need to know about the folder, which the first process locks."""
 
     checkpoint: str | None
     run: str
@@ -74,14 +79,14 @@ class _Facts:
 
 
 @contextlib.contextmanager
-def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None, Any]]:
-    """Let the first process hold the folder; a refusal reaches all."""
+def _locked_folder(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None, Any]]:
+    """Lock the folder in the first process; if that fails, all processes stop."""
     with contextlib.ExitStack() as stack:
         folder, outcome = None, [None]
         if args.process_index == 0:
             try:
-                held = run_folder.held(recipe, processes=args.world_size, **options)
-                folder = stack.enter_context(held)
+                locked = run_folder.locked(recipe, processes=args.world_size, **options)
+                folder = stack.enter_context(locked)
                 checkpoint = str(folder.checkpoint) if folder.checkpoint else None
                 outcome = [_Facts(checkpoint, folder.id, folder.resumed)]
             except (ValueError, OSError) as error:
@@ -91,16 +96,16 @@ def _holding(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None
         if args.world_size > 1:
             broadcast_object_list(outcome)
         if isinstance(outcome[0], Exception):
-            raise outcome[0] if args.process_index == 0 else ToldElsewhere
+            raise outcome[0] if args.process_index == 0 else ReportedElsewhere
         yield folder, outcome[0]
 
 
-class _NothingLeft(Exception):  # noqa: N818 (it is no error)
-    """All steps were done before the run was cut off; the model is loaded."""
+class _NoStepsLeft(Exception):  # noqa: N818 (it is not an error)
+    """The checkpoint was saved after the last step, so nothing is left to train."""
 
 
 class _Start(TrainerCallback):
-    """Refuses a run without a step to do, and takes the folder after the first step."""
+    """Refuse to train if no steps are left, and take over the folder after the first step."""
 
     def __init__(self, folder: RunFolder | None, facts: _Facts):
         self.folder, self.facts = folder, facts
@@ -116,7 +121,7 @@ class _Start(TrainerCallback):
                 f"--resume: the run has done {state.global_step} steps, and this recipe asks for "
                 f"{state.max_steps}: set a larger training.max_steps or num_train_epochs"
             )
-        raise _NothingLeft
+        raise _NoStepsLeft
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.folder is not None:
@@ -124,7 +129,7 @@ class _Start(TrainerCallback):
 
 
 class _Run:
-    """One run, from the data to the report. `folder` is None but in the first process."""
+    """One run, from the data to the report. `folder` is None except in the first process."""
 
     def __init__(self, recipe, args, folder: RunFolder | None, facts: _Facts, command: str):
         self.recipe, self.args, self.folder, self.facts = recipe, args, folder, facts
@@ -191,8 +196,7 @@ class _Run:
             }
 
     def _begin_samples(self) -> list[dict[str, str]]:
-        """Return what the model writes before training, for the report, where one process can
-        tell."""
+        """Return completions before training, for the report, if one process can generate them."""
         trainer, count = self.trainer, self.recipe.data.samples
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         sharded |= getattr(trainer.model, "_tp_size", None) is not None
@@ -214,7 +218,7 @@ class _Run:
         trainer = self.trainer
         try:
             trainer.train(resume_from_checkpoint=self.facts.checkpoint)
-        except _NothingLeft:
+        except _NoStepsLeft:
             trainer.is_in_train = False
         except KeyboardInterrupt:
             if trainer.state.global_step < trainer.state.max_steps or not trainer.state.max_steps:
@@ -239,13 +243,13 @@ class _Run:
         except SAVE_ERRORS as error:
             raise RunError(
                 f"the model could not be saved in {self.recipe.output_dir}: {error}. "
-                + what_is_left(self.recipe.output_dir, self.facts.run)
+                + resume_hint(self.recipe.output_dir, self.facts.run)
             ) from error
         finally:
             self.stop.saving(False)
 
     def _evaluate(self) -> None:
-        """Evaluate the model as it is, unless that was just done; a signal ends it."""
+        """Evaluate the trained model, unless that was just done; a signal interrupts it."""
         try:
             self.stop.interrupt_at_once()
             if self.prepared.eval is not None and not _evaluated_now(self.trainer.state):
@@ -293,8 +297,8 @@ class _Run:
         steps = self.health.bad_losses
         if not steps:
             return []
-        told = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
-        return [f"a loss was NaN or infinite, logged at step {told}; the weights are finite"]
+        first = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
+        return [f"a loss was NaN or infinite, logged at step {first}; the weights are finite"]
 
     def _diverged(self) -> str:
         if self.folder is not None:
@@ -303,7 +307,7 @@ class _Run:
         return (
             f"the weights became NaN or infinite by step {self.health.diverged}, and are not "
             "saved. Lower training.learning_rate, or look for examples that give no finite loss. "
-            + what_is_left(self.recipe.output_dir, self.facts.run)
+            + resume_hint(self.recipe.output_dir, self.facts.run)
         )
 
     def _report(self, path: Path, summary: dict[str, Any]) -> None:
@@ -338,6 +342,6 @@ class _Run:
 
 
 def _evaluated_now(state) -> bool:
-    """Whether the last evaluation was of the model as it is."""
+    """Return whether the last evaluation was after the last step."""
     steps = [e["step"] for e in state.log_history if "eval_runtime" in e]
     return bool(steps) and steps[-1] == state.global_step

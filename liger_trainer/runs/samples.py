@@ -1,4 +1,4 @@
-"""Completions of held-out examples, for people to look at."""
+"""Completions of held-out examples, for the report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, what the data answers (if it does), and what the model does."""
+    """A prompt as text and token ids, and the expected completion if the data has one."""
 
     prompt: str
     ids: list[int]
@@ -25,12 +25,15 @@ class Sample:
 
 
 def samples_of(dataset: Any, tokenizer, count: int) -> list[Sample]:
-    """Return the first `count` examples of a prepared dataset that have a prompt: what comes
-    before the first label of a tokenized one, else the column `prompt`."""
+    """Return the first `count` examples of a prepared dataset that have a prompt.
+
+    The prompt of a tokenized example is the part before its first label; others have a column
+    `prompt`.
+    """
     found = []
     for row in islice(unpacked(dataset), 4 * count):
         if "images" in row:
-            return []  # a prompt of ids alone lacks them
+            return []  # token ids alone lack the images
         sample = _tokenized(row, tokenizer) if "labels" in row else _prompted(row, tokenizer)
         if sample.ids and len(found) < count:
             found.append(sample)
@@ -38,7 +41,7 @@ def samples_of(dataset: Any, tokenizer, count: int) -> list[Sample]:
 
 
 def complete(model, tokenizer, ids: list[int], new_tokens: int = NEW_TOKENS, **options) -> str:
-    """Return what a model writes after `ids`, without sampling."""
+    """Return the model's completion of `ids`, decoded greedily."""
     training = model.training
     model.eval()
     try:
@@ -61,7 +64,7 @@ def complete(model, tokenizer, ids: list[int], new_tokens: int = NEW_TOKENS, **o
 
 
 def shown(prompt: str | list[dict]) -> str:
-    """Return a prompt for people."""
+    """Return a prompt as text to print."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in prompt)

@@ -1,16 +1,16 @@
-"""Checks programs that are not trusted against tests, in processes that cannot touch the run.
+"""Check untrusted programs against tests, in processes that cannot touch the run.
 
     this process ── job ──> checking process <── calls, plain data ──> candidate's process
                  <─ verdict ─
 
 The candidate's process has its own user, process, network, IPC and mount namespaces, a read-only
-file system with the interpreter and nothing else, no environment, and limits of processor time,
-memory, files and processes. The checking processes are in a sandbox of their own: tests are code
-too. What makes a sandbox, in this order of preference:
+file system that holds only the interpreter, no environment, and limits on processor time, memory,
+files and processes. The checking processes are in a sandbox of their own, because tests are code,
+too. Kinds of sandboxes, in order of preference:
 
 | bubblewrap | the program `bwrap` |
-| namespaces | system calls of Linux, where a user may make namespaces |
-| process | limits alone. Unsafe: the code has the rights of the user, only the verdict is ours |
+| namespaces | Linux system calls, if users may create namespaces |
+| process | only limits. Unsafe: the code has the user's rights, but cannot forge the verdict |
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from liger_trainer.runs.judge import limits, wire
 
 SANDBOXES = ("bubblewrap", "namespaces", "process")
 _JUDGE = Path(__file__).parent / "judge"
-_INSIDE = "/judge"  # where a sandbox finds the folder `judge`
+_INSIDE = "/judge"  # the path of the folder `judge` inside a sandbox
 _MAX_ANSWER = 65536
-_MEMORY_MIB = 1024  # that a program may take
+_MEMORY_MIB = 1024  # the limit of a program
 _BOOT = (
     "import sys; sys.path.append(sys.argv[1]); "
     "from liger_trainer.runs.judge.{module} import main; main(*sys.argv[2:])"
@@ -47,9 +47,9 @@ _STORES = ("/nix/store", "/gnu/store", "/etc/ld.so.cache")
 
 @dataclass(frozen=True)
 class Job:
-    """A program and what is asked of it: `tests` define `check(candidate)`, `name` is called.
+    """A program and its tests: `tests` define `check(candidate)`, which calls the function `name`.
 
-    `source` is the problem's own text, whose definitions the tests may use.
+    `source` is the problem's own code, whose definitions the tests may use.
     """
 
     program: str
@@ -60,8 +60,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many of the assertions held. `error` is the name of the first failure, or `timeout` for a
-    process that ended at a limit or too early. `note` tells what could not be checked.
+    """How many of the assertions held.
+
+    `error` is the name of the first failure, or `timeout` for a process that reached a limit or
+    ended too early. `note` states what could not be checked.
     """
 
     held: int = 0
@@ -80,9 +82,9 @@ class Verdict:
 
 @functools.cache
 def find_sandbox(choice: str = "auto") -> str:
-    """Return the name of a sandbox that works here: `choice`, or the first that is safe.
+    """Return the name of a sandbox that works here: `choice`, or the first safe one for "auto".
 
-    Raise ValueError, with the reasons and the choices, where there is none.
+    Raises ValueError, with the reasons and the alternatives, if there is none.
     """
     reasons = []
     for name in SANDBOXES[:2] if choice == "auto" else (choice,):
@@ -100,10 +102,11 @@ def find_sandbox(choice: str = "auto") -> str:
 
 
 def judge(jobs: Iterable[Job], *, sandbox: str = "auto", seconds: int = 4) -> list[Verdict]:
-    """Return the verdict of each job, in order, as many at a time as there are processors.
+    """Return the verdict of each job, in order; as many jobs run at a time as there are processors.
 
-    `seconds` limit the processor time of a program and, apart, of its tests, and, times five, the
-    wall clock: a busy machine must not change the outcome. No process and no file is left behind.
+    `seconds` limits the processor time of a program, and separately that of its tests. The limit of
+    wall time is five times as much, so that a busy machine does not change the outcome. No process
+    or file is left behind.
     """
     return _judge(list(jobs), find_sandbox(sandbox), seconds)
 
@@ -132,7 +135,7 @@ def _judge(jobs: list[Job], sandbox: str, seconds: int) -> list[Verdict]:
 
 
 def _ask(report: socket.socket, job: Job, deadline: float) -> Verdict:
-    """Send the job and read the verdict. Raise OSError or ValueError without one."""
+    """Send the job and read the verdict. Raise OSError or ValueError if there is none."""
     message = wire.encode((job.program, job.source, job.tests, job.name))
     report.settimeout(max(0.01, deadline - time.monotonic()))
     report.sendall(len(message).to_bytes(8, "big") + message)
@@ -153,7 +156,7 @@ def _ask(report: socket.socket, job: Job, deadline: float) -> Verdict:
 def _running(
     sandbox: str, module: str, arguments: tuple[str, ...], channel: socket.socket, stderr=None
 ) -> Iterator[subprocess.Popen]:
-    """Return a process of `judge` with `channel` as its standard input; afterwards it is gone."""
+    """Run a process of `judge` with `channel` as its standard input; kill it after the block."""
     command, filter_ = _command(sandbox, module, arguments)
     with contextlib.ExitStack() as stack:
         given = []
@@ -169,7 +172,7 @@ def _running(
             stdout=subprocess.DEVNULL,
             stderr=stderr or subprocess.DEVNULL,
             cwd="/",
-            env={"PYTHONHASHSEED": "0"},  # sets are in the same order in every run
+            env={"PYTHONHASHSEED": "0"},  # so that sets have the same order in every run
             start_new_session=True,
             pass_fds=given,
         )
@@ -187,7 +190,7 @@ def _command(
 ) -> tuple[list[str], bytes | None]:
     """Return the command line, and the filter that it reads from the descriptor `{filter}`, if any.
 
-    The checking process has to fork, so it installs the filter later.
+    The checking process must fork, so its children install the filter later.
     """
     entry = "namespaces" if sandbox == "namespaces" else module
     boot = _BOOT.replace("{module}", entry)
@@ -214,8 +217,9 @@ def _command(
 
 @functools.cache
 def _view() -> list[tuple[str, ...]]:
-    """Return what the file system of a sandbox holds: Python, the libraries that it is linked
-    with, the folder `judge`. No installed package: HumanEval's holds the solutions.
+    """Return the contents of a sandbox's file system: Python, its libraries, the folder `judge`.
+
+    Installed packages are hidden, because HumanEval's holds the solutions.
     """
     python = Path(os.path.realpath(sys.executable))
     prefix = python.parents[1]
@@ -234,7 +238,7 @@ def _view() -> list[tuple[str, ...]]:
 
 
 def _why_not(name: str) -> str | None:
-    """Why this sandbox cannot be used here; None where it can, for a job was judged in it."""
+    """Return why this sandbox cannot be used here, or None if a trial job succeeds in it."""
     if not hasattr(os, "fork"):
         return "only on POSIX systems"
     if name == "bubblewrap" and shutil.which("bwrap") is None:
@@ -244,11 +248,11 @@ def _why_not(name: str) -> str | None:
         ours, theirs = socket.socketpair()
         ours.close()
         with _running(name, "candidate", arguments, theirs, subprocess.PIPE) as process:
-            said = process.communicate(timeout=60)[1].decode(errors="replace").strip()
+            output = process.communicate(timeout=60)[1].decode(errors="replace").strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     if process.returncode:
-        return said.splitlines()[-1] if said else f"exit code {process.returncode}"
+        return output.splitlines()[-1] if output else f"exit code {process.returncode}"
     trial = Job("def f():\n    return 1", "", "def check(f):\n    assert f() == 1", "f")
     verdict = _judge([trial], name, 4)[0]
     return None if verdict.passed else f"a trial ended with {verdict.error}"

@@ -1,4 +1,4 @@
-"""Tokens and passwords, hidden wherever a recipe is shown or written. A leaf."""
+"""Mask tokens and passwords wherever a recipe is printed or written. A leaf."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _IN_URL = re.compile(r"(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")  # user:password@
 
 
 def is_secret(name: str) -> bool:
-    """Whether a key, such as `model.token`, names something that must not be shown."""
+    """Return whether a key, such as `model.token`, names a secret."""
     return bool(_NAMES.search(str(name).rpartition(".")[2]))
 
 
 def hidden(value: Any, name: str = "") -> Any:
-    """`value` without what must not be shown: below secret names, and passwords in addresses."""
+    """Return `value` with secrets masked: values of secret keys, and passwords in URLs."""
     if is_secret(name):
         return value if value is None or isinstance(value, bool) else HIDDEN
     if isinstance(value, dict):
@@ -31,8 +31,8 @@ def hidden(value: Any, name: str = "") -> Any:
 
 
 def hidden_override(override: str) -> str:
-    """`section.key=value` likewise, for a command line that is shown."""
+    """Return `section.key=value` with secrets masked, for a command line that is printed."""
     key, equals, value = override.partition("=")
-    words = re.findall(r"\w+", value) if "{" in value else ()  # a flow is hidden as a whole
+    words = re.findall(r"\w+", value) if "{" in value else ()  # a YAML flow is masked as a whole
     secret = is_secret(key) or any(is_secret(word) for word in words)
     return key + equals + (HIDDEN if secret else hidden(value))

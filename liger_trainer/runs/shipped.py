@@ -1,6 +1,6 @@
 """Files that come with the package: recipes, accelerate configurations, data. A leaf.
 
-The folder `recipes` lies inside the package in a wheel, beside it in a checkout.
+The folder `recipes` is inside the package in a wheel, and next to it in a checkout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _MEMORY = re.compile(r"take ([\d.]+ GB)")
 
 
 def folder() -> Path:
-    """Return the folder `recipes`. Raises FileNotFoundError for an installation without it."""
+    """Return the folder `recipes`. Raises FileNotFoundError if the installation lacks it."""
     package = Path(__file__).resolve().parents[1]
     places = [package / "recipes", package.parent / "recipes"]
     found = next((path for path in places if path.is_dir()), None)
@@ -23,7 +23,7 @@ def folder() -> Path:
 
 
 def shipped(name: str) -> Path:
-    """Return the path of a file below `recipes/`."""
+    """Return the path of a file in `recipes/`."""
     return folder() / name
 
 
@@ -40,14 +40,14 @@ def accelerate_names() -> list[str]:
 
 @dataclass(frozen=True)
 class Header:
-    """What the comment at the top of a recipe says."""
+    """The contents of the comment at the top of a recipe."""
 
     about: str  # its first sentence
-    memory: str  # of weights, gradients and optimizer; empty if it does not say
+    memory: str  # of weights, gradients and optimizer states; empty if not stated
 
 
 def header(path: Path) -> Header:
-    """Return the comment at the top of a recipe."""
+    """Return the contents of the comment at the top of a recipe."""
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = []
     for line in lines:

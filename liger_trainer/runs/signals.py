@@ -1,4 +1,4 @@
-"""Stopping a run with Ctrl-C or SIGTERM so that nothing is lost."""
+"""Stop a run on Ctrl-C or SIGTERM without losing anything."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM ends training after the current step, with a checkpoint.
+    """On Ctrl-C or SIGTERM, end training after the current step, with a checkpoint.
 
-    A second one interrupts at once, but for a save, which ends first; a third one interrupts that
-    too. Where several processes train, all stop after the same step. `stopping` tells that training
-    was asked to end.
+    A second signal interrupts at once, except that a save is finished first; a third one interrupts
+    that, too. If several processes train, all stop after the same step. `stopping` is True after a
+    signal.
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def watching(self) -> Iterator[StopOnSignal]:
-        """Handle both signals within the block. Python allows that in the main thread only."""
+        """Handle both signals within the block. Python allows that only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -43,11 +43,11 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def saving(self, begins: bool) -> None:
-        """Tells that a save begins or has ended."""
+        """Record that a save begins (True) or has ended (False)."""
         self._saving = begins
 
     def interrupt_at_once(self) -> None:
-        """From now on a signal interrupts what runs: everything worth keeping is saved."""
+        """Make every further signal interrupt at once, because everything is saved."""
         if self.stopping:
             raise KeyboardInterrupt
         self._at_once = True
@@ -57,10 +57,10 @@ class StopOnSignal(TrainerCallback):
         self.stopping = True
         if self._at_once or self._count > 2 or (self._count == 2 and not self._saving):
             raise KeyboardInterrupt
-        told = "Saving; once more to stop without it."
+        message = "Saving; once more to stop without it."
         if self._count == 1:
-            told = "Stopping after this step; once more to stop at once."
-        print(f"\n{told}", file=sys.stderr, flush=True)
+            message = "Stopping after this step; once more to stop at once."
+        print(f"\n{message}", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.stopping = in_any_process(self.stopping, args)

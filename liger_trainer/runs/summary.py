@@ -20,8 +20,8 @@ _REPORTED_PACKAGES = (
     "peft",
     "trl",
 )
-# Headline metrics: key, name for people, format.
-_TELLING = (
+# Headline metrics: key, display name, format.
+_HEADLINE_METRICS = (
     ("loss", "loss", "{:.3f}"),
     ("reward", "reward", "{:.3f}"),
     ("rewards/margins", "reward margin", "{:.3f}"),
@@ -30,14 +30,14 @@ _TELLING = (
     ("accuracy", "accuracy", "{:.0%}"),
     ("kl", "KL", "{:.4f}"),
 )
-# What every evaluation logs besides its metrics.
+# Numbers that every evaluation logs besides its metrics.
 _NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens")
 
 
 def summarize(log_history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Losses and held-out metrics first and last, mean tokens per second and peak memory.
+    """Return the first and last losses and held-out metrics, mean tokens per second, peak memory.
 
-    `held_out` maps each metric, without `eval_`, to its first and its last value.
+    `held_out` maps each metric, without `eval_`, to its first and last value.
     """
     train = [e for e in log_history if "tokens_per_second" in e]
     found: dict[str, Any] = {}
@@ -58,7 +58,7 @@ def summarize(log_history: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, str]:
-    """Versions and hardware, for the report."""
+    """Return versions and hardware, for the report."""
     if torch.cuda.is_available():
         device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     else:
@@ -68,7 +68,7 @@ def machine() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """Return the installed version."""
+    """Return the installed version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -76,7 +76,7 @@ def version_of(package: str) -> str:
 
 
 def held_out(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Each metric of evaluations, without `eval_`: its first and its last value."""
+    """Return the first and last value of each evaluation metric, without `eval_`."""
     found: dict[str, list[float]] = {}
     for entry in log_history:
         for key, value in entry.items():
@@ -86,11 +86,11 @@ def held_out(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {name: [values[0], values[-1]] for name, values in found.items()}
 
 
-def telling(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+def headline_metrics(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return name, first and last value of the headline held-out metrics, formatted."""
     held_out, found = summary["held_out"], []
-    for key, name, text in _TELLING:
-        # Where there is a reward, the loss is that of a policy gradient, near 0 at any quality.
+    for key, name, text in _HEADLINE_METRICS:
+        # If there is a reward, the loss is a policy gradient's, which is near 0 at any quality.
         if key in held_out and not (key == "loss" and "reward" in held_out):
             first, last = held_out[key]
             found.append((name, text.format(first), text.format(last)))

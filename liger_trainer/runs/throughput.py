@@ -13,8 +13,7 @@ GIB = 1024**3
 
 
 def peak_memory_gib() -> float:
-    """Return the most that this process has held: GPU memory allocated, or, without a GPU,
-    resident."""
+    """Return this process's peak memory: allocated on GPUs, or resident if there is no GPU."""
     if torch.cuda.is_initialized():
         return (
             sum(torch.cuda.max_memory_allocated(d) for d in range(torch.cuda.device_count())) / GIB
@@ -24,11 +23,10 @@ def peak_memory_gib() -> float:
 
 
 class Throughput(TrainerCallback):
-    """Adds `tokens` (since the log before), `tokens_per_second` and `peak_memory_gib` to every
-    training log.
+    """Add `tokens` (since the last log), `tokens_per_second` and `peak_memory_gib` to the log.
 
-    Counts non-padding tokens of all devices that the policy was trained on; time excludes
-    evaluation and saving. The numbers land in `state.log_history`, which checkpoints keep.
+    Counts non-padding tokens on all devices; time excludes evaluation and saving. The numbers are
+    also written to `state.log_history`, which checkpoints save.
     """
 
     def __init__(self):
@@ -53,8 +51,8 @@ class Throughput(TrainerCallback):
         if not logs or "loss" not in logs:
             return
         self._lap(counts=True)  # reading the loss has waited for the device
-        # TRL's trainers count themselves. Some begin at 0 with every `train`, and the state, which
-        # they leave alone, is then 0 too; the others begin with what the state has.
+        # TRL's trainers count tokens themselves. Some start at 0 with every `train`, and the state,
+        # which they do not update, is then 0 too; the others start with the state's number.
         seen = int(logs.get("num_tokens", state.num_input_tokens_seen))
         tokens = seen - self._tokens
         measured = {
@@ -74,10 +72,10 @@ class Throughput(TrainerCallback):
 
 
 def count_tokens(trainer) -> None:
-    """Make a trainer count the tokens of pairs, in `state.num_input_tokens_seen`.
+    """Make a trainer count the tokens of pairs in `state.num_input_tokens_seen`.
 
-    For the trainers of ORPO and CPO, which do not count themselves: their batches hold chosen and
-    rejected sequences with a mask each, and transformers counts only `input_ids`.
+    For the trainers of ORPO and CPO, which do not count tokens: their batches hold chosen and
+    rejected sequences, each with a mask, and transformers counts only `input_ids`.
     """
     step = trainer.training_step
 
@@ -97,8 +95,8 @@ class Progress(ProgressCallback):
         ("loss", "loss {:.4f}"),
         ("eval_loss", "held-out loss {:.4f}"),
         *(
-            (prefix + key, told + text)
-            for prefix, told in (("", ""), ("eval_", "held-out "))
+            (prefix + key, split + text)
+            for prefix, split in (("", ""), ("eval_", "held-out "))
             for key, text in (
                 ("reward", "reward {:.3f}"),
                 ("rewards/margins", "margin {:.3f}"),

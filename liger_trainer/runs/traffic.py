@@ -1,4 +1,4 @@
-"""What a GPU sends and receives in one optimizer step, and how long it computes, by formula.
+"""Communication and computation of a GPU in one optimizer step, by formula.
 
 A ring all-gather or reduce-scatter of B bytes over N GPUs sends B (N - 1) / N from each, an
 all-reduce twice that. Pure arithmetic; `docs/planning.md` derives it.
@@ -10,10 +10,10 @@ from liger_trainer.runs.memory import Run
 
 
 def traffic(run: Run) -> dict[str, float]:
-    """Bytes that each GPU sends in one optimizer step; it receives as many.
+    """Return the bytes that each GPU sends in one optimizer step; it receives as many.
 
-    DDP and FSDP2 reduce once a step unless `reduce_each`, DeepSpeed after every micro-batch. What
-    is gathered in forward is gathered again in backward, but for FSDP2's last unit, the head.
+    DDP and FSDP2 reduce once per step unless `reduce_each`, DeepSpeed after every micro-batch.
+    Weights gathered in forward are gathered again in backward, except FSDP2's last unit, the head.
     """
     w, c, n = run.weights, run.compute, run.gpus
     part, micro = (n - 1) / n, run.accumulation
@@ -42,11 +42,11 @@ def traffic(run: Run) -> dict[str, float]:
 
 
 def flops(run: Run) -> float:
-    """Floating-point operations of one GPU in one optimizer step.
+    """Return the floating-point operations of one GPU in one optimizer step.
 
-    2 per weight and token in forward, 2 for the gradient of the input, 2 for that of a trained
-    weight, 2 again in a checkpointed layer. Causal attention: 2 T Q per token and layer in forward,
-    twice that in backward. A reference model adds one forward.
+    Per weight and token: 2 in forward, 2 for the gradient of the input, 2 for the gradient of a
+    trained weight, 2 for recomputation in a checkpointed layer. Causal attention: 2 T Q per token
+    and layer in forward, twice that in backward. A reference model adds one forward.
     """
     s, w = run.shape, run.weights
     attention = 2 * run.length * s.query

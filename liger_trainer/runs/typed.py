@@ -1,4 +1,4 @@
-"""Plain values against the annotations of a dataclass: unknown keys, wrong types."""
+"""Check plain values against the annotations of a dataclass: unknown keys, wrong types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from liger_trainer.runs.secrets import hidden
 
 
 def known(where: str, given: Iterable[str], names: list[str]) -> None:
-    """Raise ValueError for a key that is not among `names`; it tells the nearest one."""
+    """Raise ValueError for a key that is not in `names`, suggesting the nearest one."""
     for key in given:
         if key not in names:
             close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
@@ -23,9 +23,9 @@ def known(where: str, given: Iterable[str], names: list[str]) -> None:
 
 
 def convert(where: str, value: Any, hint: Any) -> Any:
-    """Return `value` if the annotation admits it, an integer as a float where a float is meant.
+    """Return `value` if the annotation admits it; convert an integer if only a float is admitted.
 
-    Raise ValueError otherwise.
+    Raises ValueError otherwise.
     """
     if (where == "training.bf16" and value == "auto") or admits(hint, value):
         return value
@@ -37,9 +37,9 @@ def convert(where: str, value: Any, hint: Any) -> Any:
 
 
 def filled(where: str, given: Any, cls: type) -> Any:
-    """Return the dataclass `cls` with the values of a mapping.
+    """Return an instance of the dataclass `cls` with the values of a mapping.
 
-    Raise ValueError for what is no mapping, an unknown key and a value of the wrong type.
+    Raises ValueError if `given` is not a mapping, has an unknown key or a value of the wrong type.
     """
     if not isinstance(given, dict):
         raise ValueError(f"{where}: expected keys and values, found {hidden(given)!r}")
@@ -49,7 +49,7 @@ def filled(where: str, given: Any, cls: type) -> Any:
 
 
 def admits(hint: Any, value: Any) -> bool:
-    """Whether a value from YAML fits an annotation; what YAML cannot express is admitted."""
+    """Return whether a value from YAML fits an annotation; types that YAML lacks are admitted."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(admits(a, value) for a in arguments)

@@ -3,8 +3,8 @@
     from liger_trainer.trl import DPOConfig, DPOTrainer
 
 `use_liger_kernel=True` in the config injects the kernels into policy, reference and teacher, and
-scores tokens through this package's head. With the flag off each class is exactly TRL's. Classes
-are made on first use, and TRL is imported then; `fused(MyTrainer)` makes one of your own subclass.
+scores tokens through this package's head. With the flag off, each class is exactly TRL's. Classes
+are created on first use, which imports TRL; `fused(MyTrainer)` creates one for your own subclass.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from liger_trainer.injection.rules.head import defers_logits
 from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.injection.walk import inject, injected_config, restore_for
 from liger_trainer.report import InjectionReport, Row, Status
-from liger_trainer.request import FLAG, Asked, asked, config_of, hidden
-from liger_trainer.trainer_hook import handled_for, without_request
+from liger_trainer.request import FLAG, Request, config_of, hidden, requested
+from liger_trainer.trainer_hook import handled_for, without_skip_logits
 from liger_trainer.trl.checks import check_examples, check_options, check_ranks, check_reference
 from liger_trainer.trl.fused_head import attach_fused_head, check_adapter
 from liger_trainer.trl.overrides import override_rows, overrides
 
-_HOMES = {
+_TRL_MODULES = {
     **dict.fromkeys(("Distillation", "DPO", "GRPO", "KTO", "Reward", "RLOO", "SFT"), "trl"),
     "CPO": "trl.experimental.cpo",
     "GKD": "trl.experimental.gkd",
@@ -44,7 +44,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    for method, module in _HOMES.items():
+    for method, module in _TRL_MODULES.items():
         if name in (f"{method}Trainer", f"{method}Config"):
             found = getattr(_import(module), name)
             return fused(found) if name.endswith("Trainer") else found
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     kinds = ("Trainer", "Config")
-    return sorted([*globals(), *(f"{method}{kind}" for method in _HOMES for kind in kinds)])
+    return sorted([*globals(), *(f"{method}{kind}" for method in _TRL_MODULES for kind in kinds)])
 
 
 def _import(module: str):
@@ -67,7 +67,7 @@ def _import(module: str):
 
 @functools.cache
 def fused(trainer: type[Trainer]) -> type[Trainer]:
-    """Return the subclass of a TRL trainer whose `use_liger_kernel=True` means this package."""
+    """Return a subclass of a TRL trainer that runs on this package's kernels if the flag is on."""
     if issubclass(trainer, FusedTrainer):
         return trainer
     names = {
@@ -79,19 +79,19 @@ def fused(trainer: type[Trainer]) -> type[Trainer]:
 
 
 class FusedTrainer:
-    """First base of every class that `fused` makes.
+    """The first base of every class that `fused` returns.
 
-    `liger_kernel_config=True`, or switches, asks for the kernels without the flag of the training
-    arguments, and False goes without whatever they say. `injection_report` tells what was swapped
-    in the policy; it is None without kernels.
+    `liger_kernel_config=True`, or switches, requests the kernels even without the flag in the
+    training arguments; False refuses them whatever the flag is. `injection_report` states what was
+    swapped in the policy; it is None without kernels.
     """
 
     injection_report: InjectionReport | None = None
 
-    def __init__(self, *args, liger_kernel_config: Asked = None, **kwargs):
+    def __init__(self, *args, liger_kernel_config: Request = None, **kwargs):
         given = _training_arguments(args, kwargs)
-        self._asked = liger_kernel_config
-        config = self._kernel_config = asked(given, liger_kernel_config)
+        self._requested = liger_kernel_config
+        config = self._kernel_config = requested(given, liger_kernel_config)
         if config is None:
             super().__init__(*args, **kwargs)
             self._set_kernels()
@@ -99,7 +99,8 @@ class FusedTrainer:
         if given is not None:
             check_options(type(self), given)
         flag = getattr(given, FLAG, False)
-        # TRL takes the flag for another package: it warns, changes the config and refuses models.
+        # TRL reads the flag as a request for another package: it warns, changes the config and
+        # refuses models.
         with hidden(given), self._fused_heads(config, given):
             super().__init__(*args, **kwargs)
         if flag:
@@ -110,19 +111,19 @@ class FusedTrainer:
         check_examples(self)
 
     def _set_kernels(self) -> None:
-        """Make the models what this trainer's flag and config say, whatever they were before."""
+        """Inject or restore the models according to this trainer's flag and config."""
         for name in ("model", "ref_model", "teacher_model"):
             model = getattr(self, name, None)
             if not isinstance(model, nn.Module):
                 continue
             if config_of(self) is None:
                 restore_for(model, self)
-            elif injected_config(model) is not self._kernel_config:  # not by this trainer
+            elif injected_config(model) is not self._kernel_config:  # not injected by this trainer
                 self._inject(model, self._kernel_config)
 
     def _inject(self, model: nn.Module, config: KernelConfig) -> None:
         report = inject(model, config)
-        if self.injection_report is None:  # the policy comes first
+        if self.injection_report is None:  # the policy is the first model
             self.injection_report = report
 
     def _report(self, rows: Iterable[Row]) -> None:
@@ -131,7 +132,7 @@ class FusedTrainer:
 
     @contextlib.contextmanager
     def _fused_heads(self, config: KernelConfig, args: TrainingArguments) -> Iterator[None]:
-        """Within it, TRL's modules that build this trainer give models our head.
+        """Make the TRL modules of this trainer attach our head to models inside the block.
 
         TRL refuses an adapter on the head, because its own head would ignore it; ours does not.
         """
@@ -141,7 +142,7 @@ class FusedTrainer:
         models: list[nn.Module] = []  # the policy, then its reference
 
         def add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=()):
-            plain = vars(model).get("forward")  # of others, such as hooks that move inputs
+            plain = vars(model).get("forward")  # set by others, such as hooks that move inputs
             original(model, temperature, cast_lm_head_to_fp32, outputs or ("log_probs",))
             models.append(model)
             check_reference(models[0], model)
@@ -168,12 +169,12 @@ class FusedTrainer:
             for module in modules:
                 stack.enter_context(_replaced(module, "add_fused_lm_head", add_fused_lm_head))
                 if not getattr(args, "cast_lm_head_to_fp32", False):
-                    stack.enter_context(_replaced(module, "BaseTunerLayer", _Nothing))
+                    stack.enter_context(_replaced(module, "BaseTunerLayer", _NeverMatches))
             yield
 
     def _weighting(self, args: TrainingArguments) -> str | None:
-        """Return what `SFTTrainer.compute_loss` makes of log_probs, if that is what computes the
-        loss."""
+        """Return how SFT's loss weighs log-probabilities, if `SFTTrainer.compute_loss` computes
+        it."""
         from trl.trainer.sft_trainer import SFTTrainer
 
         own = super().compute_loss.__func__ is SFTTrainer.compute_loss
@@ -185,7 +186,7 @@ class FusedTrainer:
 
     def train(self, *args, **kwargs):
         self._set_kernels()
-        with handled_for(self, lambda: None):  # the kernels are in already
+        with handled_for(self, lambda: None):  # the kernels are injected already
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
@@ -198,11 +199,11 @@ class FusedTrainer:
         if self.args.torch_compile:
             note_full(inputs.get("attention_mask"))
         with loss_scope():
-            return super().compute_loss(model, without_request(inputs), *args, **kwargs)
+            return super().compute_loss(model, without_skip_logits(inputs), *args, **kwargs)
 
 
 def _head_row(attached: bool, deferred: bool, cast_to_fp32: bool) -> Row:
-    """Return what answers `model(..., fused_lm_head=True)`, by which TRL scores tokens."""
+    """Return the row about the head that `model(..., fused_lm_head=True)`, TRL's call, uses."""
     if attached and deferred:
         status = Status.SWAPPED
         reason = "tokens are scored from the deferred logits of the model's own forward"
@@ -215,45 +216,46 @@ def _head_row(attached: bool, deferred: bool, cast_to_fp32: bool) -> Row:
 _WEIGHTING = {"nll": "uniform", "dft": "probability"}
 
 
-class _Nothing:
-    """`isinstance(x, _Nothing)` is always False."""
+class _NeverMatches:
+    """A class without instances: `isinstance(x, _NeverMatches)` is always False."""
 
 
 @contextlib.contextmanager
 def _replaced(module, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name, _Nothing)
+    before = getattr(module, name, _NeverMatches)
     setattr(module, name, value)
     try:
         yield
     finally:
-        if before is _Nothing:
+        if before is _NeverMatches:
             delattr(module, name)
         else:
             setattr(module, name, before)
 
 
 def _training_arguments(args: tuple, kwargs: dict) -> TrainingArguments | None:
-    candidates = [kwargs.get("args"), *args, *kwargs.values()]  # a subclass names it as it likes
+    candidates = [kwargs.get("args"), *args, *kwargs.values()]  # subclasses may rename the argument
     return next((a for a in candidates if isinstance(a, TrainingArguments)), None)
 
 
 # --- for `liger_trainer.enable()` ----------------------------------------------------------------
 
 
-def redirect() -> None:
-    """From now on TRL's own classes make instances of ours where the flag is on."""
+def patch_classes() -> None:
+    """Make TRL's own classes create instances of ours if the flag is on."""
     base = _import("trl.trainer.base_trainer")._BaseTrainer
 
     def make(cls, *args, **kwargs):
         given = _training_arguments(args, kwargs)
         own = kwargs.get("liger_kernel_config")
-        return object.__new__(cls if asked(given, own) is None else fused(cls))
+        return object.__new__(cls if requested(given, own) is None else fused(cls))
 
     base.__new__ = staticmethod(make)
 
 
-def undo_redirect() -> None:
+def unpatch_classes() -> None:
+    """Undo `patch_classes`."""
     base = _import("trl.trainer.base_trainer")._BaseTrainer
     if "__new__" in vars(base):
-        # A class that once had a __new__ of its own passes its arguments on to object's.
+        # Deleting __new__ is not enough: the class would then pass its arguments to object.__new__.
         base.__new__ = staticmethod(lambda cls, *args, **kwargs: object.__new__(cls))

@@ -1,4 +1,4 @@
-"""Raise, before training starts, for what TRL's trainers would silently accept."""
+"""Raise errors, before training starts, for problems that TRL's trainers silently accept."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ _RENAMED = {"epsilon_low": "epsilon"}
 def check_options(trainer: type, args: TrainingArguments) -> None:
     """Raise ValueError for an option of `args` that the trainer's loss does not use.
 
-    The losses' own formulas decide (`kernels/losses/dpo.py` and its neighbors): they
-    reject options without effect.
+    The losses in `kernels/losses/` check this: they reject options that have no effect.
     """
     loss = _LOSSES.get(_trl_name(trainer))
     if loss is None:
@@ -41,7 +40,7 @@ def check_options(trainer: type, args: TrainingArguments) -> None:
         name = _RENAMED.get(field.name, field.name)
         if hasattr(args, name):
             given[field.name] = getattr(args, name)
-    if given.get("loss_type") != "dr_grpo":  # the length limits generation in any case
+    if given.get("loss_type") != "dr_grpo":  # the option also limits generation
         given.pop("max_completion_length", None)
     try:
         loss(**given)
@@ -50,16 +49,16 @@ def check_options(trainer: type, args: TrainingArguments) -> None:
 
 
 def _trl_name(trainer: type) -> str:
-    """Return the name of the class of TRL that `trainer` is made of."""
+    """Return the name of the TRL class that `trainer` is derived from."""
     bases = (cls.__qualname__ for cls in trainer.__mro__ if cls.__module__.startswith("trl."))
     return next(bases, "")
 
 
 def check_examples(trainer: Trainer) -> None:
-    """Raise ValueError for prepared examples without a completion.
+    """Raise ValueError for prepared examples without completion tokens.
 
-    The log-probability of nothing is 0, the best there is: as chosen it wins, as rejected it cannot
-    lose, and averaged over its length it is NaN.
+    The log-probability of an empty completion is 0, the maximum: as chosen it wins, as rejected it
+    cannot lose, and averaged over its length it is NaN.
     """
     evaluation = trainer.eval_dataset
     named = evaluation if isinstance(evaluation, dict) else {"evaluation": evaluation}
@@ -86,7 +85,7 @@ def _without_completion(dataset: Dataset) -> Iterator[int]:
 
 
 def _lengths(dataset: Dataset, column: str) -> Iterator[int]:
-    """Lengths of the lists in a column, of which no element becomes a Python object."""
+    """Yield the lengths of the lists in a column, without converting elements to Python objects."""
     tables = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
     for table in tables:
         yield from pc.list_value_length(table[column]).to_pylist()
@@ -104,9 +103,9 @@ def ranks_of_a_row(accelerator: Accelerator) -> int:
 def check_ranks(trainer: Trainer) -> None:
     """Raise ValueError for a trainer that cannot share rows, or a model, with other processes.
 
-    Only the loss of SFT is a sum over tokens, whichever process has them. TRL seeds every process
-    differently, so that completions differ: ranks of one model would compute with tensors of
-    different completions, added up.
+    Only SFT's loss is a sum over tokens, independent of which process has them. TRL seeds every
+    process differently, so that completions differ; ranks that share a model by tensor parallelism
+    would add up tensors of different completions.
     """
     name = _trl_name(type(trainer))
     if name != "SFTTrainer" and ranks_of_a_row(trainer.accelerator) > 1:
@@ -124,7 +123,7 @@ def check_ranks(trainer: Trainer) -> None:
 
 
 def check_reference(model: nn.Module, reference: nn.Module) -> None:
-    """Raise ValueError for a reference whose head scores another vocabulary."""
+    """Raise ValueError if the reference's vocabulary has another size than the policy's."""
     sizes = [_vocabulary(m) for m in (model, reference)]
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(

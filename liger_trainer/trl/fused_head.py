@@ -1,8 +1,8 @@
-"""TRL's fused-head interface, answered through the model's own forward.
+"""TRL's fused-head interface, implemented through the model's own forward.
 
 TRL's trainers score tokens with `model(..., labels=labels, fused_lm_head=True)`. Here the model's
-own forward runs, its logits stay deferred, and what it did to them (scale, softcap, adapters on the
-head) is what the scores are computed with. Nothing is read from the model's configuration.
+own forward runs, its logits stay deferred, and the scores include what it did to them (scale,
+softcap, adapters on the head). None of this is read from the model's configuration.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ def attach_fused_head(
 ) -> None:
     """Make `model(..., fused_lm_head=True)` return TRL's `FusedCausalLMOutput` from our kernels.
 
-    `original` is the forward that TRL gave the model: it answers such calls while the head's logits
-    are not deferred (after `restore`). All other calls go to `plain`, by default the forward that
-    the model's class has then: TRL's keeps the one of before the injection. `weighting` is that of
-    `linear_log_probs`.
+    Args:
+        original: the forward that TRL gave the model. It handles such calls if the head's logits
+            are not deferred (after `restore`).
+        plain: handles all other calls; by default the current forward of the model's class. (TRL's
+            own forward would call the class's forward from before the injection.)
+        temperature, outputs: those of TRL's `add_fused_lm_head`.
+        weighting: as in `linear_log_probs`.
     """
     from trl.trainer.utils import FusedCausalLMOutput
 

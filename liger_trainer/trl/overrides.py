@@ -1,8 +1,8 @@
-"""Methods of TRL's trainers that read whole logits, on kernels that do not.
+"""Replacements for methods of TRL's trainers that read whole logits.
 
 TRL's stable trainers score tokens through their fused-head interface (`trl/fused_head.py`). Its
-experimental ones read `outputs.logits`, and distillation reads the heads' weights. What is here
-takes over where logits are deferred; everything else goes to TRL's own functions.
+experimental ones read `outputs.logits`, and distillation reads the heads' weights. The replacements
+apply if logits are deferred; otherwise TRL's own functions run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from liger_trainer.swap import rebind
 
 
 def overrides(trainer: type) -> dict[str, object]:
-    """Attributes for the subclass that `trl.fused` makes of `trainer`.
+    """Return attributes for the subclass that `trl.fused` makes of `trainer`.
 
-    A method that `trainer` itself has changed is left as it is.
+    A method that a user's subclass of TRL's trainer overrides is not replaced.
     """
     names: dict[str, object] = {}
     for cls in trainer.__mro__:
@@ -73,7 +73,7 @@ def override_rows(trainer: Trainer) -> Iterator[Row]:
 
 
 def _why_unused(trainer: Trainer, name: str) -> str | None:
-    """Which of the two methods of ORPO and CPO that score pairs is not called."""
+    """Return why a method is not called, or None: ORPO and CPO use one of two to score pairs."""
     encoder_decoder = getattr(trainer, "is_encoder_decoder", None)
     if name == "concatenated_forward" and encoder_decoder:
         return "TRL's own: an encoder-decoder is scored by get_batch_logps"
@@ -96,14 +96,15 @@ def _owner(trainer: type, name: str) -> type | None:
 
 
 def _rebound(attribute: object) -> tuple[object, list[str]] | None:
-    """`attribute` with TRL's functions replaced by ours, and their names; None if it has none."""
+    """Return `attribute` with TRL's functions replaced by ours, and their names; None if it has
+    none."""
     function = getattr(attribute, "__func__", attribute)
     if not isinstance(function, FunctionType):
         return None
     changed, names = function, []
     for name, make in _FUNCTIONS.items():
-        theirs = _global(function, name)
-        rebound = None if theirs is None else rebind(changed, theirs, make(theirs))
+        original = _global(function, name)
+        rebound = None if original is None else rebind(changed, original, make(original))
         if rebound is not None:
             changed = rebound
             names.append(name)
@@ -116,7 +117,7 @@ def _rebound(attribute: object) -> tuple[object, list[str]] | None:
 
 
 def _in_loss_scope(method: Callable) -> Callable:
-    """Return `method`, which scores tokens, with the logits of its forwards deferred."""
+    """Return `method` such that the logits of forwards in it are deferred."""
 
     @functools.wraps(method)
     def scoped(*args, **kwargs):
@@ -131,24 +132,24 @@ def _global(function: FunctionType, name: str) -> object | None:
     return getattr(module, name, None)
 
 
-def _selective_log_softmax(theirs: Callable) -> Callable:
-    @functools.wraps(theirs)
+def _selective_log_softmax(original: Callable) -> Callable:
+    @functools.wraps(original)
     def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
         if fusable(logits) is None or index.shape != logits.shape[:-1]:
-            return theirs(logits, index, temperature=temperature, row_mask=row_mask)
+            return original(logits, index, temperature=temperature, row_mask=row_mask)
         labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
         return token_scores(logits, labels, temperature=temperature).log_probs
 
     return selective_log_softmax
 
 
-def _selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
-    @functools.wraps(theirs)
+def _selective_log_softmax_and_entropy(original: Callable) -> Callable:
+    @functools.wraps(original)
     def selective_log_softmax_and_entropy(
         logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
     ):
         if fusable(logits) is None or index.shape != logits.shape[:-1]:
-            return theirs(logits, index, entropy_requires_grad, temperature, row_mask)
+            return original(logits, index, entropy_requires_grad, temperature, row_mask)
         labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
         scores = token_scores(logits, labels, temperature=temperature, outputs=("entropy",))
         entropy = scores.entropy if entropy_requires_grad else scores.entropy.detach()
@@ -157,11 +158,11 @@ def _selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
     return selective_log_softmax_and_entropy
 
 
-def _chunked_divergence_loss(theirs: Callable) -> Callable:
-    """Take the logits that the hidden states came from (`_hidden_with_logits`), not what TRL reads
-    about them in the configurations."""
+def _chunked_divergence_loss(original: Callable) -> Callable:
+    """Use the deferred logits that the hidden states carry (`_hidden_with_logits`), not scale and
+    softcap from the models' configurations."""
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def chunked_divergence_loss(
         student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta, *args, **kwargs
     ):
@@ -169,7 +170,7 @@ def _chunked_divergence_loss(theirs: Callable) -> Callable:
             getattr(hidden, "_liger_logits", None) for hidden in (student_hidden, teacher_hidden)
         )
         if student is None or teacher is None or args:
-            return theirs(
+            return original(
                 student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta,
                 *args, **kwargs,
             )  # fmt: skip
@@ -197,17 +198,17 @@ _FUNCTIONS = {
 # --- whole methods: one pass over the logits where TRL makes several -----------------------------
 
 
-def _orpo_forward(theirs: Callable) -> Callable:
-    """Score pairs; the negative log-likelihood of the chosen is of prompt and completion (ORPO)."""
+def _orpo_forward(original: Callable) -> Callable:
+    """Score pairs; the negative log-likelihood of the chosen includes the prompt (ORPO)."""
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def concatenated_forward(self, model, batch):
         def nll_labels(inputs, chosen):
             attended = inputs["concatenated_attention_mask"][:chosen] == 1
             return inputs["concatenated_input_ids"][:chosen].masked_fill(~attended, -100)
 
         if not _scores_pairs(self, model):
-            return theirs(self, model, batch)
+            return original(self, model, batch)
         pair = _paired_forward(self, model, batch, self.padding_value, nll_labels)
         chosen, sums, counts, nll, logits, aux = pair
         logps = sums / counts
@@ -223,16 +224,16 @@ def _orpo_forward(theirs: Callable) -> Callable:
     return concatenated_forward
 
 
-def _cpo_forward(theirs: Callable) -> Callable:
+def _cpo_forward(original: Callable) -> Callable:
     """Score pairs; the negative log-likelihood of the chosen covers the completion (CPO, SimPO)."""
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     def concatenated_forward(self, model, batch):
         def nll_labels(inputs, chosen):
             return inputs["concatenated_labels"][:chosen]
 
         if not _scores_pairs(self, model):
-            return theirs(self, model, batch)
+            return original(self, model, batch)
         pair = _paired_forward(self, model, batch, self.pad_token_id, nll_labels)
         chosen, sums, counts, nll, logits, aux = pair
         logps = sums / counts if self.loss_type in ("ipo", "simpo") else sums
@@ -249,10 +250,10 @@ def _scores_pairs(trainer, model) -> bool:
 
 @_in_loss_scope
 def _paired_forward(self, model, batch, padding_value, nll_labels):
-    """One forward over chosen and rejected, each token scored once.
+    """Run one forward over chosen and rejected, and score each token once.
 
-    Returns (number of chosen, log-probability and tokens of each completion [B], NLL per token of
-    the chosen, logits, (aux loss,) or ()).
+    Returns (number of chosen, log-probability [B] and number of tokens [B] of each completion, NLL
+    per token of the chosen, logits, (aux loss,) or ()).
     """
     inputs = self.concatenated_inputs(
         batch, padding_value=padding_value, device=self.accelerator.device
@@ -268,7 +269,7 @@ def _paired_forward(self, model, batch, padding_value, nll_labels):
     logits = outputs.logits
     completion = inputs["concatenated_labels"]
     nll = nll_labels(inputs, chosen)
-    # A token is scored if either term wants it; in both, its label is the token itself.
+    # A token is scored if either term needs it; in both, its label is the token itself.
     labels = completion.clone()
     labels[:chosen] = torch.where(nll != -100, nll, completion[:chosen])
     log_probs = token_scores(logits[:, :-1], labels[:, 1:]).log_probs
@@ -278,10 +279,10 @@ def _paired_forward(self, model, batch, padding_value, nll_labels):
     return chosen, sums, counts, nll, logits, (outputs.aux_loss,) if router else ()
 
 
-def _hidden_with_logits(theirs: Callable) -> Callable:
-    """Hidden states out of the model's own forward; they carry the deferred logits with them."""
+def _hidden_with_logits(original: Callable) -> Callable:
+    """Return hidden states from the model's own forward, with the deferred logits attached."""
 
-    @functools.wraps(theirs)
+    @functools.wraps(original)
     @_in_loss_scope
     def get_last_hidden_state(
         self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images
@@ -297,17 +298,17 @@ def _hidden_with_logits(theirs: Callable) -> Callable:
             head = fusable(logits)
             if head is not None:
                 hidden = head.terms[0].hidden
-                # A view of its own: an attribute of what the logits hold would never be freed.
+                # A separate view: an attribute on a tensor that the logits hold would be a cycle.
                 carrier = hidden.view_as(hidden)
                 carrier._liger_logits = logits
                 return carrier
-        return theirs(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images)
+        return original(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images)
 
     return get_last_hidden_state
 
 
-def _generalized_jsd(theirs: staticmethod) -> staticmethod:
-    function = theirs.__func__
+def _generalized_jsd(original: staticmethod) -> staticmethod:
+    function = original.__func__
 
     @functools.wraps(function)
     def generalized_jsd_loss(

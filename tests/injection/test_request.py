@@ -77,7 +77,7 @@ def test_false_wins_over_the_flag(tmp_path):
 
 def test_arguments_without_the_fields_ask_for_nothing(tmp_path):
     args = arguments(tmp_path, without_fields(TrainingArguments))
-    assert request.asked(args) is None
+    assert request.requested(args) is None
     assert not is_injected(LigerTrainer(tiny_model("llama"), args, train_dataset=rows()).model)
 
 
@@ -155,7 +155,7 @@ def test_trl_s_next_name_for_the_flag(tmp_path):
 
     kwargs = {"use_kernels": True}
     args = trl.SFTConfig(str(tmp_path), model_init_kwargs=kwargs, **trl_parity.COMMON)
-    assert request.asked(args) == KernelConfig()
+    assert request.requested(args) == KernelConfig()
     with request.hidden(args):
         assert args.model_init_kwargs == {}
     assert args.model_init_kwargs == kwargs

@@ -95,7 +95,7 @@ def test_without_a_compiler_every_launch_is_the_kernels_own():
 
 
 def test_variants_of_ever_new_lengths_are_forgotten(monkeypatch):
-    monkeypatch.setattr(module, "_MOST", 4)
+    monkeypatch.setattr(module, "_MAX_VARIANTS", 4)
     kernel = Kernel()
     for n in range(10):
         run(kernel, n=n)

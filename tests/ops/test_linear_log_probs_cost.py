@@ -118,7 +118,7 @@ def test_kept_promise_changes_nothing(place, rows, weighting, factor, dtype):
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_promised_gradients_are_accumulated(place, weighting):
+def test_declared_gradients_are_accumulated(place, weighting):
     """Two micro-batches with factors of their own, into one weight."""
     tensors, _ = problem(place)
     results = []

@@ -6,13 +6,13 @@ import torch
 
 from liger_trainer.kernels.linear.workspace import (
     SPLIT_ROWS,
-    grown,
-    pack,
-    rounded,
+    group_workspace,
+    grow_workspace,
+    pack_groups,
+    round_up_rows,
     spans,
     spans_last_full,
     sum_dtype,
-    unit_rows,
     workspace,
 )
 
@@ -94,7 +94,7 @@ def test_pack_takes_whole_units_and_as_many_as_fit(seed):
         sizes = [random.choice((0, 1, 3, 4, 5, 11)) for _ in range(random.randrange(12))]
         ends = list(itertools.accumulate(sizes))
         unit = row = 0
-        for first, last, start, stop in pack(ends, rows):
+        for first, last, start, stop in pack_groups(ends, rows):
             assert (first, start) == (unit, row)
             assert last > first
             assert stop - start == sum(sizes[first:last])
@@ -120,31 +120,31 @@ def test_units_are_cut_in_two_where_two_workspaces_hold_them(seed):
     for most in (1000, 4000, 20000):
         ends = list(itertools.accumulate(random.choice((0, 300, 700, 2500)) for _ in range(9)))
         total = ends[-1]
-        rows = unit_rows(ends, most)
+        rows = group_workspace(ends, most)
         assert 1 <= rows <= most
         halves = min(max(end, total - end) for end in ends)
         if total >= SPLIT_ROWS and halves <= most:
             assert rows == halves
-            assert len([1 for *_, begin, stop in pack(ends, rows) if stop > begin]) <= 2
+            assert len([1 for *_, begin, stop in pack_groups(ends, rows) if stop > begin]) <= 2
         else:
             assert rows == workspace(total, most)
-    assert unit_rows([], 100) == 1
+    assert group_workspace([], 100) == 1
 
 
 def test_a_grown_workspace_begins_with_what_the_old_one_held():
     logits = torch.randn(3, 7)
-    larger = grown(logits, 5)
+    larger = grow_workspace(logits, 5)
     assert larger.shape == (5, 7)
     assert torch.equal(larger[:3], logits)
 
 
 def test_rounded_holds_all_rows_or_as_many_as_there_may_be():
-    assert [rounded(n, 5000) for n in (0, 1, 1024, 1025, 4097)] == [0, 1024, 1024, 2048, 5000]
+    assert [round_up_rows(n, 5000) for n in (0, 1, 1024, 1025, 4097)] == [0, 1024, 1024, 2048, 5000]
 
 
 def test_sums_over_more_than_two_workspaces_are_in_fp32():
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        assert sum_dtype(dtype, few=True) == dtype
-    assert sum_dtype(torch.bfloat16, few=False) == torch.float32
-    assert sum_dtype(torch.float64, few=False) == torch.float64
+        assert sum_dtype(dtype, at_most_two=True) == dtype
+    assert sum_dtype(torch.bfloat16, at_most_two=False) == torch.float32
+    assert sum_dtype(torch.float64, at_most_two=False) == torch.float64
     assert {sum_dtype(torch.float16, few) for few in (False, True)} == {torch.float32}

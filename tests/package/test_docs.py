@@ -162,7 +162,7 @@ def names_of(module: str) -> set[str]:
         passed_on = [n for n in tree.body if isinstance(n, ast.ImportFrom)]
         found |= {alias.name for node in passed_on for alias in node.names}
     if module == "liger_trainer":
-        found |= set(reference.keys("__init__.py", "_HOME"))
+        found |= set(reference.keys("__init__.py", "_MODULES"))
     if module == "liger_trainer.trl":
         methods = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
         methods = {m for m in methods if isinstance(m, str) and m.isidentifier()}

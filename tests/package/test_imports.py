@@ -98,12 +98,12 @@ def imports(path: Path) -> list[str]:
 
 def below(path: Path, package: str) -> set[str]:
     """Names right below `package` of the modules in it that a file imports."""
-    from liger_trainer import _HOME
+    from liger_trainer import _MODULES
 
     prefix = package + "."
     found = {n.removeprefix(prefix) for n in imports(path) if n.startswith(prefix)}
     if package == "liger_trainer":
-        found = {_HOME.get(name, name) for name in found} - {"__version__"}
+        found = {_MODULES.get(name, name) for name in found} - {"__version__"}
     return {name.split(".")[0] for name in found}
 
 

@@ -136,7 +136,7 @@ def test_there_must_be_a_run_to_resume(recipe, capsys):
 
 def test_a_run_that_was_killed_before_a_checkpoint_starts_again(recipe, capsys):
     parsed = load_recipe(recipe)
-    with run_folder.held(parsed) as folder:
+    with run_folder.locked(parsed) as folder:
         folder.begin()  # and then nothing more
     result = run_recipe(parsed, resume=True)
     assert result.summary["steps"] == 6

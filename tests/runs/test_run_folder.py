@@ -83,7 +83,7 @@ def test_the_folder_of_the_model_is_not_written_to(finished, capsys):
 
 
 def test_two_runs_do_not_share_a_folder(finished, capsys):
-    with run_folder.held(load_recipe("recipe.yaml"), overwrite=True):
+    with run_folder.locked(load_recipe("recipe.yaml"), overwrite=True):
         for option in ("--overwrite", "--resume"):
             assert train("recipe.yaml", option, "training.max_steps=8") == 2
             assert "a run is at work in out" in capsys.readouterr().err
@@ -98,9 +98,9 @@ def test_the_lock_ends_with_the_process(finished):
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         with pytest.raises(ValueError, match="a run is at work"):
-            run_folder.held(load_recipe("recipe.yaml"), overwrite=True).__enter__()
+            run_folder.locked(load_recipe("recipe.yaml"), overwrite=True).__enter__()
         holder.kill()
-    with run_folder.held(load_recipe("recipe.yaml"), overwrite=True):
+    with run_folder.locked(load_recipe("recipe.yaml"), overwrite=True):
         pass
 
 

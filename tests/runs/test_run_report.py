@@ -10,7 +10,7 @@ from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.runs import plots as plots_module
 from liger_trainer.runs.html import write_report
 from liger_trainer.runs.plots import plots
-from liger_trainer.runs.summary import summarize, telling
+from liger_trainer.runs.summary import headline_metrics, summarize
 
 LOG = [
     {"step": 0, "eval_loss": 2.0},
@@ -172,7 +172,7 @@ def test_held_out_metrics_are_kept_first_and_last_without_timing():
 
 
 def test_what_tells_most_of_a_preference_run():
-    assert telling(summarize(logged(**PREFERENCE))) == [
+    assert headline_metrics(summarize(logged(**PREFERENCE))) == [
         ("loss", "0.690", "0.500"),
         ("reward margin", "0.000", "0.500"),
         ("reward accuracy", "0%", "75%"),
@@ -181,7 +181,7 @@ def test_what_tells_most_of_a_preference_run():
 
 
 def test_where_there_is_a_reward_the_loss_tells_nothing():
-    assert telling(summarize(logged(**GROUPS))) == [("reward", "0.250", "0.500")]
+    assert headline_metrics(summarize(logged(**GROUPS))) == [("reward", "0.250", "0.500")]
 
 
 @pytest.mark.parametrize(

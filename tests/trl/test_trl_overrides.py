@@ -237,7 +237,7 @@ def remade():
 
 def test_every_override_has_a_case():
     names = set()
-    for method, home in drop_in._HOMES.items():
+    for method, home in drop_in._TRL_MODULES.items():
         trainer = getattr(importlib.import_module(home), f"{method}Trainer")
         names |= {f"{method}.{name}" for name in drop_in.overrides(trainer)}
     assert names == CASES.keys()

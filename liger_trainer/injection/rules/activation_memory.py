@@ -19,14 +19,14 @@ from liger_trainer.swap import Swapped
 logger = logging.getLogger(__name__)
 
 RULE = "activation_memory"
-# Below, the hooks (1 us for every tensor that autograd saves) cost more than the memory is worth.
+# With fewer, the hooks (1 us per tensor that autograd saves) cost more than the memory is worth.
 MIN_TOKENS = 4096
 
 
 class LeanModel(Swapped):
     """A model whose forward runs within `kernels.recompute.recomputing`.
 
-    Compiled code decides for itself what to keep.
+    In compiled code, the compiler decides what to recompute.
     """
 
     @classmethod
@@ -35,11 +35,11 @@ class LeanModel(Swapped):
 
 
 class BudgetedModel(Swapped):
-    """A model of whose layers as many are checkpointed as a budget demands; key: the budget."""
+    """A model that checkpoints as many layers as a memory budget requires; key: the budget."""
 
     @classmethod
-    def namespace(cls, base: type, asked: str | float) -> dict[str, object]:
-        return {"forward": _budgeted(base.forward, asked)}
+    def namespace(cls, base: type, requested: str | float) -> dict[str, object]:
+        return {"forward": _budgeted(base.forward, requested)}
 
 
 def _lean(original: Callable) -> Callable:
@@ -57,7 +57,7 @@ def _lean(original: Callable) -> Callable:
     return forward
 
 
-def _budgeted(original: Callable, asked: str | float) -> Callable:
+def _budgeted(original: Callable, requested: str | float) -> Callable:
     takes_cache = "use_cache" in inspect.signature(original).parameters
 
     @functools.wraps(original)
@@ -66,10 +66,10 @@ def _budgeted(original: Callable, asked: str | float) -> Callable:
         trains = torch.is_grad_enabled() and self.training and tokens is not None
         if torch.compiler.is_compiling() or not trains:
             return original(self, *args, **kwargs)
-        budget = _budget(self, asked)
+        budget = _budget(self, requested)
         if budget is None:
             return original(self, *args, **kwargs)
-        if takes_cache:  # which a checkpointed layer cannot fill
+        if takes_cache:  # a checkpointed layer cannot fill a cache
             kwargs.setdefault("use_cache", False)
         run = functools.partial(original, self, *args, **kwargs)
         return memory_budget.within_budget(budget, tokens.numel(), run)
@@ -77,16 +77,16 @@ def _budgeted(original: Callable, asked: str | float) -> Callable:
     return forward
 
 
-def _budget(model: nn.Module, asked: str | float) -> memory_budget.Budget | None:
-    """Return the budget of `model`; None, and one warning, where nothing tells of memory."""
+def _budget(model: nn.Module, requested: str | float) -> memory_budget.Budget | None:
+    """Return the budget of `model`; on a device without memory statistics, warn and return None."""
     found = vars(model).get("_liger_budget", False)
     device = next(model.parameters()).device
     if found is None or (found and found.device.device == device):
         return found
     layers, memory = memory_budget.layers_of(model), memory_budget.Device(device)
-    budget = memory_budget.Budget(asked, layers, memory)
+    budget = memory_budget.Budget(requested, layers, memory)
     if (reason := memory_budget.why_not(model)) is not None:
-        budget = memory_budget.EveryLayer(asked, layers, memory, reason=reason)
+        budget = memory_budget.EveryLayer(requested, layers, memory, reason=reason)
         logger.warning("activation_memory: %s", budget)
     elif device.type != "cuda":
         logger.warning("activation_memory: no budget on %s, which tells nothing of memory", device)
@@ -103,8 +103,8 @@ def _first_input(args: tuple, kwargs: dict[str, object]) -> torch.Tensor | None:
 
 
 def propose_for_model(search: Search, fused: set[str]) -> Iterator[Proposal]:
-    """Propose recomputation in a model in which rules (`fused`) swap norms or gated activations,
-    and a budget where there is one."""
+    """Propose recomputation if the rules in `fused` swap norms or gated activations, and a memory
+    budget if one is requested."""
     mode = search.config.activation_memory
     if mode == "keep":
         yield Proposal.off("", RULE)

@@ -31,18 +31,22 @@ from liger_trainer.kernels.layers.packed_attention import (
 )
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
-# Arguments of an attention function that ask for more than softmax over what the mask lets through.
-_BEYOND = ("position_bias", "softcap", "s_aux", "cache")
+# Arguments of an attention function that request more than a masked softmax.
+_UNSUPPORTED = ("position_bias", "softcap", "s_aux", "cache")
 
 
 class Heads(NamedTuple):
+    """Size and grouping of attention heads."""
+
     size: int
-    per_key: int  # query heads that share a key
+    per_key: int  # query heads that share a key head
 
 
 class PackedAttention(Swapped):
-    """Keeps the module's forward, with its attention interface replaced by `Interface`; key: the
-    heads that packed attention was proven for."""
+    """A module whose forward gets its attention function from `Interface`.
+
+    Key: the heads for which packed attention was verified.
+    """
 
     @classmethod
     def namespace(cls, base: type, heads: Heads) -> dict[str, object]:
@@ -53,8 +57,8 @@ class PackedAttention(Swapped):
 class Interface:
     """An AttentionInterface whose `sdpa` reads the bounds of packed masks.
 
-    That is so while transformers' own function stands there. Another one (which lets each rank
-    attend to the tokens of all, say) may look at more than its arguments, so it is called as it is.
+    This holds only while `sdpa` is transformers' own function. Another one (for context
+    parallelism, say) may depend on more than its arguments, so it is called as it is.
     """
 
     def __init__(self, original, heads: Heads):
@@ -81,8 +85,10 @@ class Interface:
 
 @functools.cache
 def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
-    """Return an attention function of transformers that does as `sdpa`, but reads the bounds of a
-    PackedMask where it was proven to: for these heads, and nothing beyond a softmax."""
+    """Return an attention function like `sdpa` that reads the bounds of a PackedMask.
+
+    It does so only for the `heads` that were verified, and for nothing beyond a masked softmax.
+    """
 
     @functools.wraps(sdpa)
     def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -93,12 +99,12 @@ def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
             rows, _, length, _ = attention_mask.shape
             whole = query.shape[0] == rows and query.shape[2] == key.shape[2] == length
             whole = whole and value.shape == key.shape
-            plain = not dropout and all(kwargs.get(name) is None for name in _BEYOND)
+            plain = not dropout and all(kwargs.get(name) is None for name in _UNSUPPORTED)
             proven = heads == Heads(query.shape[-1], query.shape[1] // key.shape[1])
             fits = has_kernel(query, key, value) or not query.is_cuda
-            # Torch's attention may have been replaced by one over the rows of several ranks.
-            alone = F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
-            if whole and plain and proven and fits and alone:
+            # torch's function may have been replaced (context parallelism).
+            is_torchs = F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+            if whole and plain and proven and fits and is_torchs:
                 documents, window = attention_mask.documents, attention_mask.window
                 out = packed_attention(query, key, value, documents, window=window, scale=scaling)
                 return out, None
@@ -126,15 +132,15 @@ def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
 
 
 def _device(search: Search, module: nn.Module) -> torch.device:
-    """Where the module will run: a model may be injected before it is moved to the GPU."""
+    """Return where the module will run: a model may be injected before it moves to the GPU."""
     device = search.device_of(module)
     return torch.device("cuda") if torch.cuda.is_available() and device.type == "cpu" else device
 
 
 def _unfit(module: nn.Module, device: torch.device) -> str | None:
-    """Why packed attention is not for this module; None if it is.
+    """Return why packed attention does not suit this module, or None.
 
-    What a module says of its heads chooses what is probed; `by_bounds` goes by those that come.
+    The heads that a module declares determine what is probed; `by_bounds` checks the actual ones.
     """
     name = getattr(getattr(module, "config", None), "_attn_implementation", None)
     head_dim = getattr(module, "head_dim", None)
@@ -158,8 +164,8 @@ def _interface(forward: object) -> object | None:
 
 
 def _probe(heads: Heads, device: torch.device) -> probe.Verdict:
-    """By bounds against by mask, with and without a window."""
-    length = 150  # more than a block of the kernel
+    """Compare attention by bounds and by mask, with and without a window."""
+    length = 150  # more than one block of the kernel
     position_ids = torch.tensor([*range(1), *range(60), *range(length - 61)], device=device)
     documents = documents_of(position_ids.expand(2, -1))
     for window in (None, 20):
@@ -170,7 +176,7 @@ def _probe(heads: Heads, device: torch.device) -> probe.Verdict:
                 functools.partial(packed_attention, **options),
                 _cases(length, heads, device),
             )
-        except RuntimeError as error:  # sizes that the device has no kernel for
+        except RuntimeError as error:  # the device has no kernel for these sizes
             return probe.Verdict(False, None, f"FlashAttention fails: {str(error)[:100]}")
         if not verdict.equal:
             return verdict

@@ -49,7 +49,7 @@ _GATES = (Gate("swiglu"), Gate("geglu", "tanh"), Gate("geglu", "none"))
 
 
 class DeferredActivation(Deferred):
-    """activation(gate), computed when touched by anything but a multiplication."""
+    """activation(gate), computed on any use other than a multiplication."""
 
     handlers: ClassVar[dict[Callable, Callable]] = {}
     _gate: torch.Tensor
@@ -68,11 +68,11 @@ class DeferredActivation(Deferred):
         return self._gate
 
     def __mul__(self, other):
-        # The table of handlers would find the product, too, but after 8 us in torch's dispatch.
+        # `handlers` would find the product as well, but only after 8 us in torch's dispatch.
         product = _multiply(self, other)
         return super().__mul__(other) if product is NotImplemented else product
 
-    __rmul__ = __mul__  # a product commutes, in torch to the bit
+    __rmul__ = __mul__  # torch's multiplication commutes, bit for bit
 
     def compute(self) -> torch.Tensor:
         self._owner._liger_unfused = True  # not gated after all: do not defer again
@@ -82,9 +82,10 @@ class DeferredActivation(Deferred):
 
 def _multiply(a, b, **kwargs):
     activation, up = (a, b) if isinstance(a, DeferredActivation) else (b, a)
-    if kwargs or type(up) not in PLAIN or activation._value is not None:  # it may have been changed
+    # A value that exists may have been changed in place.
+    if kwargs or type(up) not in PLAIN or activation._value is not None:
         return NotImplemented
-    gate = activation.gate  # its shape, dtype and device are the activation's, without a detour
+    gate = activation.gate  # has the activation's shape, dtype and device, and is faster to read
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         return NotImplemented
     return activation._form.product(gate, up)
@@ -95,7 +96,7 @@ _PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,
 
 
 def _register_hook(activation, hook):
-    return activation.materialize().register_hook(hook)  # a fused product would send nothing here
+    return activation.materialize().register_hook(hook)  # a fused product would not call the hook
 
 
 def _retain_grad(activation):
@@ -110,15 +111,15 @@ DeferredActivation.handlers |= {
 
 
 class FusedActivation(Swapped):
-    """Calling it returns a deferred activation where a fused product would pay.
+    """An activation whose call returns a deferred activation if a fused product would be faster.
 
-    The call is taken over, not the forward inside it: an engine's hooks, which gather and free
-    parameters, have nothing to do for a module that has none, and would touch what it returns.
-    Where there are such hooks, inputs of every size are deferred: processes whose rows have
+    The call is replaced, not the forward inside it: an engine's hooks, which gather and free
+    parameters, have nothing to do for a module without parameters, and would use its result. If
+    there are such hooks, inputs of every size are deferred, because processes whose rows have
     different lengths must call the same modules in the same order.
 
-    Key: the gate, and the state of the module that it is proven for. Without gradients nothing is
-    deferred: the caller may then change x in place, which autograd would not allow.
+    Key: the gate, and the state of the module for which it was verified. Without gradients nothing
+    is deferred, because the caller may then change x in place.
     """
 
     _liger_unfused = False
@@ -152,14 +153,14 @@ def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]:
-    """Look at each child of `module` that is an activation."""
+    """Propose a swap for each child of `module` that is an activation."""
     for name, child in module.named_children():
         tensors = (*child.parameters(), *child.buffers())
         if not tensors and next(child.children(), None) is None:
-            yield from _examine_activation(search, site, module, name, child)
+            yield from _propose_for_child(search, site, module, name, child)
 
 
-def _examine_activation(search, site, module, name, child) -> Iterator[Proposal]:
+def _propose_for_child(search, site, module, name, child) -> Iterator[Proposal]:
     device = search.device_of(module)
     key = fingerprint(child, device)
     gate, verdict = search.cached(("gate", key), lambda: identify(child, device))
@@ -184,9 +185,9 @@ def _examine_activation(search, site, module, name, child) -> Iterator[Proposal]
 
 
 def _is_activation(child: nn.Module) -> bool:
-    """Whether it applies one function to every element, and that is not a line.
+    """Return whether `child` applies one nonlinear function to every element.
 
-    Then the report says why it is not fused. A dropout, in evaluation mode, is none.
+    The report then states why it is not fused. Dropout in evaluation mode is no activation.
     """
     x = probe.draw((3, 4, 8), 1.0, torch.device("cpu"), 0)
     other = x.clone()
@@ -198,7 +199,7 @@ def _is_activation(child: nn.Module) -> bool:
             is_line = torch.allclose(doubled, 2 * y) and torch.allclose(negated, -y)
             same = y.shape == x.shape and torch.equal(y.flatten()[1:], beside.flatten()[1:])
             return same and not is_line
-    except Exception:  # third-party modules may raise anything: it takes no single tensor
+    except Exception:  # third-party modules may raise anything
         return False
 
 
@@ -211,7 +212,7 @@ def identify(child: nn.Module, device: torch.device) -> tuple[Gate | None, probe
     try:
         twin = probe.random_copy(child, device).eval()
         reason = probe.impurity(original, twin, next(_cases(device)).inputs)
-    except Exception:  # has no copy, or takes no single tensor
+    except Exception:  # it cannot be copied, or does not take a single tensor
         reason = _NEITHER
     if reason is not None:
         return None, probe.Verdict(False, None, reason)
@@ -240,18 +241,18 @@ def _case(label, shape, scale, device, dtype=torch.float32, first=None) -> probe
 
 
 def is_gated(module: nn.Module, name: str) -> bool | None:
-    """Whether `module` multiplies what its child `name`, an activation, returns; None if unknown.
+    """Return whether `module` multiplies the output of its activation `name`; None if unknown.
 
-    Found by running a copy of the module on the meta device, where nothing is computed. A module
-    that takes more than one tensor (experts and their routing) cannot be run so; some say it
-    themselves (`has_gate`). An unknown result is safe: the swap is right either way, and at run
-    time a product that does not come turns the deferral off again.
+    A copy of the module is run on the meta device, where nothing is computed. A module that takes
+    more than one tensor (experts and their routing) cannot be run like that; some have an attribute
+    that states it (`has_gate`). An unknown result is safe: the swap is correct either way, and if
+    no multiplication follows at run time, deferral is switched off.
     """
     if hasattr(module, "has_gate"):
         return bool(module.has_gate)
     try:
         twin = probe.meta_copy(module)
-    except Exception:  # a module may hold what cannot be copied
+    except Exception:  # a module may hold objects that cannot be copied
         return None
     matrices = [t for t in (*twin.parameters(), *twin.buffers()) if t.dim() == 2]
     activation = getattr(twin, name)
@@ -262,14 +263,14 @@ def is_gated(module: nn.Module, name: str) -> bool | None:
         try:
             with torch.no_grad():
                 twin(x)
-        except Exception:  # another width, or a forward that cannot run so
+        except Exception:  # the wrong width, or a forward that cannot run on the meta device
             continue
         return activation.multiplied
     return None
 
 
 class _Recorder(Swapped):
-    """Stands in for the activation on the meta device and notes what is done to its result."""
+    """A stand-in for the activation on the meta device, which records how its result is used."""
 
     def forward(self, x):
         deferred = _Recorded(x.shape, x.dtype, x.device)
@@ -284,10 +285,10 @@ class _Recorded(Deferred):
         return torch.empty_like(self._gate)
 
 
-def _note(a, b, **kwargs):
+def _record_product(a, b, **kwargs):
     recorded, other = (a, b) if isinstance(a, _Recorded) else (b, a)
     recorded._owner.multiplied |= torch.is_tensor(other) and other.shape == recorded.shape
     return torch.empty_like(recorded._gate)
 
 
-_Recorded.handlers |= dict.fromkeys(_PRODUCTS, _note)
+_Recorded.handlers |= dict.fromkeys(_PRODUCTS, _record_product)

@@ -20,16 +20,16 @@ from liger_trainer.swap import Swapped, holds, own_attributes
 
 @dataclasses.dataclass(frozen=True)
 class GatedNormForm:
-    """One formula; the options are those of `kernels.gated_rms_norm`."""
+    """One formula of a gated norm; the options are those of `kernels.gated_rms_norm`."""
 
     eps: float
-    weight: str  # its name
+    weight: str  # name of the parameter
     group_size: int | None
     gate_first: bool
     cast_first: bool
     activation: str
-    ranks: tuple[int, ...] = ()  # of the inputs for which it is proven
-    inputs: tuple[str, str] = ("", "")  # the names of x and gate
+    ranks: tuple[int, ...] = ()  # ranks of inputs for which the formula was verified
+    inputs: tuple[str, str] = ("", "")  # names of x and gate
 
     rule = "rms_norm"
 
@@ -53,7 +53,7 @@ class GatedNormForm:
 
 
 class FusedGatedNorm(Swapped):
-    """forward(x, gate) by a kernel where that pays; key as in `FusedNorm`."""
+    """A gated norm that runs a kernel if that is faster; key as in `FusedNorm`."""
 
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
@@ -76,7 +76,7 @@ class FusedGatedNorm(Swapped):
 
 
 def inputs_of(module: nn.Module) -> tuple[str, str] | None:
-    """Return the names of the two tensors that forward takes; None if it is another kind."""
+    """Return the names of the two tensors that forward takes; None if it takes other inputs."""
     parameters = [
         p
         for p in inspect.signature(module.forward).parameters.values()
@@ -90,9 +90,9 @@ def inputs_of(module: nn.Module) -> tuple[str, str] | None:
 def identify(
     module: nn.Module, eps: list[float], device: torch.device
 ) -> tuple[GatedNormForm | None, probe.Verdict | None]:
-    """Return the form that equals `module`, the one that also rounds like it if several do.
+    """Return the form that equals `module`; of several, the one that rounds like it.
 
-    The verdict is None if the module is no norm with a gate at all.
+    The verdict is None if the module is not a gated norm.
     """
     inputs = inputs_of(module)
     names = [name for name, _ in module.named_parameters()]

@@ -64,7 +64,10 @@ def _can_defer(hidden_states: torch.Tensor) -> bool:
 
 
 def _in_graph() -> bool:
-    """Whether the forward is recorded, transformed or only shaped, so that nothing may wait."""
+    """Return whether the forward is traced or transformed (compile, export, functorch, JVP).
+
+    Nothing can be deferred then.
+    """
     return (
         torch.compiler.is_compiling()
         or torch.compiler.is_exporting()
@@ -75,13 +78,14 @@ def _in_graph() -> bool:
 
 
 class DeferringModel(Swapped):
-    """The model that owns the head; key: whether the loss fuses.
+    """The model that owns the head; key: whether the loss is fused with the head.
 
-    Calls of the head are deferred in a forward that is given labels, and inside `loss_scope()`. The
+    Calls of the head are deferred in a forward that gets labels, and inside `loss_scope()`. The
     forward drops `skip_logits`, which Trainer passes for another kernel package in evaluation.
 
-    Under torch.compile, what the forward calls is compiled (the backbone, as one graph), while the
-    forward's own lines and the loss function, through which deferred logits pass, run as they are.
+    Under torch.compile, the modules that the forward calls are compiled (the backbone, as one
+    graph). The forward's own code and the loss function, through which deferred logits pass, are
+    not.
     """
 
     @classmethod
@@ -96,7 +100,7 @@ class DeferringModel(Swapped):
                 labels = kwargs.get("shift_labels")
             if (labels is None and not scope.in_loss_scope()) or _in_graph():
                 return original(self, *args, **kwargs)
-            if not isinstance(self, LeanModel):  # which looks itself
+            if not isinstance(self, LeanModel):  # LeanModel does this itself
                 look_again(self)
             head = current_head(self)
             if head is None:
@@ -115,15 +119,15 @@ class DeferringModel(Swapped):
 
 
 def _position_of_labels(forward: Callable) -> float:
-    """Where `forward(self, ...)` takes labels by position, not counting self."""
+    """Return the position of `labels` among the arguments of `forward`, not counting self."""
     names = list(inspect.signature(forward).parameters)[1:]
     return names.index("labels") if "labels" in names else float("inf")
 
 
 def current_head(model: DeferringModel) -> DeferredHead | None:
-    """Return the model's head, made to defer if it was replaced since the injection.
+    """Return the model's head; one that was replaced since the injection is swapped, too.
 
-    None, which the report is told, if it cannot.
+    If it cannot be deferred, record that in the report and return None.
     """
     head = model.get_output_embeddings()
     layers = [] if head is None else linear_layers(head)
@@ -141,13 +145,13 @@ _NONE = "the model has no output embeddings, so no logits of a vocabulary"
 
 
 def defers_logits(model: nn.Module) -> bool:
-    """Whether the loss of `model`'s logits is fused with its head."""
+    """Return whether the loss of `model`'s logits is fused with its head."""
     fused = isinstance(model, DeferringModel) and bool(model._liger_fused)
     return fused and current_head(model) is not None
 
 
 def propose_for_model(search: Search) -> Iterator[Proposal]:
-    """Propose to defer the head, its linear layers with it, in the model that owns it."""
+    """Propose to defer calls of the head and of its linear layers in the model that owns it."""
     model, config = search.model, search.config
     fused = config.fused_linear_cross_entropy
     rule = FUSED if fused or not config.cross_entropy else "cross_entropy"
@@ -177,7 +181,7 @@ def propose_for_model(search: Search) -> Iterator[Proposal]:
 
 
 def linear_layers(head: nn.Module) -> list[nn.Module]:
-    """Return the head, and inside an adapter the linear layers onto the vocabulary."""
+    """Return the head and, if it is an adapter, its linear layers onto the vocabulary."""
     size = vocabulary(head)
     inner = [
         m
@@ -188,7 +192,7 @@ def linear_layers(head: nn.Module) -> list[nn.Module]:
 
 
 def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
-    """None if calls of `head` can be deferred, else the reason."""
+    """Return the reason why calls of `head` cannot be deferred, or None."""
     kind = type(head).__name__
     if vocabulary(head) is None:
         return f"{kind} is not a plain linear layer"
@@ -199,12 +203,12 @@ def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-_PLAIN_FORWARD = nn.Linear.forward  # which somebody may replace for the whole process
+_PLAIN_FORWARD = nn.Linear.forward  # kept, because code may replace it for the whole process
 _WEIGHTS = (torch.Tensor, nn.Parameter, DTensor)
 
 
 def _unfit(layer: nn.Module, is_head: bool) -> str | None:
-    """Why the calls of one layer of a head cannot be taken over."""
+    """Return the reason why calls of one layer of a head cannot be deferred, or None."""
     own = getattr(type(layer), "_liger_base", type(layer)).forward
     if isinstance(layer, nn.Linear) and own is not _PLAIN_FORWARD:
         return f"{type(layer).__name__} is not a plain linear layer"
@@ -225,7 +229,7 @@ def _unfit(layer: nn.Module, is_head: bool) -> str | None:
 
 
 def vocabulary(head: nn.Module) -> int | None:
-    """Return the number of logits; of a shard, that of the whole."""
+    """Return the size of the vocabulary, also if the head holds only a shard of it."""
     inner = getattr(head, "base_layer", None) or getattr(head, "original_module", None)
     if isinstance(inner, nn.Module):
         return vocabulary(inner)
@@ -242,9 +246,9 @@ def _has_bias(layers: list[nn.Module]) -> bool:
 
 
 def _probe(device: torch.device, fused: bool, has_bias: bool) -> float | None:
-    """Return the fp32 error of loss and gradients through a small head of the layer's kind.
+    """Return the fp32 error of loss and gradients of a small head through the kernel.
 
-    None if it is larger than the plain head's: with TF32 switched on, that is large too.
+    Return None if it is larger than the plain head's, which is large too if TF32 is enabled.
     """
     vocab, width, tokens = 50, 16, 24
     labels = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(0))
@@ -256,7 +260,7 @@ def _probe(device: torch.device, fused: bool, has_bias: bool) -> float | None:
     def loss(defers: bool, hidden, weight, bias=None):
         with torch.device("meta"):
             layer = nn.Linear(width, vocab, bias is not None)
-        del layer.weight, layer.bias  # tensors in the place of parameters
+        del layer.weight, layer.bias  # to put tensors in the place of parameters
         layer.weight, layer.bias = weight, bias
         if not defers:
             return F.cross_entropy(layer(hidden).float(), labels)

@@ -1,10 +1,9 @@
 """LoRA on linear layers, as PEFT makes them: the base layer inside, adapters by name.
 
-A layer is recognized by its tables of adapters, whose names are PEFT's interface for layers of any
-class, and proven on a small copy: the same class and settings, all its adapters active, other
-sizes. What may change between two calls (which adapters
-are active, merged, disabled, their factors, hooks) is read at every call; where the fused operation
-does not apply, the layer's own forward runs.
+A layer is recognized by its tables of adapters, whose names PEFT gives to layers of any class, and
+verified on a small copy: the same class and settings, all adapters active, other sizes. Whatever
+may change between two calls (which adapters are active, merged or disabled, their scales, hooks) is
+read at every call. If the fused operation does not apply, the layer's own forward runs.
 
 Adapters on the output head belong to the head's rule.
 """
@@ -27,13 +26,13 @@ from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
 _PLAIN = (torch.Tensor, nn.Parameter)
-_PLAIN_FORWARD = nn.Linear.forward  # which somebody may replace for the whole process
-_WIDTHS = 24, 40  # of the copy that is probed
+_PLAIN_FORWARD = nn.Linear.forward  # kept, because code may replace it for the whole process
+_WIDTHS = 24, 40  # inputs and outputs of the copy that is probed
 _TOLERANCE_FP64 = 1e-10
 
 
 class FusedLoRA(Swapped):
-    """forward(x) as one operation; where that does not apply, as before."""
+    """A LoRA layer whose forward is one operation where that applies, and PEFT's elsewhere."""
 
     def forward(self, x, *args, **kwargs):
         usual = not (args or kwargs)
@@ -55,11 +54,10 @@ class FusedLoRA(Swapped):
 def active_adapters(
     layer: nn.Module, x: torch.Tensor, gathered: bool = False
 ) -> list[Adapter] | None:
-    """Return what is added to the base product of `x` now; None if only the layer's forward can
-    tell.
+    """Return the adapters that apply to `x` now; None if only the layer's own forward will do.
 
-    `gathered`: hooks make the matrices whole where they are called. Until then, they have no size,
-    and asking modules for them by attribute may gather them here.
+    `gathered` means that hooks gather the matrices when their modules are called. Until then these
+    are empty, and reading them by attribute may gather them here.
     """
     if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
         return None
@@ -82,7 +80,7 @@ def active_adapters(
             return None
         if A.dtype != B.dtype or not (gathered or (A.device == x.device and A.numel())):
             return None
-        if autocast and torch.float64 in (x.dtype, A.dtype):  # which autocast leaves alone
+        if autocast and torch.float64 in (x.dtype, A.dtype):  # autocast does not cast fp64
             return None
         if not autocast and A.dtype != x.dtype:
             widens = torch.promote_types(A.dtype, x.dtype) == A.dtype
@@ -93,8 +91,8 @@ def active_adapters(
 
 
 def _gathered_modules(layer: nn.Module) -> list[nn.Module] | None:
-    """Return the base layer, and A and B of each active adapter, if an engine's hooks gather their
-    weights when they are called."""
+    """Return the base layer and the A and B modules of each active adapter, if an engine's hooks
+    gather their weights on each call; else None."""
     if torch.compiler.is_compiling():
         return None
     found = [layer.get_submodule("base_layer")]
@@ -111,7 +109,7 @@ def _gathered_modules(layer: nn.Module) -> list[nn.Module] | None:
 def _fused_where_gathered(
     modules: list[nn.Module], x: torch.Tensor, adapters: list[Adapter]
 ) -> torch.Tensor:
-    """Run the operation inside calls of all `modules`, in the order in which PEFT calls them."""
+    """Run the operation inside calls of all `modules`, which are in the order of PEFT's calls."""
     base, *matrices = modules
 
     def whole() -> list[Adapter]:
@@ -130,7 +128,10 @@ def _fused_where_gathered(
 
 
 def _needs_backward(base: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `base` has anything to do in backward, for which it would be gathered again."""
+    """Return whether `base` takes part in backward, for which its weight is gathered again.
+
+    Without gradients it makes no difference, so the answer is True.
+    """
     tensors = (x, *base.parameters(recurse=False))
     return not torch.is_grad_enabled() or any(tensor.requires_grad for tensor in tensors)
 
@@ -140,14 +141,14 @@ _TABLES = ("lora_A", "lora_B", "lora_dropout")
 
 def _parts_of(layer: nn.Module, name: str) -> tuple[nn.Module, ...] | None:
     """Return A, B and the dropout of an adapter, if the layer has it."""
-    modules = layer._modules  # looking the tables up as attributes would take 2 us
+    modules = layer._modules  # attribute access to the tables would take 2 us
     if name not in modules["lora_A"]._modules:
         return None
     return tuple(modules[table]._modules[name] for table in _TABLES)  # pyright: ignore[reportReturnType]
 
 
 def _unfit(layer: nn.Module, gathered: bool) -> str | None:
-    """Why the layer's own forward adds the adapters, where that is not a matter of the input."""
+    """Return why the layer's own forward must run whatever the input is, or None."""
     found = {name: _parts_of(layer, name) for name in layer.active_adapters}
     active = {name: parts for name, parts in found.items() if parts is not None}
     if layer.disable_adapters or layer.merged or not active:
@@ -165,7 +166,7 @@ def _drops(dropout: nn.Module) -> bool:
 
 
 def _variant(layer: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> str | None:
-    """Why the adapter is not plain LoRA on a linear layer."""
+    """Return why the adapter is not plain LoRA on a linear layer, or None."""
     variants = vars(layer).get("lora_variant", ())
     if name in variants:
         return f"the variant {type(variants[name]).__name__}"
@@ -230,7 +231,7 @@ def _looks_like_lora(module: nn.Module) -> bool:
 
 
 def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Verdict:
-    """Whether the fused operation equals the layer's forward, in fp64 and in lower precision."""
+    """Compare the fused operation with the layer's forward, in fp64 and in lower precision."""
     twin = probe.random_copy(_small_copy(module, names), device).eval()
     fused = copy.deepcopy(twin)
     swap(fused, FusedLoRA)
@@ -258,7 +259,7 @@ def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Ve
 
 
 def _small_copy(module: nn.Module, names: list[str]) -> nn.Module:
-    """Return a copy with small weights, whose adapters `names` are all active, none merged."""
+    """Return a copy with small weights, in which all adapters `names` are active, none merged."""
     inputs, outputs = _WIDTHS
     bias = getattr(module.base_layer, "bias", None) is not None
     memo = {id(module.base_layer): nn.Linear(inputs, outputs, bias)}

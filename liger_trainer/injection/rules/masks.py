@@ -33,10 +33,10 @@ from liger_trainer.kernels.layers.packed_attention import (
 from liger_trainer.kernels.runtime import every_size
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
-_HOME = "transformers.masking_utils"
-_MAKERS = {"create_causal_mask": False, "create_sliding_window_causal_mask": True}
-# What a maker may be given beside the batch without its rows being anything but causal.
-_ORDINARY = {
+_MASK_MODULE = "transformers.masking_utils"
+_MAKERS = {"create_causal_mask": False, "create_sliding_window_causal_mask": True}  # windowed?
+# Arguments of a maker that leave the rows causal; any other must be None.
+_CAUSAL_ARGUMENTS = {
     "config",
     "inputs_embeds",
     "attention_mask",
@@ -47,9 +47,9 @@ _ORDINARY = {
 
 
 class PackedMask(Deferred):
-    """Stands for the mask [B, 1, T, T] of packed or windowed rows; attention reads its bounds.
+    """The mask [B, 1, T, T] of packed or windowed rows, of which attention reads only the bounds.
 
-    Whoever does anything else with it gets the mask that transformers makes.
+    Any other use of it gets the mask that transformers makes.
     """
 
     documents: Documents
@@ -68,7 +68,7 @@ class PackedMask(Deferred):
 
 
 class LeanMasks(Swapped):
-    """Keeps the module's forward, with its makers of masks replaced by leaner ones."""
+    """A module whose forward builds masks through `lean` versions of transformers' functions."""
 
     @classmethod
     def namespace(cls, base: type) -> dict[str, object]:
@@ -95,21 +95,21 @@ def _makers(forward: FunctionType) -> list[FunctionType]:
     return [
         g
         for g in referenced_globals(forward)
-        if isinstance(g, FunctionType) and g.__module__ == _HOME and g.__name__ in _MAKERS
+        if isinstance(g, FunctionType) and g.__module__ == _MASK_MODULE and g.__name__ in _MAKERS
     ]
 
 
 @functools.cache
 def lean(maker: FunctionType, packs: bool) -> Callable:
-    """`maker`, which also returns None for plain causal rows, and a PackedMask.
+    """Return a version of `maker` that returns None for plain causal rows, else a PackedMask.
 
     Args:
         maker: transformers' function for causal or for sliding-window causal masks.
         packs: whether the position ids may restart within a row. Otherwise they are the model's
-            own, which count on.
+            own, which never restart.
 
-    It does as `maker` does for padding, a cache, overlays, attention other than sdpa, and while it
-    is traced also for what depends on values.
+    It calls `maker` for padding, a cache, overlays and attention other than sdpa, and while it is
+    traced also for everything that depends on values.
     """
     sliding = _MAKERS[maker.__name__]
 
@@ -141,14 +141,14 @@ def lean(maker: FunctionType, packs: bool) -> Callable:
             return maker(**kwargs)
         if documents is None:
             documents = one_per_row(B, T, embeddings.device)
-        kwargs["inputs_embeds"] = embeddings.new_empty(B, T, 0)  # its shape is all that counts
+        kwargs["inputs_embeds"] = embeddings.new_empty(B, T, 0)  # the maker reads only its shape
         return PackedMask.of(embeddings, documents, window, functools.partial(maker, **kwargs))
 
     return make
 
 
 def _is_causal(kwargs: dict) -> bool:
-    """Whether a maker is asked for the causal mask of a batch that begins with these tokens."""
+    """Return whether the arguments request the causal mask of a batch without a cache."""
     config, embeddings = kwargs.get("config"), kwargs.get("inputs_embeds")
     positions = kwargs.get("position_ids")
     return (
@@ -157,30 +157,30 @@ def _is_causal(kwargs: dict) -> bool:
         and getattr(config, "_attn_implementation", None) == "sdpa"
         and getattr(config, "is_causal", True)
         and kwargs.get("allow_is_causal_skip", True)
-        and all(value is None for name, value in kwargs.items() if name not in _ORDINARY)
+        and all(value is None for name, value in kwargs.items() if name not in _CAUSAL_ARGUMENTS)
         and (positions is None or positions.dim() == 2)
     )
 
 
 def _readable(tensor: torch.Tensor) -> bool:
-    """Whether values may be looked at: not while a graph is traced or captured."""
+    """Return whether values can be read; they cannot while a graph is traced or captured."""
     tracing = torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.is_meta
     return not (tracing or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def note_full(attention_mask: torch.Tensor | None) -> None:
-    """Read whether a batch [B, T] is without padding, for a compiled forward, which cannot.
+    """Record whether a batch [B, T] has no padding, for a compiled forward, which cannot read it.
 
-    The trainers call it before every forward. The host waits for the device, as it does for the
-    same question where nothing is compiled. Graphs depend on the answer: there is one for batches
-    without padding, whose attention takes no mask, and one for those with padding.
+    Trainers call this before every forward. The host waits for the device, as it also does in eager
+    mode. Compiled code depends on the answer: one graph serves batches without padding, whose
+    attention takes no mask, and another serves batches with padding.
     """
     if attention_mask is not None and attention_mask.dim() == 2 and _readable(attention_mask):
         attention_mask._liger_full = bool(attention_mask.all())
 
 
 def _is_full(attention_mask: torch.Tensor, length: int) -> bool:
-    """Whether a mask is known to let every token of rows of `length` through."""
+    """Return whether a mask is known to admit every token of rows of `length`."""
     if attention_mask.dim() != 2 or attention_mask.shape[1] != length:
         return False
     if _readable(attention_mask):
@@ -189,8 +189,8 @@ def _is_full(attention_mask: torch.Tensor, length: int) -> bool:
 
 
 def _documents(position_ids: torch.Tensor, rows: int) -> Documents:
-    """Return `documents_of`, read once however many makers and steps see the tensor."""
-    if position_ids.is_inference():  # such a tensor keeps no count of its changes
+    """Return `documents_of(position_ids)`, computed once per tensor."""
+    if position_ids.is_inference():  # such a tensor has no version counter
         return documents_of(position_ids.expand(rows, -1))
     known, key = getattr(position_ids, "_liger_documents", None), (position_ids._version, rows)
     if known is None or known[0] != key:
@@ -218,11 +218,11 @@ def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     return Proposal.swapped(site, "attention", "no masks for causal rows", swap)
 
 
-_CACHES = ("cache", "past_key_values")  # of transformers 5.24, and before
+_CACHES = ("cache", "past_key_values")  # the argument's name in transformers 5.24, and before
 
 
 def difference(makers: list[FunctionType], config) -> str | None:
-    """Where lean masks are not those of the installed transformers; None if nowhere."""
+    """Return where lean masks differ from those of the installed transformers, or None."""
     config = copy.copy(config)
     config.sliding_window = 3
     counted = torch.arange(7).expand(2, -1)
@@ -238,7 +238,7 @@ def difference(makers: list[FunctionType], config) -> str | None:
             batch |= {n: None for n in _CACHES if n in inspect.signature(maker).parameters}
             try:
                 expected = maker(**batch)
-            except TypeError as error:  # a release that takes other arguments
+            except TypeError as error:  # this version takes other arguments
                 return f"{maker.__name__}: {error}"
             with every_size():
                 got = lean(maker, packs)(**batch)

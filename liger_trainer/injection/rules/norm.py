@@ -34,17 +34,17 @@ from liger_trainer.swap import Proven, Swapped, has_foreign_forward, holds
 
 @dataclasses.dataclass(frozen=True)
 class NormForm:
-    """One formula; `offset` and `cast_first` as in `kernels.rms_norm`."""
+    """One formula of a norm; `offset` and `cast_first` are as in `kernels.rms_norm`."""
 
     centered: bool  # LayerNorm
     eps: float
-    weight: str | None  # names of the parameters
+    weight: str | None  # name of the parameter, like `bias`
     bias: str | None = None
     offset: float = 0.0
     cast_first: bool = True
-    autocast_to_fp32: bool = False  # as autocast does with torch.nn.LayerNorm
-    ranks: tuple[int, ...] = ()  # of the inputs for which it is proven
-    input: str = ""  # its name
+    autocast_to_fp32: bool = False  # as autocast does for torch.nn.LayerNorm
+    ranks: tuple[int, ...] = ()  # ranks of inputs for which the formula was verified
+    input: str = ""  # name of the input
 
     @property
     def rule(self) -> str:
@@ -68,10 +68,10 @@ class NormForm:
 
 
 class FusedNorm(Swapped):
-    """forward(x) by a kernel; key: the form, and the state of the module that it is proven for.
+    """A norm whose forward runs a kernel.
 
-    In another state, for anything else than one tensor (a gate, say), and in compiled code, forward
-    is as before.
+    Key: the form, and the state of the module for which it was verified. In another state, for
+    inputs other than one tensor (a gate, say), and in compiled code, the norm's own forward runs.
     """
 
     def forward(self, *args, **kwargs):
@@ -118,8 +118,8 @@ def _may_be_norm(module: nn.Module) -> bool:
     if next(module.children(), None) is not None or next(module.buffers(), None) is not None:
         return False
     shapes = {probe.whole_shape(p) for p in module.parameters()}
-    few = len(list(module.parameters())) <= 2 and len(shapes) <= 1
-    return bool(_epsilons(module)) and few and all(len(shape) in (1, 2) for shape in shapes)
+    fits = len(list(module.parameters())) <= 2 and len(shapes) <= 1
+    return bool(_epsilons(module)) and fits and all(len(shape) in (1, 2) for shape in shapes)
 
 
 def _epsilons(module: nn.Module) -> list[float]:
@@ -128,13 +128,13 @@ def _epsilons(module: nn.Module) -> list[float]:
 
 
 def _nominal_rule(module: nn.Module) -> str:
-    """Return the rule whose row says that no formula fits, or that none could be tried."""
+    """Return the rule under which to report that no formula fits, or that none could be tried."""
     return "layer_norm" if isinstance(module, nn.LayerNorm) else "rms_norm"
 
 
 def _forms(module: nn.Module) -> Iterator[NormForm]:
     names: list[str | None] = [name for name, _ in module.named_parameters()]
-    roles = itertools.permutations([*names, None, None][:2])  # of two, either may be the bias
+    roles = itertools.permutations([*names, None, None][:2])  # either of two may be the bias
     for eps, (weight, bias) in itertools.product(_epsilons(module), dict.fromkeys(roles)):
         if bias is None:
             yield NormForm(False, eps, weight, cast_first=True)
@@ -148,9 +148,9 @@ def _forms(module: nn.Module) -> Iterator[NormForm]:
 def identify(
     module: nn.Module, device: torch.device
 ) -> tuple[NormForm | None, probe.Verdict | None]:
-    """Return the form that equals `module`, the one that also rounds like it if several do.
+    """Return the form that equals `module`; of several, the one that rounds like it.
 
-    The verdict is None if the module is no norm over the last dimension at all.
+    The verdict is None if the module is not a norm over the last dimension.
     """
     if len(required := required_inputs(module)) != 1:
         return None, None
@@ -175,7 +175,7 @@ def identify(
 
 
 def required_inputs(module: nn.Module) -> list[str]:
-    """Return the names of what forward cannot do without."""
+    """Return the names of forward's required arguments."""
     return _required(module.forward)
 
 
@@ -188,7 +188,7 @@ def _required(function: Callable) -> list[str]:
 
 
 def _output_under_autocast(original, cases: Iterator[probe.Case]) -> torch.dtype:
-    """Return the dtype that the original returns for a bf16 input and bf16 parameters."""
+    """Return the dtype of the original's output under autocast, for bf16 inputs and parameters."""
     case = next(c for c in cases if c.inputs[0].dtype == torch.bfloat16)
     with torch.no_grad(), torch.autocast(case.inputs[0].device.type, torch.bfloat16):
         return original(*case.inputs).dtype

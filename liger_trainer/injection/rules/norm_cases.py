@@ -10,18 +10,16 @@ from torch import nn
 from liger_trainer.injection import probe
 
 _WIDTH_IF_UNKNOWN = 64
-
-
 _LEADING = {1: (), 2: (5,), 3: (2, 3), 4: (2, 3, 5), 5: (2, 1, 3, 2)}  # dimensions, by rank
 
 
 def normalized_ranks(
     function: Callable, width: int | None, device: torch.device
 ) -> tuple[int, ...]:
-    """Return the ranks of inputs that `function` normalizes over the last dimension alone.
+    """Return the ranks of inputs that `function` normalizes over only the last dimension.
 
-    That is, it forgets the size of a row, and a row's result depends on no other row. None are
-    returned if it does something else to inputs of another rank.
+    That is, the result does not depend on the scale of a row, nor on any other row. No ranks are
+    returned if `function` does something else to inputs of any rank.
     """
     ranks = []
     for rank, leading in _LEADING.items():
@@ -31,7 +29,7 @@ def normalized_ranks(
         try:
             with torch.no_grad():
                 y, larger, beside = function(x), function(8 * x), function(other)
-        except Exception:  # does not take this rank
+        except Exception:  # it does not take this rank
             continue
         if not torch.is_tensor(y) or y.shape != x.shape or not y.any():
             return ()
@@ -39,7 +37,7 @@ def normalized_ranks(
         if not same_rows or not probe.relative_error(larger, y) < 1e-2:
             return ()
         ranks.append(rank)
-    # What takes no sequences may look like a norm on vectors alone (GroupNorm).
+    # A module that takes no sequences may look like a norm on single vectors (GroupNorm).
     return tuple(ranks) if max(ranks, default=0) >= 3 else ()
 
 
@@ -57,10 +55,10 @@ def cases(
     device: torch.device,
     states: int = 1,
 ) -> Iterator[probe.Case]:
-    """Yield inputs (`states` tensors and the parameters) on which a norm could show what it is.
+    """Yield inputs (`states` tensors and the parameters) that tell norms apart.
 
-    fp32: every rank, every magnitude, many rows, a row of zeros (the epsilon alone counts) and one
-    with a NaN. Then bf16, and bf16 with fp32 parameters (what autocast makes of a model).
+    In fp32: every rank and magnitude, many rows, a row of zeros (only the epsilon counts), and a
+    row with a NaN. Then bf16, and bf16 with fp32 parameters, as under autocast.
     """
     rank = 3 if 3 in ranks else ranks[-1]
 

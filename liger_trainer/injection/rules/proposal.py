@@ -1,4 +1,4 @@
-"""What a rule proposes for a module, and the context that it may use."""
+"""The swaps that a rule proposes for a module, and the context of the search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OVERRIDDEN = "its forward is replaced on the instance: inject before that"
 
 
 class Swap(NamedTuple):
-    """The mixin for the class of one module, and its key."""
+    """The module to swap, the mixin for its class, and the mixin's key."""
 
     module: nn.Module
     mixin: type[Swapped]
@@ -30,7 +30,7 @@ class Swap(NamedTuple):
 class Proposal:
     """A row for the report, and the swaps to make if its status is SWAPPED.
 
-    Each of the modules that are swapped amends the row while it runs.
+    The swapped modules may amend the row at run time.
     """
 
     row: Row
@@ -65,7 +65,7 @@ class Search:
     probes: dict[Hashable, object] = dataclasses.field(default_factory=dict)
 
     def device_of(self, module: nn.Module) -> torch.device:
-        """Return where the module, else the model, lives: to probe there. On meta, the CPU."""
+        """Return the device of the module, or of the model, to probe on; the CPU if on meta."""
         for owner in (module, self.model):
             for tensor in (*owner.parameters(), *owner.buffers()):
                 if tensor.device.type != "meta":
@@ -77,16 +77,16 @@ class Search:
         return getattr(self.model, "get_output_embeddings", lambda: None)()
 
     def cached(self, key: Hashable, probe: Callable[[], Any]) -> Any:
-        """Return `probe()`, or its earlier result for the same key: equals are probed once."""
+        """Return `probe()`, computed once per key."""
         if key not in self.probes:
             self.probes[key] = probe()
         return self.probes[key]
 
 
 def fingerprint(module: nn.Module, device: torch.device) -> Hashable:
-    """Return what is equal for instances of a class that differ in parameters' values alone.
+    """Return a key that is equal for instances of a class that differ only in parameter values.
 
-    An attribute that is not a plain value counts by identity, so instances that share it may match.
+    An attribute that is not a plain value is compared by identity.
     """
     attributes = tuple(
         (name, value if isinstance(value, VALUES) else id(value))
@@ -101,7 +101,7 @@ def fingerprint(module: nn.Module, device: torch.device) -> Hashable:
 
 
 def look_again(model: nn.Module) -> None:
-    """Tell the report of what has been added to an injected model since."""
+    """Add modules that joined an injected model later to its report."""
     watch = vars(model).get("_liger_watch")
     if watch is not None and not torch.compiler.is_compiling():
         watch.look(model)

@@ -25,7 +25,7 @@ from liger_trainer.swap import Swapped, rebind, referenced_globals
 
 @dataclasses.dataclass(frozen=True)
 class RotaryForm:
-    """The options of `kernels.rope`."""
+    """One formula of a rotary embedding: the options of `kernels.rope`."""
 
     interleaved: bool = False
     half_table: bool = False
@@ -52,16 +52,16 @@ _FORMS = tuple(
 
 @dataclasses.dataclass(frozen=True)
 class RotaryCall:
-    """How a rotary function takes q, k, cos and sin, and the dimension of the heads."""
+    """How a rotary function takes q, k, cos, sin and the dimension of the heads."""
 
     names: tuple[str, ...]  # of all its parameters
-    tensors: tuple[str, ...]  # those of q, k, cos and sin
-    dim: str | None  # that of the dimension that the heads have in q and k
-    dims: tuple[int, ...] = (1,)  # values of it for which equality is proven, its default first
+    tensors: tuple[str, ...]  # names of q, k, cos and sin
+    dim: str | None  # name of the parameter for the heads' dimension in q and k
+    dims: tuple[int, ...] = (1,)  # verified values of that parameter, its default first
 
 
 class FusedRotary(Swapped):
-    """Keeps the module's forward, with its rotary function replaced by the kernel."""
+    """A module whose forward calls the kernel in place of its rotary function."""
 
     @classmethod
     def namespace(cls, base: type, function: Callable, call: RotaryCall, form: RotaryForm) -> dict:
@@ -72,9 +72,8 @@ class FusedRotary(Swapped):
 def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Callable:
     """Return a function with `original`'s signature that runs the kernel.
 
-    It calls `original` for inputs that are too small for the kernel to pay, for tensors that the
-    kernel does not take, for arguments other than those that the kernel was proven with, and in
-    compiled code.
+    It calls `original` for small inputs, for tensors that the kernel does not take, for arguments
+    other than those that were verified, and in compiled code.
     """
     options = dataclasses.asdict(form)
 
@@ -131,9 +130,9 @@ def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
 
 @functools.cache
 def _rotary_function(cls: type) -> Callable | None:
-    """Return the global that `cls.forward` calls with a cosine and a sine.
+    """Return the global function that `cls.forward` calls with a cosine and a sine.
 
-    If there are several, the first that takes two states with them.
+    If there are several, prefer the first that also takes two states.
     """
     forward = getattr(cls, "forward", None)
     if not isinstance(forward, FunctionType):
@@ -147,11 +146,11 @@ def _rotary_function(cls: type) -> Callable | None:
 
 
 def _tables(parameters: Iterable[str]) -> tuple[str | None, str | None]:
-    """Return which of the parameters are called cosine and sine.
+    """Return the names of the parameters for cosine and sine.
 
-    A function can only be found by running it. Their names say which ones may be run: one that
-    takes no angles might do anything with random tensors (communicate, launch kernels, write).
-    What it computes with them, and where else it may be called, is proven.
+    A formula is identified by running the function on random tensors. The names tell which
+    functions are safe to run: one that takes no angles might do anything (communicate, launch
+    kernels, write). What a function computes is then verified.
     """
     words = {name: set(name.lower().split("_")) for name in parameters}
     cos = next((name for name in parameters if words[name] & {"cos", "cosine", "cosines"}), None)
@@ -161,12 +160,12 @@ def _tables(parameters: Iterable[str]) -> tuple[str | None, str | None]:
 
 @functools.cache
 def _call_of(function: FunctionType) -> RotaryCall | None:
-    """How `function` is called, if it is a function of (two states, cosine, sine, options)."""
+    """Return how to call `function`, if it takes two states, cosine, sine and options."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
         return None
     names = tuple(p.name for p in parameters)
-    # A tensor may be left out (None); what has a number for default is none.
+    # A tensor has no default, or None; a parameter whose default is a number is not a tensor.
     candidates = [p.name for p in parameters if p.default is p.empty or p.default is None][:4]
     cos, sin = _tables(candidates)
     if cos is None or sin is None or len(candidates) != 4 or set(names[:4]) != set(candidates):
@@ -182,7 +181,7 @@ def _call_of(function: FunctionType) -> RotaryCall | None:
 
 
 def identify(function: Callable, device: torch.device) -> tuple[RotaryForm | None, probe.Verdict]:
-    """Return the form that equals `function`, for full and, if it takes that, partial rotation."""
+    """Return the form that equals `function`, for full and (if supported) partial rotation."""
     call = _call_of(function)
     assert call is not None
     heads = call.dims[0]
@@ -193,7 +192,7 @@ def identify(function: Callable, device: torch.device) -> tuple[RotaryForm | Non
 
 
 def proven_call(function: Callable, form: RotaryForm, device: torch.device) -> RotaryCall:
-    """How `function` may be called where it equals `form`: with which dimension of the heads."""
+    """Return the calls of `function` that equal `form`: with which dimensions of the heads."""
     call = _call_of(function)
     assert call is not None
     if call.dim is None:
@@ -228,7 +227,7 @@ def _accepts_partial(function: Callable, call: RotaryCall, device: torch.device)
 
 
 def _cases(device: torch.device, heads: int, partial: bool) -> list[probe.Case]:
-    """Return grouped heads, a table per sample or for all, columns that differ in both halves."""
+    """Return cases with grouped heads, tables per sample or shared, and halves that differ."""
     width = 16
     widths = [width, width // 2] if partial else [width]
     dtypes = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]

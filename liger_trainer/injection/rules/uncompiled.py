@@ -1,4 +1,4 @@
-"""Functions that run as they are under torch.compile: deferred logits pass through them."""
+"""Keep functions that deferred logits pass through out of torch.compile's graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @functools.cache
 def uncompiled(function: Callable, recursive: bool = True) -> Callable:
-    """Keep `function` out of compiled graphs; with `recursive` what it calls, too."""
+    """Keep `function` out of compiled graphs; with `recursive`, also all that it calls."""
     reason = (
         "liger_trainer defers logits here; for one full graph set fused_linear_cross_entropy "
         "to false in liger_kernel_config"
@@ -19,7 +19,7 @@ def uncompiled(function: Callable, recursive: bool = True) -> Callable:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        exporting = torch.compiler.is_exporting()  # there all of the graph is wanted
+        exporting = torch.compiler.is_exporting()  # an export must contain the whole graph
         return (function if exporting else disabled)(*args, **kwargs)
 
     _skip_frames_of(call)
@@ -29,12 +29,12 @@ def uncompiled(function: Callable, recursive: bool = True) -> Callable:
 
 
 def _skip_frames_of(function: Callable) -> None:
-    """Spare dynamo the attempt to compile the function's frames, which takes 0.5 ms a call.
+    """Make dynamo skip the function's frames; its attempts to compile them take 0.5 ms per call.
 
-    `torch.compiler.disable(recursive=False)` covers only the wrapper that it returns: the function
-    inside is looked at anew, and given up, in every call.
+    `torch.compiler.disable(recursive=False)` covers only the wrapper that it returns. Dynamo tries
+    to compile the function inside, and gives up, in every call.
     """
-    import torch._dynamo.eval_frame  # slow to import, and by now `disable` has
+    import torch._dynamo.eval_frame  # slow to import, but `disable` has already done so
 
     skip_code = getattr(torch._dynamo.eval_frame, "skip_code", None)
     if skip_code is not None:
@@ -42,6 +42,6 @@ def _skip_frames_of(function: Callable) -> None:
 
 
 def uncompiled_result(getter: Callable) -> Callable:
-    """Return a getter of a property whose value, a function, runs uncompiled."""
+    """Return a property getter whose value, a function, runs uncompiled."""
     disabled = uncompiled(lambda self: uncompiled(getter(self)))
     return lambda self: (getter if torch.compiler.is_exporting() else disabled)(self)

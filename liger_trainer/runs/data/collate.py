@@ -13,10 +13,10 @@ from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Rows of whole examples, at most `max_length` tokens each, by best fit in decreasing length.
+    """Rows of whole examples, at most `max_length` tokens each, packed by best fit decreasing.
 
-    `position_ids` restart with every example. With neither an attention mask nor a cache,
-    transformers takes that for the border between sequences, so that no example sees another.
+    `position_ids` restart with every example. Without an attention mask and a cache, transformers
+    treats a restart as the border between sequences, so no example attends to another.
     """
 
     def __init__(self, dataset, max_length: int):
@@ -36,15 +36,17 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def unpacked(rows: Any) -> Iterator[dict[str, Any]]:
-    """Return the examples, of packed rows those that were packed."""
+    """Return the examples of a data set, before packing if it is packed."""
     return iter(rows.dataset if isinstance(rows, PackedDataset) else rows)
 
 
 def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Return indices of `lengths` in bins that hold at most `capacity`; the longest are placed
-    first."""
+    """Return bins of indices of `lengths`, whose lengths sum to at most `capacity`.
+
+    The longest are placed first, each in the fullest bin that has room.
+    """
     bins: list[list[int]] = []
-    space: list[tuple[int, int]] = []  # (what is left, bin), ascending
+    space: list[tuple[int, int]] = []  # (remaining capacity, bin), ascending
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect_left(space, (lengths[i], -1))
         if at == len(space):
@@ -59,13 +61,13 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Collator:
-    """A list of examples to tensors `[batch, longest]`.
+    """Collate examples to tensors [batch, longest], padded on the right.
 
     Plain examples get an attention mask. Packed rows get `position_ids` and no mask; their padding
-    is one more sequence. `flatten` joins packed rows to one of `[1, total]` without padding, which
-    is the only packed form that FlashAttention separates. Rows whose tokens several `ranks` share
-    get positions and a length that can be split, and no mask: such ranks drop it, and padding comes
-    last.
+    is one more sequence. `flatten` joins packed rows into one row [1, total] without padding, the
+    only packed form that FlashAttention keeps apart. If several `ranks` share a row (context or
+    sequence parallelism), it gets positions and a length that can be split, but no mask: these
+    ranks ignore it, and padding comes last.
     """
 
     pad_token_id: int
@@ -78,7 +80,7 @@ class Collator:
         if packed and self.flatten:
             return {n: torch.tensor([[i for e in examples for i in e[n]]]) for n in names}
         longest = max(len(e["input_ids"]) for e in examples)
-        if self.ranks > 1:  # two pieces each: ends and middle
+        if self.ranks > 1:  # each rank takes two pieces of a row, to balance causal attention
             longest += -longest % (2 * self.ranks)
         missing = [longest - len(e["input_ids"]) for e in examples]
         fill = {

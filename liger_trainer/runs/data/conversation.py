@@ -1,4 +1,4 @@
-"""Chat messages with what belongs to them, and what a chat template makes of it."""
+"""Chat messages with their tools and template arguments, and how a chat template renders them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from jinja2 import TemplateError
 
 from liger_trainer.runs.data.rows import RowError
 
-# Columns beside the messages that the chat template is given.
+# Columns besides the messages that are passed to the chat template.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # as models' templates call it
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the field in templates
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Conversation:
     tokenizer: Any
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # more variables of the template
+    options: dict[str, Any] = field(default_factory=dict)  # further variables of the template
 
     @classmethod
     def of(cls, tokenizer, messages: list[dict], example: dict) -> Conversation:
-        """Return the conversation of an example's messages, with its columns `TEMPLATE_COLUMNS`.
+        """Return the conversation of an example's messages, with its `TEMPLATE_COLUMNS`.
 
-        Keys that hold None are left out: they are absent in one row and present in another, and
-        Arrow gives all of them to both. Raises RowError for tools that are no list.
+        Keys that hold None are removed, because Arrow gives every row the keys of all other rows.
+        Raises RowError for malformed tools or template arguments.
         """
         tools, options = (_decoded(name, example.get(name)) for name in TEMPLATE_COLUMNS)
         if tools is not None and not isinstance(tools, list):
@@ -39,9 +39,9 @@ class Conversation:
         return cls(tokenizer, pruned(messages), pruned(tools) or None, pruned(options) or {})
 
     def render(self, messages: list[dict] | None = None, *, prompting: bool = False) -> str:
-        """Return the text of the conversation, or of other messages in its place.
+        """Return the text of the conversation, or of `messages` in place of its own.
 
-        Raises RowError where the template refuses them.
+        Raises RowError if the template rejects them.
         """
         try:
             return self.tokenizer.apply_chat_template(
@@ -55,11 +55,10 @@ class Conversation:
             raise RowError(f"the chat template refuses it: {error}") from error
 
     def unshown(self, *, prompting: bool = False) -> list[str]:
-        """Return the fields of reasoning that the template leaves out.
+        """Return the reasoning fields that the template does not show.
 
-        What it shows is found by rendering: a field that can be taken away without a change to the
-        text is not shown. Raises RowError for tools and tool calls that it leaves out, without
-        which the conversation is another one.
+        Found by rendering: a field is not shown if removing it does not change the text. Raises
+        RowError if tools or tool calls are not shown, because that changes the conversation.
         """
         keys = {key for message in self.messages for key in message if message[key]}
         for name, present in (("tools", bool(self.tools)), ("tool_calls", "tool_calls" in keys)):
@@ -79,11 +78,11 @@ class Conversation:
         try:
             return other.render(prompting=prompting) != self.render(prompting=prompting)
         except RowError:
-            return True  # the template looked for it
+            return True  # the template requires it
 
 
 def prompt_ids(prompt: str | list[dict], tokenizer) -> list[int]:
-    """Return the token ids of a text, or of messages that the assistant is to answer."""
+    """Return the token ids of a text, or of messages for the assistant to answer."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = Conversation.of(tokenizer, prompt, {}).render(prompting=True)
@@ -91,7 +90,7 @@ def prompt_ids(prompt: str | list[dict], tokenizer) -> list[int]:
 
 
 def require_template(tokenizer) -> None:
-    """Raise ValueError for a tokenizer without chat template."""
+    """Raise ValueError for a tokenizer without a chat template."""
     if tokenizer.chat_template is None:
         raise ValueError(
             "data: the examples are chat messages, but the tokenizer has no chat template. Use the "
@@ -101,14 +100,14 @@ def require_template(tokenizer) -> None:
 
 
 def pruned(value: Any) -> Any:
-    """`value` without the keys that hold None, at any depth."""
+    """Return `value` without the keys that hold None, at any depth."""
     if isinstance(value, dict):
         return {k: pruned(v) for k, v in value.items() if v is not None}
     return [pruned(item) for item in value] if isinstance(value, list) else value
 
 
 def _decoded(name: str, value: Any) -> Any:
-    """Return the value of a column that may hold JSON, as tools often do: their schemas differ."""
+    """Return a column's value, decoded if it is JSON text, as tools with different schemas are."""
     if not isinstance(value, str):
         return value
     try:

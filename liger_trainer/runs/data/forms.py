@@ -1,12 +1,12 @@
-"""Forms of a row: the columns that tell them, and how they are brought to one that is trained on.
+"""Forms of a row: the columns that identify them, and their conversion to one that is trained on.
 
 | form | columns | becomes |
 |---|---|---|
-| ShareGPT | `conversations` of `{from, value}`, and `system` if it is there | messages |
-| Alpaca | `instruction`, `output`, and `input`, `system`, `history` if they are there | prompt and completion |
+| ShareGPT | `conversations` of `{from, value}`; optionally `system` | messages |
+| Alpaca | `instruction`, `output`; optionally `input`, `system`, `history` | prompt, completion |
 
-With columns of preferences beside it, either gives the prompt.
-"""  # noqa: E501
+If there are also columns of preferences, either form gives only the prompt.
+"""
 
 from __future__ import annotations
 
@@ -39,26 +39,25 @@ class Form:
     """One form that rows can have."""
 
     name: str  # as in `data.form`
-    kind: str  # of the examples that it becomes: "messages", "pairs" and so on
-    columns: tuple[str, ...]  # that tell it
-    optional: tuple[str, ...] = ()  # that are used where they are
-    convert: Callable[[dict], dict] | None = None  # the columns in a row's place; None: as it is
+    kind: str  # the kind of examples that it becomes: "messages", "pairs" and so on
+    columns: tuple[str, ...]  # the columns that identify it
+    optional: tuple[str, ...] = ()  # columns that are used if they exist
+    convert: Callable[[dict], dict] | None = None  # new columns of a row; None: unchanged
 
     @property
     def used(self) -> tuple[str, ...]:
         """The columns that `convert` replaces."""
         return (*self.columns, *self.optional) if self.convert else ()
 
-    def taken(self, row: dict) -> dict:
-        """Return a row with what is trained on. Raises RowError for one that cannot be brought to
-        its form."""
+    def apply(self, row: dict) -> dict:
+        """Return a row with its converted columns; raise RowError if it cannot be converted."""
         return {**row, **self.convert(row)} if self.convert else row
 
 
 def messages_of(turns: Any, column: str, system: str | None = None) -> Messages:
-    """Return turns of `{from, value}` as messages; those that are messages already stay.
+    """Return turns of `{from, value}` as messages; turns that are messages stay unchanged.
 
-    Raise RowError for an unknown speaker and for what is no list of turns.
+    Raise RowError for an unknown speaker, and if `turns` is not a list of turns.
     """
     if not isinstance(turns, list):
         raise RowError(f"`{column}` is {turns!r}, not a list of turns")
@@ -94,7 +93,7 @@ def _calls(value: str, column: str, number: int) -> list[dict[str, Any]]:
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _instructed(row: dict) -> Messages:
+def _alpaca_messages(row: dict) -> Messages:
     """Return the messages of the columns `system`, `history`, `instruction` and `input`."""
     instruction, details = row["instruction"], row.get("input")
     for name, value in (("instruction", instruction), ("input", details or "")):
@@ -106,12 +105,12 @@ def _instructed(row: dict) -> Messages:
     for turn in row.get("history") or ():
         if not isinstance(turn, list) or len(turn) != 2:
             raise RowError(f"`history` holds {turn!r}, not a pair of question and answer")
-        messages += [_said("user", turn[0]), _said("assistant", turn[1])]
+        messages += [_chat("user", turn[0]), _chat("assistant", turn[1])]
     text = f"{instruction}\n\n{details}" if details else instruction
-    return [*messages, _said("user", text)]
+    return [*messages, _chat("user", text)]
 
 
-def _said(role: str, content: str) -> dict[str, str]:
+def _chat(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
@@ -119,7 +118,7 @@ def _answer(row: dict, column: str) -> Messages:
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"`{column}` is " + ("empty" if value == "" or value else "missing"))
-    return [_said("assistant", value)]
+    return [_chat("assistant", value)]
 
 
 def _sharegpt(row: dict) -> dict:
@@ -127,7 +126,7 @@ def _sharegpt(row: dict) -> dict:
 
 
 def _alpaca(row: dict) -> dict:
-    return {"prompt": _instructed(row), "completion": _answer(row, "output")}
+    return {"prompt": _alpaca_messages(row), "completion": _answer(row, "output")}
 
 
 def _alpaca_labelled(row: dict) -> dict:
@@ -141,19 +140,19 @@ def _sharegpt_pairs(row: dict) -> dict:
 
 def _side(value: Any, name: str) -> Messages:
     if isinstance(value, str):
-        return [_said("assistant", value)]
+        return [_chat("assistant", value)]
     return messages_of([value] if isinstance(value, dict) else value, name)
 
 
 def _alpaca_pairs(row: dict) -> dict:
-    return {"prompt": _instructed(row), **{n: _answer(row, n) for n in ("chosen", "rejected")}}
+    return {"prompt": _alpaca_messages(row), **{n: _answer(row, n) for n in ("chosen", "rejected")}}
 
 
 def _alpaca_prompts(row: dict) -> dict:
-    return {"prompt": _instructed(row)}
+    return {"prompt": _alpaca_messages(row)}
 
 
-# What text can be, and then what the examples of the other methods can be besides their own form.
+# Forms of text examples; then forms that the examples of other methods can have besides their own.
 TEXT_FORMS = (
     Form("messages", "messages", ("messages",)),
     Form("prompt_completion", "prompt_completion", ("prompt", "completion")),
@@ -175,10 +174,10 @@ def form_of(names: list[str], examples: str, chosen: str | None = None) -> Form:
     """Return the form of rows with the columns `names`.
 
     Args:
-        examples: what the method trains on, `Method.examples`.
-        chosen: `data.form`; None leaves it to the columns.
+        examples: the kind of examples that the method trains on, `Method.examples`.
+        chosen: `data.form`; None recognizes the form by the columns.
 
-    Raise ValueError where no form fits, or more than one, and for a chosen one that does not.
+    Raises ValueError if no form or more than one fits, or if the chosen one does not.
     """
     text = examples == "text"
     forms = TEXT_FORMS if text else [form for form in OTHER_FORMS if form.kind == examples]
@@ -196,11 +195,11 @@ def form_of(names: list[str], examples: str, chosen: str | None = None) -> Form:
         return found[0]
     own = Form(examples, examples, ())
     if not text and ("prompt" in names or not fits):
-        return own  # what it lacks is told where its columns are needed
+        return own  # missing columns are reported where they are needed
     if len(fits) > 1:
-        told = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in fits)
+        several = "; ".join(f"{form.name} ({', '.join(form.columns)})" for form in fits)
         raise ValueError(
-            f"data: the columns {', '.join(names)} fit more than one form: {told}. Choose one "
+            f"data: the columns {', '.join(names)} fit more than one form: {several}. Choose one "
             f"with data.form, for example `form: {fits[0].name}`"
         )
     if not fits:

@@ -6,11 +6,11 @@ from collections import Counter
 
 from datasets import Dataset, IterableDataset, Json, concatenate_datasets, interleave_datasets
 
-SOURCE = "__source__"  # column with the position of a row's data set, while they are mixed
+SOURCE = "__source__"  # temporary column with the index of a row's data set
 
 
 def concatenated(parts: list[Dataset], labels: list[str]) -> Dataset:
-    """All rows of all parts, one part after the other. Raises ValueError as `mixed` does."""
+    """Return all rows of all parts, one part after the other. Raises ValueError as `mixed` does."""
     return parts[0] if len(parts) == 1 else concatenate_datasets(_aligned(parts, labels))
 
 
@@ -23,15 +23,17 @@ def mixed(
     seed: int,
     notes: list[str],
 ) -> Dataset | IterableDataset:
-    """Return the rows of all parts: each row from part `i` with probability `weights[i] /
-    sum(weights)`, drawn by `seed`, within a part in its order. Without weights, every row once.
+    """Return rows of all parts, mixed by weight; without weights, every row once, shuffled.
+
+    With weights, each row comes from part `i` with probability `weights[i] / sum(weights)`, drawn
+    with `seed`; rows of one part stay in order.
 
     Args:
-        until: when to stop, the `stopping_strategy` of `datasets.interleave_datasets`.
         labels: the parts' names, for messages.
-        notes: gets a sentence about what was drawn.
+        until: when to stop, the `stopping_strategy` of `datasets.interleave_datasets`.
+        notes: receives a sentence about how many rows were drawn from each part.
 
-    Raises ValueError for columns of one name that hold different things.
+    Raises ValueError if columns of the same name have types that do not fit each other.
     """
     if len(parts) == 1:
         return parts[0]
@@ -48,19 +50,19 @@ def mixed(
     marked = [part.add_column(SOURCE, [i] * len(part)) for i, part in enumerate(parts)]
     whole = interleave_datasets(marked, **drawing)
     drawn = Counter(whole[SOURCE])
-    told = ", ".join(
+    shares = ", ".join(
         f"{drawn[i]} from the {len(part)} of {label}"
         for i, (part, label) in enumerate(zip(parts, labels, strict=True))
     )
-    notes.append(f"mixed {len(whole)} training rows: {told}")
+    notes.append(f"mixed {len(whole)} training rows: {shares}")
     return whole.remove_columns(SOURCE)
 
 
 def _aligned(parts: list[Dataset], labels: list[str]) -> list[Dataset]:
-    """Return the parts with one type for each column.
+    """Return the parts with the same type for each column.
 
-    A column that a part lacks is filled with None when they are joined; `chat_template_kwargs` with
-    no arguments, since TRL unpacks them in every row.
+    When parts are joined, a missing column is filled with None. For `chat_template_kwargs`, which
+    TRL unpacks in every row, it is filled with empty arguments instead.
     """
     if any(isinstance(part.features.get(_OPTIONS), Json) for part in parts):
         parts = [part if _OPTIONS in part.features else _without_options(part) for part in parts]
@@ -79,10 +81,9 @@ def _without_options(part: Dataset) -> Dataset:
 
 
 def _unified(parts: list[Dataset], labels: list[str], name: str) -> list[Dataset]:
-    """Return the parts with one type for a column: the first of theirs that all others can be
-    cast to.
+    """Return the parts with the first of their types for a column that all can be cast to.
 
-    Messages have more keys in one data set than in another, and JSON in a third.
+    Messages may have more keys in one data set than in another, or be JSON in a third.
     """
     found = {
         label: part.features[name]
@@ -95,7 +96,7 @@ def _unified(parts: list[Dataset], labels: list[str], name: str) -> list[Dataset
                 part.cast_column(name, kind) if part.features.get(name, kind) != kind else part
                 for part in parts
             ]
-        except (ValueError, TypeError, NotImplementedError):  # Arrow's errors are among them
+        except (ValueError, TypeError, NotImplementedError):  # includes Arrow's errors
             continue
-    told = " and ".join(f"{kind} in {label}" for label, kind in found.items())
-    raise ValueError(f"data.mix: the column {name!r} is {told}; bring them to one form")
+    types = " and ".join(f"{kind} in {label}" for label, kind in found.items())
+    raise ValueError(f"data.mix: the column {name!r} is {types}; bring them to one form")

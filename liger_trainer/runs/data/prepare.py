@@ -29,15 +29,15 @@ _TEXT_KINDS = {form.kind for form in TEXT_FORMS}
 
 @dataclass(frozen=True)
 class Purpose:
-    """What a method makes of its examples."""
+    """What a method requires of its examples."""
 
     examples: str = "text"  # `Method.examples`; all but "text" are tokenized by its trainer
-    needed: Iterable[str] = ()  # columns that have to be there besides, for reward functions
+    needed: Iterable[str] = ()  # further columns that must exist, for reward functions
     # raises RowError for a row that a reward function could never reward
     check: Callable[[dict], None] | None = None
-    # the processor of text and images; None for a method that takes no images
+    # loads the processor of text and images; None for a method that takes no images
     load_processor: Callable[[], Any] | None = None
-    tools: bool = True  # whether its trainer gives a column `tools` to the chat template
+    tools: bool = True  # its trainer passes a column `tools` to the chat template
 
 
 TEXT = Purpose()
@@ -45,41 +45,42 @@ TEXT = Purpose()
 
 @dataclass(frozen=True)
 class Prepared:
-    """Datasets for the trainer, and what was left out on the way."""
+    """Datasets for the trainer, and notes about rows that were left out."""
 
     train: Any
     eval: Any | None
-    kind: str  # the format that was found
+    kind: str  # the kind of examples that was recognized
     notes: tuple[str, ...]
-    digest: str  # of the source's contents: the same for the same rows in the same order
-    sieves: tuple[Sieve, ...] = ()  # what was found in each part, training and held-out
-    processor: Any | None = None  # of text and images, where the examples have images
+    digest: str  # of the source's contents: equal for equal rows in the same order
+    sieves: tuple[Sieve, ...] = ()  # one for each part, training and held-out
+    processor: Any | None = None  # of text and images, if the examples have images
 
     @property
     def size(self) -> str:
-        """How many rows there are to train on, for people."""
+        """The number of training rows, or "streamed", for messages."""
         return "streamed" if isinstance(self.train, IterableDataset) else str(len(self.train))
 
 
 def prepare(data: DataArguments, tokenizer, purpose: Purpose = TEXT, *, seed: int) -> Prepared:
-    """Load and split; text is tokenized and, if asked to, packed, other examples are checked.
+    """Load and split the data; tokenize (and pack) text, check other examples.
 
-    Raises ValueError when no format is recognized, when no example has a label left, and, unless
+    Raises ValueError if no format is recognized, if no example has a label left, and, unless
     `data.invalid` is "drop", for examples that cannot be trained on.
     """
     splits, notes, sieves, kinds = load_splits(data, seed), [], [], []
     parts = {"training": splits.train, "held-out": splits.held_out}
     processor = processor_for(splits.train + splits.held_out, data, purpose)
-    fitted = {what: [] for what in parts}
-    for what, part in ((what, part) for what, some in parts.items() for part in some):
-        sieve = Sieve(what, part.source.label if len(splits.train) > 1 else "", data.invalid, notes)
+    fitted = {split: [] for split in parts}
+    for split, part in ((split, part) for split, some in parts.items() for part in some):
+        name = part.source.label if len(splits.train) > 1 else ""
+        sieve = Sieve(split, name, data.invalid, notes)
         form = form_of(part.columns, purpose.examples, part.source.form)
-        if form.convert and what == "training":
+        if form.convert and split == "training":
             notes.append(f"{part.source.label}: {form.name} rows, taken as {form.kind}")
-        fitted[what].append(fit(part, data, tokenizer, form, sieve, purpose, processor, seed))
+        fitted[split].append(fit(part, data, tokenizer, form, sieve, purpose, processor, seed))
         sieves.append(sieve)
         kinds.append(form.kind)
-    labels = {what: [part.source.label for part in some] for what, some in parts.items()}
+    labels = {split: [part.source.label for part in some] for split, some in parts.items()}
     train = mixed(
         fitted["training"],
         [part.source.weight for part in splits.train],
@@ -99,7 +100,7 @@ def prepare(data: DataArguments, tokenizer, purpose: Purpose = TEXT, *, seed: in
 
 
 def _unused_tools(part: Part, form: Form) -> str:
-    """Return a note on tools that only reward functions see; ValueError where nobody does."""
+    """Return a note that only reward functions get `tools`; raise ValueError if nothing does."""
     if form.kind != "prompts":
         raise ValueError(
             f"data: {part.source.label} has a column `tools`, which the trainer of this method "
@@ -109,9 +110,9 @@ def _unused_tools(part: Part, form: Form) -> str:
 
 
 def processor_for(parts: list[Part], data: DataArguments, purpose: Purpose) -> Any | None:
-    """Return the processor, if any of the data sets has images.
+    """Return the processor if any of the data sets has images, else None.
 
-    Raises ValueError where the method, another key or the model has no use for them.
+    Raises ValueError if the method, another key or the model does not support images.
     """
     pictured = next((part for part in parts if has_images(part.columns)), None)
     if pictured is None:
@@ -137,8 +138,10 @@ def fit(
     processor: Any | None,
     seed: int,
 ) -> Dataset | IterableDataset:
-    """Return the rows that can be trained on: text as ids and labels, other kinds as their
-    trainers take them. Raises ValueError as `prepare` does."""
+    """Return the rows that can be trained on: text as ids and labels, others as trainers take them.
+
+    Raises ValueError as `prepare` does.
+    """
     rows, check = part.rows, purpose.check
     if "tools" in part.columns and not purpose.tools:
         sieve.notes.append(_unused_tools(part, form))

@@ -1,4 +1,4 @@
-"""Rows of a dataset that cannot be used: found one by one, named by number and reason."""
+"""Find rows of a dataset that cannot be used, and name them by number and reason."""
 
 from __future__ import annotations
 
@@ -11,33 +11,32 @@ from datasets import Dataset, IterableDataset
 
 ROW = "__row__"  # column with a row's number in its source, counted from 1
 
-
-# Raises RowError for a row that cannot be used; returns what the chat template leaves out of it.
+# Raises RowError for a row that cannot be used; returns fields that the template hides.
 Judge = Callable[[dict], list[str] | None]
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message says why, to follow "because"."""
+    """A row cannot be used; the message states the reason, in words that can follow "because"."""
 
 
 @dataclass
 class Sieve:
-    """What happens to rows that cannot be used, and what was found on the way."""
+    """How to treat rows that cannot be used, and what was found about rows so far."""
 
-    what: str = "training"  # or "held-out", for messages
-    of: str = ""  # the data set's name, where there are several
+    split: str = "training"  # or "held-out", for messages
+    dataset: str = ""  # the data set's name, if there are several
     invalid: str = "raise"  # or "drop"
     notes: list[str] = field(default_factory=list)  # sentences about what was left out
     dropped: int = 0
-    cut: int = 0  # longer than `data.max_length`
+    cut: int = 0  # rows longer than `data.max_length`
 
     @property
     def examples(self) -> str:
-        """The examples that it is about, for messages."""
-        return f"{self.what} examples" + (f" of {self.of}" if self.of else "")
+        """The name of these examples in messages."""
+        return f"{self.split} examples" + (f" of {self.dataset}" if self.dataset else "")
 
     def refuse(self, message: str) -> None:
-        """Raise ValueError for rows that cannot be used, unless they are to be left out."""
+        """Raise ValueError for rows that cannot be used, unless they are to be dropped."""
         if self.invalid == "raise":
             raise ValueError(
                 f"data: cannot train on {message}. Repair the data, or leave such examples out "
@@ -46,15 +45,15 @@ class Sieve:
 
 
 def numbered(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """`dataset` with the number of each row, which stays with it when rows are shuffled."""
+    """Return `dataset` with a column of row numbers, which stay with their rows when shuffled."""
     if isinstance(dataset, IterableDataset):
         return dataset.map(lambda row, i: {ROW: i + 1}, with_indices=True)
     return dataset.add_column(ROW, list(range(1, len(dataset) + 1)))
 
 
 def columns(dataset: Dataset | IterableDataset) -> list[str]:
-    """Return the names of the source's columns; those of a stream's first row where it declares
-    none."""
+    """Return the names of the source's columns; if a stream declares none, those of its first
+    row."""
     names = dataset.column_names or list(next(iter(dataset), {}))
     return [name for name in names if name != ROW]
 
@@ -62,14 +61,14 @@ def columns(dataset: Dataset | IterableDataset) -> list[str]:
 def judged(dataset: Dataset, judge: Judge, sieve: Sieve, num_proc: int | None) -> Dataset:
     """Return the rows for which `judge` raises no RowError."""
 
-    def judged(example: dict) -> dict:
+    def verdict(example: dict) -> dict:
         try:
             return {"flaw": "", "unshown": ", ".join(judge(example) or ())}
         except RowError as error:
             return {"flaw": str(error), "unshown": ""}
 
     found = dataset.map(
-        judged, remove_columns=dataset.column_names, num_proc=num_proc, desc="Checking examples"
+        verdict, remove_columns=dataset.column_names, num_proc=num_proc, desc="Checking examples"
     )
     flaws = found["flaw"][:]
     kept = without_flawed(dataset, flaws, sieve)
@@ -86,8 +85,8 @@ def converted(
     replaced: Iterable[str],
     desc: str,
 ) -> Dataset:
-    """Return the rows for which `convert` raises no RowError, with what it gives in place of the
-    columns `replaced`."""
+    """Return the rows for which `convert` raises no RowError; its result replaces the columns
+    `replaced`."""
 
     def judge(example: dict) -> None:
         convert(example)
@@ -98,7 +97,7 @@ def converted(
 
 
 def note_unshown(unshown: Iterable[str], sieve: Sieve) -> None:
-    """Add a note about the fields (joined by commas) that chat templates left out of rows."""
+    """Add notes about fields that the chat template does not show; each row's joined by commas."""
     for name, count in Counter(n for names in unshown if names for n in names.split(", ")).items():
         sieve.notes.append(
             f"the chat template does not show the `{name}` of {count} {sieve.examples}; it is not "
@@ -137,8 +136,8 @@ def _message_flaw(message: Any) -> str:
 def without_flawed(dataset: Dataset, flaws: list[str], sieve: Sieve) -> Dataset:
     """Return the rows of `dataset` whose entry in `flaws` is empty.
 
-    Raises ValueError for the first flawed row unless `sieve` leaves such rows out, and when no row
-    is left.
+    Raises ValueError for the first flawed row unless `sieve` drops such rows, and if no row is
+    left.
     """
     found = [i for i, flaw in enumerate(flaws) if flaw]
     if not found:

@@ -1,4 +1,4 @@
-"""Data sets as they are at their source: files, a folder, a hub, or this package."""
+"""Load data sets from files, a folder, a hub, or this package."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from liger_trainer.runs.data.builtin import LOADERS
 from liger_trainer.runs.data.rows import columns, numbered
 
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # which datasets reads
-_SAVED = ("state.json", "dataset_dict.json")  # one of which `save_to_disk` leaves in its folder
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # formats that `datasets` reads
+_SAVED = ("state.json", "dataset_dict.json")  # `save_to_disk` writes one of these to its folder
 
 
 def load_source(source: Source, *, streaming: bool = False) -> Dataset | IterableDataset:
-    """One split as it is in its source, with our column names and `numbered`.
+    """Return one split of a source, with columns renamed by `source.columns` and rows `numbered`.
 
     Raises FileNotFoundError for a missing file and ValueError for an unreadable or empty one.
     """
@@ -46,7 +46,7 @@ def load_source(source: Source, *, streaming: bool = False) -> Dataset | Iterabl
 
 
 def first_rows(source: Source, count: int, *, streaming: bool) -> Dataset:
-    """Return the first rows of `load_source`, of a stream without reading more."""
+    """Return the first rows of `load_source`; of a stream, no more rows are read."""
     rows = load_source(source, streaming=streaming)
     if streaming:
         return Dataset.from_list(list(rows.take(count)))
@@ -54,20 +54,20 @@ def first_rows(source: Source, count: int, *, streaming: bool) -> Dataset:
 
 
 def is_file_name(path: str) -> bool:
-    """Whether a path names a file of a kind that is read here, not a hub's dataset or a folder."""
+    """Return whether a path names a file of a supported type, not a hub's dataset or a folder."""
     return _kind(path) is not None
 
 
 def is_saved(path: str) -> bool:
-    """Whether a path is a folder of `save_to_disk`."""
+    """Return whether a path is a folder that `save_to_disk` wrote."""
     return any((Path(path) / name).is_file() for name in _SAVED)
 
 
 def files_of(source: Source) -> list[Path]:
-    """Return the files of a source, its globs as the files that they match, sorted; none for a
-    folder, a hub's data set and a loader.
+    """Return the files of a source, with globs expanded and sorted.
 
-    Raises FileNotFoundError for a file that is missing and a glob that matches none.
+    Empty for a folder, a hub's data set or a loader. Raises FileNotFoundError for a missing file,
+    or a glob without matches.
     """
     if not isinstance(source.path, list) and not all(map(is_file_name, source.paths)):
         return []
@@ -86,12 +86,12 @@ def files_of(source: Source) -> list[Path]:
                 raise FileNotFoundError(f"data.path: no file matches {path!r}")
             found += map(Path, matches)
         else:
-            raise FileNotFoundError(f"data.path: no file {path!r}{near(Path(path))}")
+            raise FileNotFoundError(f"data.path: no file {path!r}{suggest_path(Path(path))}")
     return found
 
 
-def near(path: Path) -> str:
-    """Return a sentence that says where a missing file was looked for and what is there instead."""
+def suggest_path(path: Path) -> str:
+    """Return the end of a message about a missing file: its folder, and similar names in it."""
     path = path.absolute()
     if not path.parent.is_dir():
         return f" (there is no folder {path.parent})"
@@ -114,7 +114,7 @@ def _opened(source: Source, streaming: bool) -> Dataset | IterableDataset:
 
 
 def _load_named(source: Source, streaming: bool) -> Dataset | IterableDataset:
-    """Return a dataset of a hub or a folder. Raises ValueError for an unknown one, in one line."""
+    """Return a dataset of a hub or a folder. Raises ValueError, in one line, if it cannot load."""
     try:
         return load_dataset(source.path, source.name, split=source.split, streaming=streaming)
     except (DatasetGenerationError, ValueError) as error:
@@ -122,10 +122,10 @@ def _load_named(source: Source, streaming: bool) -> Dataset | IterableDataset:
 
 
 def _load_saved(path: str, split: str) -> Dataset:
-    """Return a split, or a slice of one, of what `save_to_disk` wrote."""
+    """Return a split, or a slice of one, of a folder that `save_to_disk` wrote."""
     try:
         saved = load_from_disk(path)
-    except (ValueError, FileNotFoundError) as error:  # ArrowInvalid is one of the former
+    except (ValueError, FileNotFoundError) as error:  # ArrowInvalid is a ValueError
         raise ValueError(f"data.path: {path} cannot be loaded: {_reason(error)}") from error
     splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
     if split.split("[")[0] not in splits:
@@ -156,16 +156,16 @@ def _load_files(files: list[Path], split: str, streaming: bool) -> Dataset | Ite
     try:
         dataset = load_dataset(kinds[0], data_files=names, split=split, streaming=streaming)
         if streaming:
-            next(iter(dataset), None)  # where a stream is first read
+            next(iter(dataset), None)  # read the first row now, to find errors
         return dataset
-    except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is one of the latter
+    except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise ValueError(
             f"data.path: {' or '.join(names)} cannot be read as {kinds[0]}: {_reason(error)}"
         ) from error
 
 
 def _kind(path: str | Path) -> str | None:
-    """Return the kind of a file by its name, which may end on that of a compression."""
+    """Return the type of a file by its suffix, which a compression's suffix may follow."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes[-1:] and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()

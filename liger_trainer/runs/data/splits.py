@@ -16,26 +16,26 @@ from liger_trainer.runs.data.sources import files_of, load_source
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one data set, as they are there but `numbered`."""
+    """The rows of one data set, unconverted but `numbered`."""
 
     source: Source
     rows: Dataset | IterableDataset
-    columns: list[str]  # known before a stream is shuffled, which fills a buffer to give a row
+    columns: list[str]  # read before shuffling: a shuffled stream fills a buffer to yield a row
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What is trained on and what is held out, a part for each data set."""
+    """Training and held-out rows, a part for each data set."""
 
     train: list[Part]
     held_out: list[Part]
-    digest: str  # of the contents: the same for the same rows in the same order
+    digest: str  # of the contents: equal for equal rows in the same order
 
 
 def load_splits(data: DataArguments, seed: int) -> Splits:
-    """Training and held-out examples, untokenized; shuffled and split by `seed`.
+    """Return training and held-out examples, untokenized, shuffled and split with `seed`.
 
-    The digest of a stream is that of its files' names and sizes.
+    The digest of a stream covers only the names and sizes of its files.
 
     Raises FileNotFoundError for a missing file and ValueError for an unreadable or empty one.
     """
@@ -60,7 +60,7 @@ def part_of(source: Source, rows: Dataset | IterableDataset) -> Part:
 def _shuffled(
     rows: Dataset | IterableDataset, data: DataArguments, seed: int
 ) -> Dataset | IterableDataset:
-    """Return the rows in another order, at most `data.max_examples` of them."""
+    """Return the rows shuffled, at most `data.max_examples` of them."""
     if data.streaming:
         rows = rows.shuffle(seed=seed, buffer_size=data.shuffle_buffer)
         return rows if data.max_examples is None else rows.take(data.max_examples)
@@ -71,19 +71,19 @@ def _shuffled(
 
 
 def _digest(part: Part) -> str:
-    """Return a hash of all rows, before any of them is moved."""
-    found = xxhash.xxh3_64()
+    """Return a hash of all rows in their original order."""
+    digest = xxhash.xxh3_64()
     if isinstance(part.rows, IterableDataset):
         sizes = [(path.name, path.stat().st_size) for path in files_of(part.source)]
-        found.update(json.dumps(sizes or part.source.label).encode())
-        return found.hexdigest()
+        digest.update(json.dumps(sizes or part.source.label).encode())
+        return digest.hexdigest()
     for batch in part.rows.data.to_batches():
-        found.update(batch.serialize())
-    return found.hexdigest()
+        digest.update(batch.serialize())
+    return digest.hexdigest()
 
 
 def _split(dataset: Dataset, data: DataArguments, source: Source) -> tuple[Dataset, Dataset]:
-    """Return the first rows, and the last `eval_fraction`; rows of one group go the same way."""
+    """Return the first rows, and the last `eval_fraction`; a group's rows stay together."""
     group = data.group or GROUPS.get(source.loader)
     if group is None:
         keys = list(range(len(dataset)))

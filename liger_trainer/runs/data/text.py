@@ -1,4 +1,4 @@
-"""Text examples to token ids and labels; those that nothing can be learned from are named."""
+"""Encode text examples as token ids and labels, and report those that cannot be trained on."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _ENCODED = Features(
 
 
 def tokenized(rows: Dataset, data: DataArguments, tokenizer, form: Form, sieve: Sieve) -> Dataset:
-    """`input_ids` and `labels` of the rows that can be trained on.
+    """Return `input_ids` and `labels` of the rows that can be trained on.
 
-    Raises ValueError as `without_flawed` does, and for messages without a chat template.
+    Raises ValueError as `without_flawed` does, and if messages meet no chat template.
     """
     encoded = rows.map(
         row_encoder(data, tokenizer, form),
         remove_columns=[name for name in rows.column_names if name != ROW],
         features=Features({**_ENCODED, ROW: rows.features[ROW]}),
         num_proc=data.num_proc,
-        desc=f"Tokenizing {sieve.what} examples",
+        desc=f"Tokenizing {sieve.split} examples",
     )
     encoded = without_flawed(encoded, encoded["flaw"][:], sieve)
     _note(encoded, data, sieve)
@@ -55,9 +55,9 @@ def stream(
     form: Form,
     sieve: Sieve,
 ) -> IterableDataset:
-    """`input_ids` and `labels` of rows that are read while training.
+    """Return a stream of `input_ids` and `labels`, encoded while training.
 
-    A row that cannot be trained on raises ValueError when it is reached, or is left out.
+    A row that cannot be trained on raises ValueError when it is read, or is dropped.
     """
     encode = row_encoder(data, tokenizer, form)
 
@@ -73,8 +73,8 @@ def stream(
 
 
 def row_encoder(data: DataArguments, tokenizer, form: Form) -> Callable[[dict], dict]:
-    """Return a function from a row to the columns of `_ENCODED`; of a flawed one, `flaw` says
-    why."""
+    """Return a function from a row to the columns of `_ENCODED`; `flaw` states why a row cannot be
+    trained on."""
     encode = encoder(
         tokenizer, kind=form.kind, max_length=data.max_length, assistant_only=data.assistant_only
     )
@@ -85,7 +85,7 @@ def row_encoder(data: DataArguments, tokenizer, form: Form) -> Callable[[dict], 
 
     def encoded(row: dict) -> dict:
         try:
-            example = form.taken(row)
+            example = form.apply(row)
             check_form(form.kind, example)
             found = encode(example)
             if all(label == IGNORE_INDEX for label in found["labels"]):
@@ -99,7 +99,7 @@ def row_encoder(data: DataArguments, tokenizer, form: Form) -> Callable[[dict], 
 
 
 def _note(encoded: Dataset, data: DataArguments, sieve: Sieve) -> None:
-    """Says what of the rows the model will not see."""
+    """Add notes about parts of the rows that the model will not see."""
     sieve.cut = sum(length > data.max_length for length in encoded["length"])
     if sieve.cut:
         sieve.notes.append(
@@ -110,7 +110,7 @@ def _note(encoded: Dataset, data: DataArguments, sieve: Sieve) -> None:
 
 
 def check_form(kind: str, example: dict) -> None:
-    """Raise RowError for a row that is not what its columns promise."""
+    """Raise RowError for a row whose columns do not hold what `kind` requires."""
     if kind == "tokenized":
         if not example["input_ids"]:
             raise RowError("`input_ids` is empty")

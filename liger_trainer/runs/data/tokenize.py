@@ -1,7 +1,7 @@
-"""One training example to token ids and labels: chat messages, prompt and completion, or text.
+"""Encode a training example (chat messages, prompt and completion, or text) as ids and labels.
 
-Labels are `IGNORE_INDEX` wherever the model is not to be trained: prompts, other speakers' turns,
-and the first token, which nothing predicts.
+Labels are `IGNORE_INDEX` where the model is not trained: prompts, other speakers' turns, and the
+first token, which nothing predicts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from liger_trainer.runs.data.rows import RowError
 
 IGNORE_INDEX = -100
 
-_SENTINEL = "\x01"  # no template strips it and no text holds it
+_SENTINEL = "\x01"  # templates do not strip it, and texts do not contain it
 
 Piece = tuple[str, bool]  # (text, whether it is trained on)
 
@@ -21,12 +21,12 @@ Piece = tuple[str, bool]  # (text, whether it is trained on)
 def encoder(
     tokenizer, *, kind: str, max_length: int, assistant_only: bool
 ) -> Callable[[dict], dict]:
-    """Return a function from one example to `input_ids` and `labels`, both cut at `max_length`;
-    with `length`, how many there were before, and `unshown`, the reasoning fields that the chat
-    template leaves out.
+    """Return a function from one example to `input_ids` and `labels`, both cut at `max_length`.
 
-    Raises ValueError when chat messages meet a tokenizer without chat template, and RowError for
-    an example that the template refuses, or whose tools or tool calls it leaves out.
+    It also returns `length`, the number of tokens before the cut, and `unshown`, the reasoning
+    fields that the chat template does not show. It raises ValueError for chat messages if the
+    tokenizer has no chat template, and RowError for an example that the template rejects, or whose
+    tools or tool calls it does not show.
     """
     to_pieces = {
         "messages": _message_pieces,
@@ -56,7 +56,7 @@ def encoder(
 
 
 def given_ids(example: dict, vocabulary: int) -> tuple[list[int], list[int]]:
-    """Ids and labels of an example that is tokenized already, without its padding.
+    """Return ids and labels of an example that is already tokenized, without its padding.
 
     Without `labels`, all tokens are trained on. Raises RowError for ids and labels outside the
     vocabulary, columns of unequal lengths, and a mask with holes.
@@ -87,12 +87,12 @@ def given_ids(example: dict, vocabulary: int) -> tuple[list[int], list[int]]:
 
 
 def encode_pieces(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]]:
-    """Token ids of the joined pieces, and for each whether it lies in a trained piece.
+    """Return the token ids of the joined pieces, and for each whether its piece is trained on.
 
-    The text is tokenized as a whole where no token crosses a border between pieces. Where one does,
-    the pieces are tokenized apart, as they are when a model is prompted; a tokenizer that puts a
-    space before each piece would change the text by that, so there the crossing token counts as
-    belonging to the piece in which it starts.
+    If no token crosses a border between pieces, the text is tokenized as a whole. Otherwise the
+    pieces are tokenized separately, as they are when a model is prompted. If that would change the
+    text (some tokenizers put a space before each piece), the text is tokenized as a whole, and a
+    crossing token belongs to the piece in which it starts.
     """
     pieces = [piece for piece in pieces if piece[0]]
     joint = _ids(tokenizer, "".join(text for text, _ in pieces))
@@ -104,10 +104,10 @@ def encode_pieces(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]
         clean &= common == len(prefix)
         ends.append(min(common if common == len(prefix) else common + 1, len(joint)))
     if not clean:
-        apart = [_ids(tokenizer, piece) for piece, _ in pieces]
-        whole = [i for ids in apart for i in ids]
+        separate = [_ids(tokenizer, piece) for piece, _ in pieces]
+        whole = [i for ids in separate for i in ids]
         if tokenizer.decode(whole) == tokenizer.decode(joint):
-            return whole, [t for ids, (_, t) in zip(apart, pieces, strict=True) for _ in ids]
+            return whole, [t for ids, (_, t) in zip(separate, pieces, strict=True) for _ in ids]
     trained, start = [], 0
     for end, (_, is_trained) in zip(ends, pieces, strict=True):
         trained += [is_trained] * (end - start)
@@ -116,7 +116,7 @@ def encode_pieces(tokenizer, pieces: list[Piece]) -> tuple[list[int], list[bool]
 
 
 def _shared(a: Sequence, b: Sequence) -> int:
-    """How many elements `a` and `b` have in common at their beginning."""
+    """Return the length of the common prefix of `a` and `b`."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
@@ -131,7 +131,7 @@ def _text_pieces(tokenizer, example: dict) -> tuple[list[Piece], list[str]]:
 
 
 def _prompt_pieces(tokenizer, example: dict) -> tuple[list[Piece], list[str]]:
-    """Prompt and completion, as strings or as lists of messages; a mix becomes messages."""
+    """Return the pieces of prompt and completion: strings or messages; a mix becomes messages."""
     prompt, completion = example["prompt"], example["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         end = (tokenizer.eos_token or "", True)
@@ -140,14 +140,14 @@ def _prompt_pieces(tokenizer, example: dict) -> tuple[list[Piece], list[str]]:
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    return _spoken(tokenizer, prompt + completion, example, len(prompt))
+    return _conversation_pieces(tokenizer, prompt + completion, example, len(prompt))
 
 
 def _message_pieces(tokenizer, example: dict) -> tuple[list[Piece], list[str]]:
-    return _spoken(tokenizer, example["messages"], example, 0)
+    return _conversation_pieces(tokenizer, example["messages"], example, 0)
 
 
-def _spoken(
+def _conversation_pieces(
     tokenizer, messages: list[dict], example: dict, first_trained: int
 ) -> tuple[list[Piece], list[str]]:
     require_template(tokenizer)
@@ -156,7 +156,7 @@ def _spoken(
 
 
 def _bos(tokenizer) -> str:
-    """Return the token that this tokenizer puts before a text by itself, if any."""
+    """Return the BOS token if this tokenizer adds it to every text, else an empty string."""
     starts = tokenizer.bos_token_id is not None and (
         tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     )
@@ -164,10 +164,10 @@ def _bos(tokenizer) -> str:
 
 
 def turn_pieces(conversation: Conversation, first_trained: int) -> list[Piece]:
-    """Return the rendered conversation, cut where assistant turns (from `first_trained` on) begin
-    and end.
+    """Return the rendered conversation, split where assistant turns begin and end.
 
-    A turn ends after the token that closes it, so that the model learns to stop.
+    Turns before message `first_trained` are not trained on. A turn includes the token that closes
+    it, so that the model learns to stop.
     """
     full, pieces, at = conversation.render(), [], 0
     for i, message in enumerate(conversation.messages):
@@ -181,11 +181,11 @@ def turn_pieces(conversation: Conversation, first_trained: int) -> list[Piece]:
 
 
 def _turn(conversation: Conversation, i: int, full: str) -> tuple[int, int]:
-    """Where turn `i` begins and ends in `full`.
+    """Return where turn `i` begins and ends in `full`.
 
-    Most templates render a conversation's beginning as the beginning of the conversation. Some edit
-    earlier turns (reasoning is dropped from all but the last): there the turn is what changes in
-    `full` when an answer of one character takes its place, up to and with the special token that
+    With most templates, the rendered first messages are a prefix of the rendered conversation. Some
+    templates edit earlier turns (they drop reasoning from all but the last). The turn is then the
+    part of `full` that changes if a one-character answer replaces it, and the special token that
     follows.
     """
     messages, render = conversation.messages, conversation.render

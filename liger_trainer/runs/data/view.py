@@ -26,13 +26,13 @@ _QUANTILES = {"min": 0.0, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, 
 class Sequence:
     """One row of tokens as it reaches the model."""
 
-    name: str  # which one of its example: `chosen`, say; empty where there is one
+    name: str  # the column of its example, such as `chosen`; empty if there is only one
     ids: list[int]
     trained: list[bool]
-    length: int  # before it was cut
+    length: int  # before truncation
 
     def runs(self) -> Iterator[tuple[list[int], bool]]:
-        """Unbroken stretches of ids that are trained on, or are not."""
+        """Yield runs of ids that are all trained on, or all not."""
         tokens = zip(self.ids, self.trained, strict=True)
         for trained, stretch in groupby(tokens, key=itemgetter(1)):
             yield [i for i, _ in stretch], trained
@@ -43,20 +43,20 @@ class Counts:
     """Numbers of training or held-out examples."""
 
     examples: int = 0
-    dropped: int = 0  # that cannot be used
+    dropped: int = 0  # examples that cannot be used
     cut: int = 0  # sequences longer than `data.max_length`
     tokens: int = 0
     trained: int = 0  # tokens that have a label
     packed_rows: int | None = None
-    lengths: dict[str, int] = field(default_factory=dict)  # of sequences, quantiles
+    lengths: dict[str, int] = field(default_factory=dict)  # quantiles of sequence lengths
 
 
 def sequences(
     row: dict[str, Any], tokenizer, max_length: int, processor: Any | None = None
 ) -> list[Sequence]:
-    """Return the sequences of one prepared row: one of text and of a prompt, two of a pair."""
+    """Return the sequences of one prepared row: two for a pair, else one."""
     if processor is not None:
-        return _pictured(row, processor)
+        return _image_sequences(row, processor)
     if "input_ids" in row:
         return [_sequence("", row, len(row["input_ids"]))]
     if not {"chosen", "completion"} & set(row):
@@ -68,11 +68,10 @@ def sequences(
     return [_sequence(name, encoded, encoded["length"]) for name, encoded in found]
 
 
-def counts(prepared: Prepared, data: DataArguments, tokenizer, what: str) -> Counts:
-    """Return the numbers of the "training" or the "held-out" rows; of a stream, of its first
-    rows."""
-    rows = prepared.train if what == "training" else prepared.eval
-    sieves = [sieve for sieve in prepared.sieves if sieve.what == what]
+def counts(prepared: Prepared, data: DataArguments, tokenizer, split: str) -> Counts:
+    """Return counts of the "training" or "held-out" rows; for a stream, of its first rows only."""
+    rows = prepared.train if split == "training" else prepared.eval
+    sieves = [sieve for sieve in prepared.sieves if sieve.split == split]
     found = Counts(dropped=sum(s.dropped for s in sieves), cut=sum(s.cut for s in sieves))
     if isinstance(rows, PackedDataset):
         found.packed_rows = len(rows)
@@ -95,8 +94,8 @@ def _sequence(name: str, encoded: dict[str, Any], length: int) -> Sequence:
     return Sequence(name, encoded["input_ids"], trained, length)
 
 
-def _pictured(row: dict[str, Any], processor) -> list[Sequence]:
-    """Return the sequences of a row with images, as its trainer's collator makes them."""
+def _image_sequences(row: dict[str, Any], processor) -> list[Sequence]:
+    """Return the sequences of a row with images, as its trainer's collator encodes them."""
     pairs = "chosen" in row
     batch = VisionCollator(processor, pairs)([row])
     found = []

@@ -1,8 +1,8 @@
-"""Examples with images: found by their column, checked, and collated by TRL with the processor.
+"""Examples with images: recognized by their column, checked, and collated by TRL.
 
-A row has `images`, a list, or `image`, one; each is an image of `datasets`, or the path of a file,
-from the working folder or from that of the data. Images stand where the messages have
-`{"type": "image"}`, or before the first text of the user.
+A row has `images`, a list, or `image`, a single one. Each is an image of `datasets`, or the path of
+a file relative to the working folder or to that of the data. Images are placed where the messages
+have `{"type": "image"}`, or before the user's first text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from liger_trainer.runs.data.sources import files_of
 from liger_trainer.runs.data.text import check_form
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 
-IMAGES = ("images", "image")  # the columns that hold them
+IMAGES = ("images", "image")  # columns that may hold images
 _PARTS = [
     {"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}
 ]
@@ -32,10 +32,10 @@ _STORED = {"bytes": Value("binary"), "path": Value("string")}
 
 @dataclass(frozen=True)
 class VisionCollator:
-    """Rows with images to tensors, by the collators of TRL.
+    """Collate rows with images to tensors, with TRL's collators.
 
-    Text rows get labels, of the completion alone where there is one. Pairs get chosen sequences and
-    then rejected ones.
+    Text rows get labels, only for the completion if there is one. For pairs, the chosen sequences
+    precede the rejected ones.
     """
 
     processor: Any
@@ -53,24 +53,24 @@ class VisionCollator:
         examples = [pruned(example) for example in examples]
         if self.pairs:
             return DataCollatorForVisionPreference(self.processor)(examples)
-        alone = "completion" in examples[0]
-        return DataCollatorForVisionLanguageModeling(self.processor, completion_only_loss=alone)(
-            examples
+        collate = DataCollatorForVisionLanguageModeling(
+            self.processor, completion_only_loss="completion" in examples[0]
         )
+        return collate(examples)
 
 
 def has_images(names: list[str]) -> bool:
-    """Whether rows with these columns have images."""
+    """Return whether rows with these columns have images."""
     return bool(set(IMAGES) & set(names))
 
 
 def with_images(
     rows: Dataset, source: Source, sieve: Sieve, num_proc: int | None = None
 ) -> Dataset:
-    """Return the rows with a list of images each, in the column `images`; empty for a row without.
+    """Return the rows with a list of images in the column `images`, which may be empty.
 
-    Raises ValueError for a column of another type and, unless `sieve` leaves them out, for rows
-    with an image that cannot be read.
+    Raises ValueError for a column of another type and, unless `sieve` drops them, for rows with an
+    image that cannot be read.
     """
     name = next((name for name in IMAGES if name in rows.column_names), None)
     folders = [Path(), *{path.parent for path in files_of(source)}]
@@ -99,11 +99,11 @@ def with_images(
 def prepare_images(
     rows: Dataset, data: DataArguments, processor, form: Form, sieve: Sieve
 ) -> Dataset:
-    """`prompt`, `completion` and `images` of the rows that can be trained on; `messages` and
-    `images` where all tokens are trained on.
+    """Return `prompt`, `completion` and `images` of the rows that can be trained on.
 
-    Nothing is cut: a row that is longer than `data.max_length` cannot be used. Raises ValueError
-    for rows that are neither messages nor prompt and completion.
+    If all tokens are trained on, return `messages` and `images` instead. Rows are not truncated: a
+    row that is longer than `data.max_length` cannot be used. Raises ValueError for rows that are
+    neither messages nor prompt and completion.
     """
     if form.kind not in ("messages", "prompt_completion"):
         raise ValueError(
@@ -150,9 +150,9 @@ def length_check(collator: VisionCollator, max_length: int) -> Callable[[dict], 
 
 
 def placed(messages: list[dict], count: int) -> list[dict]:
-    """Messages whose content is a list of parts, with a place for each of `count` images.
+    """Return messages whose content is a list of parts, with a placeholder for each image.
 
-    Raises RowError where there are places, but another number of them.
+    Raises RowError if the messages have placeholders, but not `count` of them.
     """
     for name in ("tool_calls", *REASONING):
         if any(message.get(name) for message in messages):
@@ -171,7 +171,7 @@ def placed(messages: list[dict], count: int) -> list[dict]:
 def _structured(row: dict, form: Form, *, assistant_only: bool) -> dict[str, Any]:
     if row.get("tools"):
         raise RowError("it has tools, which do not reach the chat template beside images")
-    example = form.taken(row)
+    example = form.apply(row)
     check_form(form.kind, example)
     count = len(row["images"])
     if form.kind == "messages":
@@ -185,7 +185,7 @@ def _structured(row: dict, form: Form, *, assistant_only: bool) -> dict[str, Any
 
 
 def _split(messages: list[dict], *, strict: bool) -> tuple[list[dict], list[dict]]:
-    """Return what comes before the last answer, and that."""
+    """Return the messages before the last answer, and the last answer."""
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if strict and answers != [len(messages) - 1]:
         raise RowError(
@@ -212,7 +212,10 @@ def _parts(content: str | list | None) -> list[dict]:
 
 
 def _undecoded(rows: Dataset, name: str) -> Dataset:
-    """Images as they are stored; paths stay. Raises ValueError for what is neither."""
+    """Return the rows with undecoded images; paths stay.
+
+    Raises ValueError for a column that holds neither.
+    """
     feature = rows.features[name]
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
     if isinstance(inner, Image):
@@ -237,5 +240,5 @@ def _check_readable(stored: dict[str, Any], number: int) -> None:
     try:
         with PIL.Image.open(io.BytesIO(content) if content is not None else path) as image:
             image.verify()
-    except (OSError, SyntaxError, AttributeError) as error:  # PIL's word for a broken PNG, a None
+    except (OSError, SyntaxError, AttributeError) as error:  # PIL's, for a broken PNG and for None
         raise RowError(f"image {number} cannot be read: {error}") from error

@@ -1,1 +1,1 @@
-"""What runs inside the sandbox: standard library only, loaded without the rest of the package."""
+"""Code that runs inside the sandbox: only the standard library, without the rest of the package."""

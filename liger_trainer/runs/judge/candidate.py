@@ -1,7 +1,7 @@
-"""The process of a program that is not trusted: it answers calls of one function with plain data.
+"""The process that runs an untrusted program, and answers calls of one function with plain data.
 
-It never sees the tests. Whatever the program redefines, forges or looks at, all that leaves here is
-bytes, which the checking process reads as plain data or not at all.
+It never sees the tests. Whatever the program redefines, forges or inspects, only bytes leave this
+process, which the checking process decodes as plain data or rejects.
 """
 
 import os
@@ -13,10 +13,10 @@ from liger_trainer.runs.judge.wire import items_of, receive, send
 def main(seconds: str, memory_mib: str, filter_: str) -> None:
     """Serve the calls that arrive on standard input, a socket, until its other end closes.
 
-    `filter_` is the program for seccomp in hexadecimal digits, empty where it is installed already.
+    `filter_` is the seccomp program in hexadecimal digits, or empty if it is installed already.
     """
     channel = os.dup(0)
-    os.dup2(1, 0)  # nothing to read
+    os.dup2(1, 0)  # so that the program cannot read the socket as its standard input
     limit(int(seconds), int(memory_mib))
     if filter_:
         from liger_trainer.runs.judge.namespaces import install_filter
@@ -43,7 +43,7 @@ def _serve(channel: int) -> None:
         try:
             result = function(*args, **kwargs)
             if hasattr(result, "__next__"):
-                result = iter(items_of(result))  # here its exceptions are those of the function
+                result = iter(items_of(result))  # here, so that its exceptions are caught below
         except Exception as error:
             send(channel, ("raised", type(error).__name__, str(error)[:1000]))
             continue

@@ -1,9 +1,9 @@
-"""The process that holds the tests of a problem, and calls a program that it cannot be touched by.
+"""The process that runs the tests of a problem; the tested program cannot touch it.
 
-    share = assertions that held / assertions        (statements at the top of `check`)
+    share = assertions that held / assertions        (top-level statements of `check`)
 
-The function under test is a proxy: arguments go to the candidate's process as copies, and what
-comes back is compared here, as plain built-in values.
+The function under test is a proxy: its arguments are copied to the candidate's process, and the
+results are compared here, as plain built-in values.
 """
 
 import ast
@@ -20,8 +20,8 @@ _IN_PLACE = "in_place"
 
 
 def main(seconds: str, memory_mib: str, filter_: str) -> None:
-    """Check, in a process for each, the candidates whose connections arrive on standard input."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    """Check the candidates whose connections arrive on standard input, each in its own process."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # child processes are not waited for
     requests = socket.socket(fileno=os.dup(0))
     os.dup2(1, 0)
     if filter_:
@@ -46,10 +46,10 @@ def main(seconds: str, memory_mib: str, filter_: str) -> None:
 
 
 def check(channel: int, program: str, source: str, tests: str, name: str) -> tuple:
-    """Return (held, total, error, note) of the candidate behind `channel`.
+    """Return (held, total, error, note) for the candidate behind `channel`.
 
-    `error` is the name of the first failure, None without one. `note` tells what is wrong with the
-    problem, or cannot be checked, as far as it shows.
+    `error` is the name of the first failure, or None. `note` states what is wrong with the problem
+    or could not be checked, if that was noticed.
     """
     candidate = Candidate(channel, name)
     scope = {"__name__": "tests"}
@@ -69,19 +69,19 @@ def check(channel: int, program: str, source: str, tests: str, name: str) -> tup
         if not candidate.calls:
             candidate.note = f"its tests raise {kind} before they call the function: {error}"[:500]
         return 0, 0, kind, candidate.note
-    if candidate.lost:  # and the tests caught it
+    if candidate.lost:  # even if the tests caught the exception
         return 0, 0, candidate.lost, candidate.note
     return score.held, score.total, score.error, candidate.note
 
 
 def compile_tests(tests: str, name: str):
-    """Return the code of `tests`, in which each assertion of `check` counts on its own.
+    """Return the code of `tests`, compiled such that each assertion of `check` is counted.
 
-    A call of the function whose result is dropped is there for what it does to its arguments, so it
-    changes those of the tests. Elsewhere arguments are copies: the candidate cannot empty the list
-    that its answer is compared with.
+    A call of the function whose result is not used must be meant to change its arguments, so the
+    changes are copied back. In all other calls arguments are copies: the candidate cannot empty the
+    list with which its answer is compared.
 
-    Raise ValueError for tests that cannot be run.
+    Raises ValueError for tests that cannot be run.
     """
     if not isinstance(tests, str) or not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"tests are code and the entry point is a name, not {name!r}")
@@ -98,15 +98,15 @@ def compile_tests(tests: str, name: str):
 
 
 class Lost(BaseException):
-    """The candidate's process ended, or talks nonsense; not for tests to catch."""
+    """The candidate's process ended or sent malformed data. Tests should not catch this."""
 
 
 class CandidateError(Exception):
-    """An exception of a type that only the candidate knows."""
+    """An exception of the candidate whose type is not a built-in."""
 
 
 class Candidate:
-    """A function that lives in another process."""
+    """A proxy for a function in another process."""
 
     def __init__(self, channel: int, name: str):
         self.__name__ = name
@@ -116,7 +116,7 @@ class Candidate:
         self._channel = channel
 
     def start(self, program: str) -> None:
-        """Run `program` there. Raise Lost where it does not get to define the function."""
+        """Run `program` in the other process. Raise Lost if it does not define the function."""
         kind, *details = self._ask((program, self.__name__))
         if kind != "ready":
             self._lose(details[0] if kind == "raised" else "protocol")
@@ -125,16 +125,16 @@ class Candidate:
         return self._call(args, kwargs, False)[0]
 
     def in_place(self, *args, **kwargs) -> None:
-        """Call, and let the arguments become what the candidate has made of them."""
+        """Call the function, and copy the candidate's changes of the arguments back."""
         changed = self._call(args, kwargs, True)[1]
-        for ours, theirs in zip(args, changed if isinstance(changed, tuple) else (), strict=False):
-            if type(ours) is not type(theirs):
+        for own, new in zip(args, changed if isinstance(changed, tuple) else (), strict=False):
+            if type(own) is not type(new):
                 continue
-            if isinstance(ours, (list, bytearray)):
-                ours[:] = theirs
-            elif isinstance(ours, (dict, set)):
-                ours.clear()
-                ours.update(theirs)
+            if isinstance(own, (list, bytearray)):
+                own[:] = new
+            elif isinstance(own, (dict, set)):
+                own.clear()
+                own.update(new)
 
     def _call(self, args: tuple, kwargs: dict, in_place: bool) -> list:
         self.calls += 1
@@ -154,12 +154,12 @@ class Candidate:
             raise CandidateError(": ".join(details))
         try:
             error = known(details[1])
-        except TypeError:  # which takes more than a text
+        except TypeError:  # its constructor takes more than a message
             error = CandidateError(": ".join(details))
         raise error
 
     def _ask(self, message: tuple) -> tuple:
-        """One message there and one back, of the right form."""
+        """Send a message and return the answer; raise Lost if it is missing or malformed."""
         if self.lost:
             raise Lost(self.lost)
         try:
@@ -184,7 +184,7 @@ class Candidate:
 
 
 class _Score:
-    """How many assertions held, and how the first one failed."""
+    """Count assertions that held, as a context manager around each; keep the first failure."""
 
     NAME = "__score__"
 
@@ -213,7 +213,7 @@ class _InPlace(ast.NodeTransformer):
 
 
 def _check_of(tree: ast.Module) -> ast.FunctionDef:
-    """Return the function `check`, which has to take a function and to assert something."""
+    """Return the function `check`; raise ValueError if it is missing or asserts nothing."""
     found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"]
     if not found:
         raise ValueError("the tests define no function `check(candidate)`")
@@ -237,16 +237,16 @@ def _trivial(statement: ast.stmt) -> bool:
 
 
 def _define(source: str, scope: dict) -> None:
-    """Define what the problem's own text defines, which its tests may use."""
+    """Run the problem's own code in `scope`, because tests may use its definitions."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
-        for text in (source, source + "    pass\n"):  # a head may still lack its body
+        for text in (source, source + "    pass\n"):  # the function's body may be missing
             try:
                 code = compile(text, "<source>", "exec")
             except (SyntaxError, ValueError):
                 continue
             try:
                 exec(code, scope)
-            except Exception:  # the tests then miss a name, and say which
+            except Exception:  # the tests then raise NameError for what is missing
                 return
             return

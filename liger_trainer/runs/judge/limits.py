@@ -1,4 +1,4 @@
-"""What a process that is not trusted may use: time, memory, files, and system calls (Linux)."""
+"""Limits of an untrusted process: time, memory, files, and system calls (Linux)."""
 
 import os
 import sys
@@ -12,10 +12,10 @@ _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
 _CLONE_THREAD = 0x00010000
-_X32 = 0x40000000  # a second set of numbers for the calls of x86_64
+_X32 = 0x40000000  # bit of x86_64's second set of system-call numbers
 
-# AUDIT_ARCH, clone, and the calls that make processes, hold memory outside of the limits, reach
-# into other processes, or open parts of the kernel that no solution needs: fork vfork unshare setns
+# AUDIT_ARCH, clone, and the calls that create processes, hold memory outside of the limits, access
+# other processes, or open parts of the kernel that no solution needs: fork vfork unshare setns
 # shmget semget msgget mq_open memfd_create ptrace process_vm_readv process_vm_writev add_key
 # request_key keyctl bpf perf_event_open userfaultfd io_uring_setup mount umount2 pivot_root
 _MACHINES = {
@@ -24,13 +24,13 @@ _MACHINES = {
     "aarch64": (0xC00000B7, 220, [97, 268, 194, 190, 186, 180, 279, 117, 270, 271, 217, 218,
                                   219, 280, 241, 282, 425, 40, 39, 41]),
 }  # fmt: skip
-_CLONE3 = 435  # its flags are in memory, where a filter cannot look; glibc then falls back to clone
+_CLONE3 = 435  # denied: a filter cannot read its flags; glibc then falls back to clone
 
 
 def limit(seconds: int, memory_mib: int) -> None:
-    """Limit this process for good: processor time, address space, open files; no file is written.
+    """Limit this process's processor time, address space and open files; forbid writing files.
 
-    Nothing here stops a process that may raise its limits again; in a user namespace none may.
+    A privileged process could raise its limits again; in a user namespace no process can.
     """
     import resource
 
@@ -40,18 +40,18 @@ def limit(seconds: int, memory_mib: int) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: _MAX_FILES,
     }
-    if sys.platform != "darwin":  # which refuses this limit
+    if sys.platform != "darwin":  # macOS rejects this limit
         resource.setrlimit(resource.RLIMIT_AS, (memory_mib * MIB, memory_mib * MIB))
     for name, value in limits.items():
         resource.setrlimit(name, (value, value))
 
 
 def system_call_filter() -> bytes:
-    """Return the program for seccomp that leaves a process threads, but no other process.
+    """Return a seccomp program that lets a process create threads, but no other process.
 
-    Raise OSError for a machine whose numbers of system calls are not known here.
+    Raises OSError on a machine whose system-call numbers are not listed here.
     """
-    import struct  # not where a process has to start fast
+    import struct  # imported here, because a candidate's process must start fast
 
     machine = os.uname().machine
     if sys.platform != "linux" or machine not in _MACHINES:

@@ -1,9 +1,9 @@
-"""Namespaces of Linux through system calls, where bubblewrap is not installed.
+"""Linux namespaces through system calls, for machines without bubblewrap.
 
     python namespaces.py VIEW MODULE ARGUMENT...
 
 runs `MODULE.main(ARGUMENT...)` as process 1 of its own user, process, mount, network, IPC and host
-name namespaces. `VIEW` is the encoded list of what its file system, read-only, holds.
+name namespaces. `VIEW` is the encoded list of the contents of its read-only file system.
 """
 
 import ctypes
@@ -26,13 +26,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Program(ctypes.Structure):
-    """struct sock_fprog"""
+    """The C struct sock_fprog."""
 
     _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
 
 
 def main(view: str, module: str, *arguments: str) -> None:
-    """Enter, and leave with the exit code of what ran."""
+    """Enter the namespaces, run the module, and exit with its exit code."""
     user, group = os.getuid(), os.getgid()
     _call("prctl", _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     _call("unshare", _NEW)
@@ -41,7 +41,7 @@ def main(view: str, module: str, *arguments: str) -> None:
     _write("/proc/self/gid_map", f"{_NOBODY} {group} 1")
     first = os.fork()
     if first:
-        os.dup2(1, 0)  # or the other end would not notice that process 1 is gone
+        os.dup2(1, 0)  # close the socket here, so that its other end notices when process 1 exits
         os._exit(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 0xFF)
     _call("prctl", _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     run = importlib.import_module(f"liger_trainer.runs.judge.{module}").main
@@ -51,14 +51,14 @@ def main(view: str, module: str, *arguments: str) -> None:
 
 
 def install_filter(program: bytes) -> None:
-    """Let seccomp run `program` on every further system call of this process."""
-    held = _Program(len(program) // 8, program)
+    """Make seccomp run `program` on every further system call of this process."""
+    struct = _Program(len(program) // 8, program)
     _call("prctl", _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    _call("prctl", _SET_SECCOMP, 2, ctypes.byref(held), 0, 0)
+    _call("prctl", _SET_SECCOMP, 2, ctypes.byref(struct), 0, 0)
 
 
 def _change_root(view: list[tuple]) -> None:
-    """Make an empty read-only file system the root, with what `view` lists in it."""
+    """Make a read-only file system the root that holds only what `view` lists."""
     _call("mount", None, b"/", None, _RECURSIVE | _PRIVATE, None)
     _call("mount", b"tmpfs", b"/tmp", b"tmpfs", _NO_SETUID | _NO_DEVICES, b"mode=755")
     os.mkdir("/tmp/old")

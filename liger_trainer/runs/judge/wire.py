@@ -1,7 +1,7 @@
-"""Plain data as bytes, to and from a process that is not trusted.
+"""Encode plain data as bytes, for messages to and from an untrusted process.
 
-Decoding gives built-in values of these exact types and nothing else: None, bool, int, float,
-complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, range, and an iterator of such.
+Decoding returns only built-in values of exactly these types: None, bool, int, float, complex, str,
+bytes, bytearray, list, tuple, set, frozenset, dict, range, and iterators of such values.
 
     value   = tag count ":" payload
     payload = count bytes of text for a scalar, count values for a container
@@ -9,9 +9,9 @@ complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, range, and an
 
 import os
 
-MAX_BYTES = 4 * 1024**2  # of one message
-_MAX_ITEMS = 100_000  # of an iterator, which may have no end
-_HEADER = 8  # bytes of a message's length
+MAX_BYTES = 4 * 1024**2  # per message
+_MAX_ITEMS = 100_000  # per iterator, which may be infinite
+_HEADER = 8  # bytes of the length that precedes a message
 _SCALARS = {
     b"i": lambda text: int(text, 16),
     b"f": lambda text: float.fromhex(text.decode()),
@@ -34,9 +34,9 @@ _CONSTANTS = {b"N": None, b"T": True, b"F": False}
 
 
 def encode(value) -> bytes:
-    """Return `value` as bytes; instances of subclasses become the built-in they extend.
+    """Return `value` as bytes; an instance of a subclass is encoded as the built-in type.
 
-    Raise TypeError for what is no plain data, ValueError for what does not fit a message.
+    Raises TypeError for values that are not plain data, and ValueError for too large ones.
     """
     parts = []
     try:
@@ -50,7 +50,7 @@ def encode(value) -> bytes:
 
 
 def decode(data: bytes):
-    """Return the value of `data`. Raise ValueError for anything that `encode` does not make."""
+    """Return the value of `data`. Raise ValueError for bytes that `encode` does not produce."""
     try:
         value, end = _decode(data, 0)
     except (TypeError, OverflowError, RecursionError, MemoryError) as error:
@@ -69,7 +69,7 @@ def send(descriptor: int, value) -> None:
 
 
 def receive(descriptor: int):
-    """Read one message. Raise EOFError at the end, ValueError for a message that is malformed."""
+    """Read one message. Raise EOFError at the end, and ValueError for a malformed message."""
     size = int.from_bytes(_read(descriptor, _HEADER), "big")
     if size > MAX_BYTES:
         raise ValueError(f"a message of {size} bytes, more than {MAX_BYTES}")
@@ -77,7 +77,7 @@ def receive(descriptor: int):
 
 
 def items_of(values) -> list:
-    """Return the items of an iterable. Raise ValueError for more of them than one may send."""
+    """Return the items of an iterable. Raise ValueError if there are too many to send."""
     items = []
     for item in values:
         items.append(item)
