@@ -16,7 +16,9 @@ _SIZES = {
     "out_hidden_size text_hidden_size vision_hidden_size encoder_hidden_size projection_dim "
     "max_position_embeddings n_positions max_seq_len position_embedding_size lru_width n_ctx "
     "hidden_size_global embedding_size attention_hidden_size max_sequence_length "
-    "projector_hidden_size adapter_in_dim adapter_out_dim adapter_input_size num_position_embeddings dim_model_base embedding_dim model_dim "
+    "projector_hidden_size adapter_in_dim adapter_out_dim adapter_input_size num_position_embeddings dim_model_base vision_output_dim projector_input_dim "
+    "projector_output_dim decoder_hidden_size post_conv_in_channels post_conv_out_channels "
+    "post_conv_mid_channels output_channels embedding_dim model_dim "
     "image_token_embed_dim output_dim downsample_hidden_size context_length",
     96: "intermediate_size n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff dff dim_ff "
     "ffn_hidden_size mlp_dim intermediate_size_mlp feed_forward_size dense_intermediate_size "
@@ -34,7 +36,8 @@ _SIZES = {
     4: "num_attention_heads n_head num_heads n_heads attention_heads encoder_attention_heads "
     "decoder_attention_heads num_experts n_routed_experts num_local_experts moe_num_experts "
     "linear_num_value_heads num_encoder_attention_heads num_decoder_attention_heads "
-    "swa_num_attention_heads resampler_n_heads linear_num_heads n_mamba_heads zero_expert_num",
+    "swa_num_attention_heads resampler_n_heads linear_num_heads n_mamba_heads zero_expert_num "
+    "mm_tokens_per_image",
     2: "num_hidden_layers n_layer num_layers n_layers depth encoder_layers decoder_layers layers "
     "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k "
     "linear_num_key_heads swa_num_key_value_heads num_decoder_layers num_encoder_layers "
@@ -45,12 +48,14 @@ _SIZES = {
 }
 _SIZE = {name: size for size, names in _SIZES.items() for name in names.split()}
 _WANTED = ("head_dim", "num_experts_per_tok", "n_routed_experts")  # also where the default is None
+_IMAGE_TOKEN = ("image_token_id", "image_token_index")
+_OF_TEXT = ("pad", "bos", "eos")
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _START_TOKENS = {"vision_start_token_id": 70, "audio_start_token_id": 71}
 _CHANGES = {
     "bamba": {"attn_layer_indices": [1]},
-    "chameleon": {"vocabulary_map": {"<image>": 64}},
+    "chameleon": {"vocabulary_map": {"<image>": 64, "IMGIMGBCHZ": 65}},  # of code 127
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -102,6 +107,8 @@ _CHANGES = {
     },
     "step3p5": {"sliding_window": 8},
     "udop": {"decoder_start_token_id": 0},
+    "vipllava": {"vision_feature_layer": [-2, -1]},
+    "vision-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "num_hidden_layers": 3,
@@ -126,8 +133,15 @@ def small_values(config: PretrainedConfig, defaults: dict | None = None) -> dict
             values[name]["model_type"] = value.model_type
         elif name in _SIZE and (number or name in _WANTED):
             values[name] = _SIZE[name] if value is None else min(_SIZE[name], value)
-        elif number and name.endswith(("token_id", "token_index")) and value >= VOCAB:
-            values[name] = value % 64 + 64
+        elif name in _SIZE and isinstance(value, (list, tuple)) and len(value) == 2:
+            values[name] = [_SIZE[name]] * 2  # height and width
+        elif name == "image_grid_pinpoints":
+            values[name] = [[_SIZE["image_size"]] * 2]
+        elif name in _IMAGE_TOKEN and value is None:
+            values[name] = 64
+        elif number and name.endswith(("token_id", "token_index")):
+            other = value >= VOCAB or not name.startswith(_OF_TEXT)
+            values[name] = value % 64 + 64 if other else value
         elif isinstance(value, float) and "drop" in name:
             values[name] = 0.0
         elif defaults and isinstance(value, (bool, int, float, str)) and defaults.get(name) != value:
