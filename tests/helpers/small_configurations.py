@@ -16,10 +16,11 @@ _SIZES = {
     "out_hidden_size text_hidden_size vision_hidden_size encoder_hidden_size projection_dim "
     "max_position_embeddings n_positions max_seq_len position_embedding_size lru_width n_ctx "
     "hidden_size_global embedding_size attention_hidden_size max_sequence_length "
-    "projector_hidden_size adapter_in_dim adapter_out_dim adapter_input_size num_position_embeddings dim_model_base vision_output_dim projector_input_dim "
+    "projector_hidden_size projection_hidden_size adapter_in_dim adapter_out_dim adapter_input_size num_position_embeddings dim_model_base vision_output_dim projector_input_dim "
     "projector_output_dim decoder_hidden_size post_conv_in_channels post_conv_out_channels "
     "post_conv_mid_channels output_channels embedding_dim model_dim "
     "image_token_embed_dim output_dim downsample_hidden_size context_length",
+    192: "patch_embed_hidden_size",  # of three channels and patches of eight by eight
     96: "intermediate_size n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff dff dim_ff "
     "ffn_hidden_size mlp_dim intermediate_size_mlp feed_forward_size dense_intermediate_size "
     "prefix_dense_intermediate_size shared_intermediate_size",
@@ -42,18 +43,24 @@ _SIZES = {
     "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k "
     "linear_num_key_heads swa_num_key_value_heads num_decoder_layers num_encoder_layers "
     "indexer_n_heads index_n_heads indexer_compress_ratio num_kv_heads num_mem_blocks "
-    "mamba_n_groups n_groups num_query_groups mamba_ngroups num_blocks num_global_layers",
+    "mamba_n_groups n_groups num_query_groups mamba_ngroups num_blocks num_global_layers pooling_kernel_size",
     1: "first_k_dense_replace num_nextn_predict_layers indexer_kv_heads n_group topk_group "
     "kv_n_heads num_dense_layers num_expert_group",
 }
 _SIZE = {name: size for size, names in _SIZES.items() for name in names.split()}
 _WANTED = ("head_dim", "num_experts_per_tok", "n_routed_experts")  # also where the default is None
-_IMAGE_TOKEN = ("image_token_id", "image_token_index")
+_TOKENS = {
+    "image_token_id": 64,
+    "image_token_index": 64,
+    "video_token_id": 65,
+    "video_token_index": 65,
+}
 _OF_TEXT = ("pad", "bos", "eos")
 _LINEAR_AND_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _START_TOKENS = {"vision_start_token_id": 70, "audio_start_token_id": 71}
 _CHANGES = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 64, "IMGIMGBCHZ": 65}},  # of code 127
     "cohere_compass_text": {
@@ -64,12 +71,16 @@ _CHANGES = {
         },
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_ocr2_sam_vision_model": {"downsample_channels": [32, 64]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse"]},
-    "emu3": {"vocabulary_map": {"<image>": 64}},
+    "emu3": {
+        "vocabulary_map": {"<image>": 64, "<|visual token 000127|>": 65, "<|extra_200|>": 66},
+    },
+    "emu3_vqgan": {"base_channels": 32, "hidden_size": 128},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "glm5_next_text": {"index_kpool": 2},
@@ -78,9 +89,16 @@ _CHANGES = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _LINEAR_AND_FULL,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_vision_model": {"intermediate_size": 256},
     "mamba2": {"num_heads": 8},
+    "mllama_text_model": {"cross_attention_layers": [1]},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 192},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "muse_glimmer": {"out_hidden_size": 256},
+    "muse_spark": {"out_hidden_size": 256},
     "muse_spark_audio": {"num_hidden_layers": 4},
+    "musicgen_decoder": {"num_codebooks": 1},
+    "musicgen_melody_decoder": {"num_codebooks": 1},
     "nemotron": {"num_key_value_heads": 2},
     "paddleocr_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
     "qwen2_5_omni_thinker": _START_TOKENS,
@@ -107,6 +125,7 @@ _CHANGES = {
     },
     "step3p5": {"sliding_window": 8},
     "udop": {"decoder_start_token_id": 0},
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": [32, 64]},
     "vipllava": {"vision_feature_layer": [-2, -1]},
     "vision-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
     "xmod": {"default_language": "en_XX"},
@@ -131,20 +150,26 @@ def small_values(config: PretrainedConfig, defaults: dict | None = None) -> dict
         if isinstance(value, PretrainedConfig):
             values[name] = small_values(value, vars(type(value)()))
             values[name]["model_type"] = value.model_type
+        elif name == "vision_config" and value is None:
+            values[name] = small_values(config.sub_configs[name]())
         elif name in _SIZE and (number or name in _WANTED):
             values[name] = _SIZE[name] if value is None else min(_SIZE[name], value)
         elif name in _SIZE and isinstance(value, (list, tuple)) and len(value) == 2:
             values[name] = [_SIZE[name]] * 2  # height and width
+        elif name == "global_attn_indexes":
+            values[name] = [1]
         elif name == "image_grid_pinpoints":
             values[name] = [[_SIZE["image_size"]] * 2]
-        elif name in _IMAGE_TOKEN and value is None:
-            values[name] = 64
+        elif name in _TOKENS and value is None:
+            values[name] = _TOKENS[name]
         elif number and name.endswith(("token_id", "token_index")):
             other = value >= VOCAB or not name.startswith(_OF_TEXT)
             values[name] = value % 64 + 64 if other else value
         elif isinstance(value, float) and "drop" in name:
             values[name] = 0.0
-        elif defaults and isinstance(value, (bool, int, float, str)) and defaults.get(name) != value:
+        elif (
+            defaults and isinstance(value, (bool, int, float, str)) and defaults.get(name) != value
+        ):
             values[name] = value
     if "use_cache" in vars(config):
         values["use_cache"] = False

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+PIXELS = {"pixel_values", "flattened_patches"}
 _IMAGES, _SIDE = 2, 4  # an image for each text; patches per side where a model takes patches
-_IMAGE_TOKEN = 64  # where a configuration names none
 
 
 def text() -> dict[str, torch.Tensor]:
@@ -21,14 +21,20 @@ def text() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def candidates(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield inputs that `model` may take: with images in one form after another, then text alone."""
+def images(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield an image for each text, in the forms that `model` may take."""
     accepted = inspect.signature(model.forward).parameters
-    for images in _images(model.config):
-        if images.keys() <= accepted.keys():
-            with_tokens = _prefixed(text(), model, images)
-            yield _completed(with_tokens | images, model.config, accepted)
-    yield _completed(text(), model.config, accepted)
+    return (form for form in _images(model.config) if form.keys() <= accepted.keys())
+
+
+def around(model: PreTrainedModel, images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what `model` takes: text with `images` (none if empty), and whatever else it names."""
+    inputs = (_prefixed(text(), model, images) if images else text()) | images
+    if getattr(model.config, "num_codebooks", 0) == 1:  # labels for every codebook
+        inputs["labels"] = inputs["labels"].unsqueeze(-1)
+    accepted = inspect.signature(model.forward).parameters
+    more = _beside(inputs["input_ids"], model.config)
+    return {name: value for name, value in (more | inputs).items() if name in accepted}
 
 
 def _images(config: PretrainedConfig) -> Iterator[dict[str, torch.Tensor]]:
@@ -44,13 +50,22 @@ def _images(config: PretrainedConfig) -> Iterator[dict[str, torch.Tensor]]:
     area = torch.tensor([[_SIDE, _SIDE]] * _IMAGES)
     grid = {"image_grid_thw": torch.tensor([[1, _SIDE, _SIDE]] * _IMAGES)}
     merged = {"image_merge_sizes": torch.tensor([2] * _IMAGES)}
-    for shape in [(pixels * frames,), (channels, patch, patch)]:
-        patches = {"pixel_values": _noise(_IMAGES * _SIDE**2, *shape)}
+    forms = [
+        _noise(_IMAGES * _SIDE**2, pixels * frames),
+        _noise(_IMAGES * _SIDE**2, channels, patch, patch),
+        _noise(_IMAGES * _SIDE**2, 2 * patch, 2 * patch, channels),
+    ]
+    for form in forms:
+        patches = {"pixel_values": form}
         yield patches | grid | merged
         yield patches | grid
         yield patches | {"image_grid_hw": area}
     patches = _noise(_IMAGES, _SIDE**2, pixels)
     mask = torch.ones(patches.shape[:2], dtype=torch.bool)
+    places = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE)).repeat(_IMAGES, 1, 1)
+    pooled = _noise(_IMAGES, _SIDE**2, pixels * getattr(vision, "pooling_kernel_size", 1) ** 2)
+    yield {"pixel_values": pooled, "image_position_ids": places}
+    yield {"pixel_values": patches, "image_position_ids": places}
     yield {"pixel_values": patches, "spatial_shapes": area, "pixel_attention_mask": mask}
     yield {"flattened_patches": torch.cat([torch.ones(*patches.shape[:2], 2), patches], -1)}
 
@@ -63,6 +78,10 @@ def _images(config: PretrainedConfig) -> Iterator[dict[str, torch.Tensor]]:
         yield whole | {"pixel_attention_mask": torch.ones(leading, dtype=torch.bool)}
         yield whole | size
         yield whole
+    tiles = (_IMAGES, 1, getattr(vision, "max_num_tiles", 1))
+    aspects = {"aspect_ratio_ids": torch.ones(tiles[:2], dtype=torch.long)}
+    aspects["aspect_ratio_mask"] = torch.ones(tiles, dtype=torch.long)
+    yield {"pixel_values": _noise(*tiles, channels, side, side)} | aspects
 
 
 def _first(value: int | list[int]) -> int:
@@ -89,42 +108,48 @@ def _prefixed(inputs: dict, model: PreTrainedModel, images: dict) -> dict[str, t
 
 def _tokens_per_image(model: PreTrainedModel, images: dict) -> int:
     """Return how many features `model` makes of an image; 0 if it does not put them in the text."""
-    owner = next((m for m in model.modules() if hasattr(m, "get_image_features")), None)
-    if owner is None:
+    found = [
+        (module, getattr(module, name))
+        for name in ("get_video_features", "get_image_features")
+        for module in model.modules()
+        if hasattr(module, name)
+    ]
+    if not found:
         return getattr(model.config, "latent_query_num", 0)
-    names = inspect.signature(owner.get_image_features).parameters
+    owner, features_of = found[-1]  # the innermost: those around it pass images on
+    names = inspect.signature(features_of).parameters
+    images = {name: value for name, value in images.items() if name in names}
+    if owner.config is not model.config:  # a whole model in this one, which takes single images
+        images["pixel_values"] = images["pixel_values"].flatten(0, 1)
     with torch.no_grad():
-        features = owner.get_image_features(**{k: v for k, v in images.items() if k in names})
-    return _rows(features) // _IMAGES
+        return _rows(features_of(**images)) // _IMAGES
 
 
 def _rows(features: object) -> int:
     if isinstance(features, torch.Tensor):
         return features.numel() // features.shape[-1]
     if isinstance(features, ModelOutput):
-        return _rows(features.pooler_output)
+        pooled = features.pooler_output
+        return _rows(features.last_hidden_state if pooled is None else pooled)
     return sum(map(_rows, features))
 
 
 def _image_token(config: PretrainedConfig) -> int:
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    found = (getattr(config, name, None) for name in names)
-    return next((token for token in found if token is not None), _IMAGE_TOKEN)
+    config = getattr(config, "vlm_config", config)
+    names = ("image_token_id", "image_token_index", "video_token_id")
+    return next((getattr(config, name) for name in names if hasattr(config, name)), 64)
 
 
-def _completed(
-    inputs: dict, config: PretrainedConfig, accepted: Mapping
-) -> dict[str, torch.Tensor]:
-    """Return `inputs` with what else a model names, without what it does not."""
-    ids = inputs["input_ids"]
-    images = (ids == _image_token(config)).long()
-    more = {
+def _beside(ids: torch.Tensor, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Return what some models want to know of the tokens, and what others predict."""
+    kinds = (ids == _image_token(config)).long()
+    actions = getattr(config, "chunk_size", 1), getattr(config, "max_action_dim", 1)
+    return {
         "bbox": torch.zeros(*ids.shape, 4, dtype=torch.long),
-        "mm_token_type_ids": images,
-        "token_type_ids": images,
-        "image_embeds_position_mask": images,
+        "mm_token_type_ids": kinds,
+        "token_type_ids": kinds,
+        "image_embeds_position_mask": kinds,
         "image_attention_mask": torch.ones(*ids.shape, 1, dtype=torch.long),
         "state": _noise(len(ids), getattr(config, "max_state_dim", 1)),
-        "actions": _noise(len(ids), getattr(config, "chunk_size", 1), getattr(config, "max_action_dim", 1)),
+        "actions": _noise(len(ids), *actions),
     }
-    return {name: value for name, value in (more | inputs).items() if name in accepted}
