@@ -143,13 +143,14 @@ def _image_token(config: PretrainedConfig) -> int:
 def _beside(ids: torch.Tensor, config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """Return what some models want to know of the tokens, and what others predict."""
     kinds = (ids == _image_token(config)).long()
-    actions = getattr(config, "chunk_size", 1), getattr(config, "max_action_dim", 1)
-    return {
+    more = {
         "bbox": torch.zeros(*ids.shape, 4, dtype=torch.long),
         "mm_token_type_ids": kinds,
         "token_type_ids": kinds,
         "image_embeds_position_mask": kinds,
         "image_attention_mask": torch.ones(*ids.shape, 1, dtype=torch.long),
-        "state": _noise(len(ids), getattr(config, "max_state_dim", 1)),
-        "actions": _noise(len(ids), *actions),
     }
+    if hasattr(config, "max_action_dim"):
+        more["state"] = _noise(len(ids), config.max_state_dim)
+        more["actions"] = _noise(len(ids), config.chunk_size, config.max_action_dim)
+    return more
