@@ -16,9 +16,10 @@ _SIZES = {
     "out_hidden_size text_hidden_size vision_hidden_size encoder_hidden_size projection_dim "
     "max_position_embeddings n_positions max_seq_len position_embedding_size lru_width n_ctx "
     "hidden_size_global embedding_size attention_hidden_size max_sequence_length "
-    "projector_hidden_size projection_hidden_size adapter_in_dim adapter_out_dim adapter_input_size num_position_embeddings dim_model_base vision_output_dim projector_input_dim "
-    "projector_output_dim decoder_hidden_size post_conv_in_channels post_conv_out_channels "
-    "post_conv_mid_channels output_channels embedding_dim model_dim "
+    "projector_hidden_size projection_hidden_size adapter_in_dim adapter_out_dim "
+    "adapter_input_size num_position_embeddings dim_model_base vision_output_dim "
+    "projector_input_dim projector_output_dim decoder_hidden_size post_conv_in_channels "
+    "post_conv_out_channels post_conv_mid_channels output_channels embedding_dim model_dim "
     "image_token_embed_dim output_dim downsample_hidden_size context_length",
     192: "patch_embed_hidden_size",  # of three channels and patches of eight by eight
     96: "intermediate_size n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff dff dim_ff "
@@ -43,7 +44,8 @@ _SIZES = {
     "num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k "
     "linear_num_key_heads swa_num_key_value_heads num_decoder_layers num_encoder_layers "
     "indexer_n_heads index_n_heads indexer_compress_ratio num_kv_heads num_mem_blocks "
-    "mamba_n_groups n_groups num_query_groups mamba_ngroups num_blocks num_global_layers pooling_kernel_size",
+    "mamba_n_groups n_groups num_query_groups mamba_ngroups num_blocks num_global_layers "
+    "pooling_kernel_size",
     1: "first_k_dense_replace num_nextn_predict_layers indexer_kv_heads n_group topk_group "
     "kv_n_heads num_dense_layers num_expert_group",
 }

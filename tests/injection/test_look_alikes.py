@@ -145,17 +145,17 @@ def test_rotary_with_the_opposite_sign_is_recognised_as_such():
     def opposite(q, k, cos, sin, unsqueeze_dim=1):
         return modeling_llama.apply_rotary_pos_emb(q, k, cos, -sin, unsqueeze_dim)
 
-    form, verdict = rotary.identify(opposite, torch.device("cpu"))
+    found, verdict = rotary.identify(opposite, torch.device("cpu"))
     assert verdict.equal
-    assert form.inverse
+    assert found.form.inverse
 
 
 def test_unknown_rotary_is_refused():
     def unknown(q, k, cos, sin):
         return q * cos[:, None] + q.flip(-1) * sin[:, None], k * cos[:, None]
 
-    form, verdict = rotary.identify(unknown, torch.device("cpu"))
-    assert form is None
+    found, verdict = rotary.identify(unknown, torch.device("cpu"))
+    assert found is None
     assert verdict.reason == "no known form of rotary embedding"
 
 
