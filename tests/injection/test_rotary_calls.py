@@ -120,7 +120,14 @@ half = cos[..., :8], sin[..., :8]
         (with_positions, (q2, k2, cos, sin, None, 2), {}, False),
         (apply_rotary_pos_emb_interleave, (q, k, cos, sin), {}, True),
         (apply_rotary_pos_emb_interleave, (q2, k2, cos, sin), {"unsqueeze_dim": 2}, True),
+        (
+            apply_rotary_pos_emb_interleave,
+            (q, k, cos[..., :2], sin[..., :2]),
+            {},
+            False,
+        ),  # broadcast
         (gpt_oss_rotary, (q, k, *half), {}, True),
+        (gpt_oss_rotary, (q, k, cos[..., :1], sin[..., :1]), {}, False),  # a broadcast, too
         (without_batch, (q2[0], k2[0], cos[0], sin[0]), {}, True),
         (without_batch, (q2, k2, cos, sin), {}, True),
         (without_batch, (q2, k2, cos[0], sin[0]), {}, False),  # one table for all

@@ -100,6 +100,7 @@ class RotaryCall:
     dim: str | None  # that of the dimension that the heads have in q and k
     default: int = 1  # value of it
     layouts: tuple[Layout, ...] = ()  # for which equality is proven
+    partial: bool = False  # proven for a rotation of a part of the channels
 
     def layout(self, q: torch.Tensor, dim: int | None) -> Layout | None:
         """Return the layout of a call, None if it is not proven."""
@@ -157,7 +158,10 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
         if layout is None or k.dim() != layout.rank or cos.dim() != layout.rank - 1:
             return original(*args, **kwargs)
         q, k, cos, sin = *map(layout.states, (q, k)), *map(layout.table, (cos, sin))
-        if why_not(q, k, cos, sin, form.narrow_table) is not None:
+        rotated = cos.shape[-1] * (2 if form.narrow_table else 1)
+        if why_not(q, k, cos, sin, form.narrow_table) or not (
+            call.partial or rotated == q.shape[-1]
+        ):
             return original(*args, **kwargs)
         return tuple(map(layout.back, rope(q, k, cos, sin, **options)))
 
@@ -250,7 +254,8 @@ def identify(function: Callable, device: torch.device) -> tuple[Rotary | None, p
                 for other in layouts
                 if other == layout or _equal(function, call, form, other, device)
             ]
-            call = dataclasses.replace(call, layouts=tuple(equal))
+            widths = {c.inputs[2].shape[-1] for c in _cases(function, call, layout, device)}
+            call = dataclasses.replace(call, layouts=tuple(equal), partial=len(widths) == 2)
             return Rotary(function, call, form), verdict
         verdicts.append(verdict)
     # One of a layout that it takes says more than that it does not take the others.
