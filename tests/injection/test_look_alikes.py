@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from families import tiny_model
 from plain_norm import Norm
 from torch import nn
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.llama import modeling_llama
 
 from liger_trainer import inject
@@ -163,6 +164,7 @@ def test_unknown_rotary_is_refused():
     ("norm", "rule"),
     [
         (nn.RMSNorm(32, eps=1e-6, elementwise_affine=False), "rms_norm"),
+        (Gemma3nRMSNorm(32, with_scale=False), "rms_norm"),
         (nn.RMSNorm(32, eps=1e-6), "rms_norm"),
         (nn.LayerNorm(32), "layer_norm"),
         (nn.LayerNorm(32, bias=False), "layer_norm"),
