@@ -145,8 +145,9 @@ def _rope_kernel(
     HALF: tl.constexpr, REST: tl.constexpr,  # R / 2 pairs, and D - R channels that pass through
     P: tl.constexpr, REST_P: tl.constexpr,  # the powers of two not below them
     BLOCK_HQ: tl.constexpr, BLOCK_HK: tl.constexpr,
-    INTERLEAVED: tl.constexpr, SPLIT: tl.constexpr, HALF_TABLE: tl.constexpr,
-    INVERSE: tl.constexpr, BACKWARD: tl.constexpr,
+    # Whether pairs are neighbors where they come from, where they go, and in the table.
+    FROM_NEIGHBORS: tl.constexpr, TO_NEIGHBORS: tl.constexpr, TABLE_NEIGHBORS: tl.constexpr,
+    HALF_TABLE: tl.constexpr, INVERSE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): position i of the batch, the j-th share of the query and of the key heads."""
     b, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
@@ -160,16 +161,11 @@ def _rope_kernel(
     cos_row = cos_ptr + b * cos_stride_b + s * cos_stride_s
     sin_row = sin_ptr + b * sin_stride_b + s * sin_stride_s
 
-    # The table lies as the result of the forward pass does.
-    RESULT: tl.constexpr = INTERLEAVED and not SPLIT
-    FROM: tl.constexpr = RESULT if BACKWARD else INTERLEAVED
-    TO: tl.constexpr = INTERLEAVED if BACKWARD else RESULT
-
     # Every load before the first store: the compiler may not move a load above a store.
-    qa, qb = _load_pairs(q_row, q_mask, BLOCK_HQ, HALF, P, FROM)
-    ka, kb = _load_pairs(k_row, k_mask, BLOCK_HK, HALF, P, FROM)
-    cos_a, cos_b = _load_table(cos_row, HALF, P, RESULT, HALF_TABLE)
-    sin_a, sin_b = _load_table(sin_row, HALF, P, RESULT, HALF_TABLE)
+    qa, qb = _load_pairs(q_row, q_mask, BLOCK_HQ, HALF, P, FROM_NEIGHBORS)
+    ka, kb = _load_pairs(k_row, k_mask, BLOCK_HK, HALF, P, FROM_NEIGHBORS)
+    cos_a, cos_b = _load_table(cos_row, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
+    sin_a, sin_b = _load_table(sin_row, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
     if INVERSE:
         sin_a, sin_b = -sin_a, -sin_b
     if BACKWARD:  # the transposed rotation, written as a forward one
@@ -177,8 +173,8 @@ def _rope_kernel(
 
     qa, qb = qa * cos_a - qb * sin_a, qb * cos_b + qa * sin_b
     ka, kb = ka * cos_a - kb * sin_a, kb * cos_b + ka * sin_b
-    _store_pairs(q_out_row, q_mask, qa, qb, BLOCK_HQ, HALF, P, TO)
-    _store_pairs(k_out_row, k_mask, ka, kb, BLOCK_HK, HALF, P, TO)
+    _store_pairs(q_out_row, q_mask, qa, qb, BLOCK_HQ, HALF, P, TO_NEIGHBORS)
+    _store_pairs(k_out_row, k_mask, ka, kb, BLOCK_HK, HALF, P, TO_NEIGHBORS)
     if REST > 0:
         _copy_rest(q_row, q_out_row, q_mask, 2 * HALF, REST, REST_P)
         _copy_rest(k_row, k_out_row, k_mask, 2 * HALF, REST, REST_P)
@@ -223,13 +219,16 @@ def _launch(
     shares, sizes = _tiling(Hq, k.shape[1], D, _rotated(cos, narrow_table))
     # A table shared by the batch does not move with it.
     table_strides = [n for t in (cos, sin) for n in (t.stride(0) * (t.shape[0] > 1), t.stride(1))]
+    result = interleaved and not split  # the table lies as the result of the forward pass does
     launch(
         _rope_kernel, (B * S, shares),
         q, k, cos, sin, q_out, k_out, S,
         *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
         *table_strides, **sizes,
-        INTERLEAVED=interleaved, SPLIT=split, HALF_TABLE=half_table or narrow_table,
-        INVERSE=inverse, BACKWARD=backward,
+        FROM_NEIGHBORS=result if backward else interleaved,
+        TO_NEIGHBORS=interleaved if backward else result,
+        TABLE_NEIGHBORS=result,
+        HALF_TABLE=half_table or narrow_table, INVERSE=inverse, BACKWARD=backward,
     )  # fmt: skip
     return q_out, k_out
 
