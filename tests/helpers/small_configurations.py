@@ -179,7 +179,9 @@ def small_values(config: PretrainedConfig, defaults: dict | None = None) -> dict
         values["num_key_value_heads"] = values["num_attention_heads"]
         if "head_dim" in values:  # that of the rotated part, or of both
             both = config.head_dim > config.qk_rope_head_dim
-            values["head_dim"] = values["qk_rope_head_dim"] + both * values["qk_nope_head_dim"]
+            values["head_dim"] = values["qk_rope_head_dim"] + both * values.get(
+                "qk_nope_head_dim", 0
+            )
     rope = vars(config).get("rope_parameters")
     if rope and "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()):
         values["rope_parameters"] = _sectioned(rope, values)

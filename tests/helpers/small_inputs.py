@@ -119,7 +119,8 @@ def _tokens_per_image(model: PreTrainedModel, images: dict) -> int:
     owner, features_of = found[-1]  # the innermost: those around it pass images on
     names = inspect.signature(features_of).parameters
     images = {name: value for name, value in images.items() if name in names}
-    if owner.config is not model.config:  # a whole model in this one, which takes single images
+    whole_model = owner.config is not model.config  # within this one, which takes single images
+    if whole_model and images["pixel_values"].dim() == 5:
         images["pixel_values"] = images["pixel_values"].flatten(0, 1)
     with torch.no_grad():
         return _rows(features_of(**images)) // _IMAGES
