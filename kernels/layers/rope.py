@@ -3,6 +3,7 @@
     rotate half:  y_j       = x_j cos_j - x_{j+R/2} sin_j                  for 0 <= j < R/2
                   y_{j+R/2} = x_{j+R/2} cos_{j+R/2} + x_j sin_{j+R/2}
     interleaved:  the same with pairs (2j, 2j+1) instead of (j, j+R/2)
+    split:        the pair (2j, 2j+1) goes to (j, j+R/2)
     backward:     dx_a = dy_a cos_a + dy_b sin_b,   dx_b = dy_b cos_b - dy_a sin_a
 
 The backward, for a pair (a, b), is the transpose for any table: cos_a and cos_b may differ.
@@ -33,11 +34,14 @@ _ELEMENTS_PER_WARP = 1024
 
 
 def rope_reference(
-    q, k, cos, sin, interleaved=False, half_table=False, inverse=False, keep_dtype=False
-):
+    q, k, cos, sin, interleaved=False, split=False, half_table=False, narrow_table=False,
+    inverse=False, keep_dtype=False,
+):  # fmt: skip
     """Compute `rope` in plain torch: differentiable in all four tensors, in any dtype."""
-    if half_table:
-        cos, sin = (_repeat_half(table, interleaved) for table in (cos, sin))
+    if half_table and not narrow_table:
+        cos, sin = (table[..., : table.shape[-1] // 2] for table in (cos, sin))
+    if half_table or narrow_table:
+        cos, sin = (_repeated(table, interleaved and not split) for table in (cos, sin))
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if inverse:
         sin = -sin
@@ -46,7 +50,10 @@ def rope_reference(
         dtype, R = x.dtype, cos.shape[-1]
         if keep_dtype:
             x = x.to(torch.promote_types(dtype, torch.float32))
-        y = x[..., :R] * cos + _partner(x[..., :R], interleaved) * sin
+        pairs = x[..., :R]
+        if split:
+            pairs = torch.cat([pairs[..., ::2], pairs[..., 1::2]], dim=-1)
+        y = pairs * cos + _partner(pairs, interleaved and not split) * sin
         if x.shape[-1] > R:
             y = torch.cat([y, x[..., R:]], dim=-1)
         return y.to(dtype) if keep_dtype else y
@@ -54,8 +61,7 @@ def rope_reference(
     return rotate(q), rotate(k)
 
 
-def _repeat_half(table, interleaved):
-    half = table[..., : table.shape[-1] // 2]
+def _repeated(half, interleaved):
     return half.repeat_interleave(2, dim=-1) if interleaved else half.repeat(1, 1, 2)
 
 
@@ -109,11 +115,12 @@ def _load_table(
 ):  # fmt: skip
     """Return the table's entries for the first and second members of all pairs, two blocks
     [1, P]."""
-    row = tl.arange(0, 1)[:, None]
     if HALF_TABLE:
-        table, _ = _load_pairs(table_ptr + row, row < 1, 1, HALF, P, False)
+        cols = tl.arange(0, P)[None, :]
+        table = tl.load(table_ptr + cols, mask=cols < HALF).to(tl.float32)
         return table, table
     else:
+        row = tl.arange(0, 1)[:, None]
         return _load_pairs(table_ptr + row, row < 1, 1, HALF, P, INTERLEAVED)
 
 
@@ -137,8 +144,9 @@ def _rope_kernel(
     HALF: tl.constexpr, REST: tl.constexpr,  # R / 2 pairs, and D - R channels that pass through
     P: tl.constexpr, REST_P: tl.constexpr,  # HALF and REST, rounded up to powers of two
     BLOCK_HQ: tl.constexpr, BLOCK_HK: tl.constexpr,
-    INTERLEAVED: tl.constexpr, HALF_TABLE: tl.constexpr, INVERSE: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    # Whether pairs are neighbors where they come from, where they go, and in the table.
+    FROM_NEIGHBORS: tl.constexpr, TO_NEIGHBORS: tl.constexpr, TABLE_NEIGHBORS: tl.constexpr,
+    HALF_TABLE: tl.constexpr, INVERSE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Rotate, in program (i, j), the j-th share of the query and key heads at position i."""
     b, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
@@ -153,10 +161,10 @@ def _rope_kernel(
     sin_row = sin_ptr + b * sin_stride_b + s * sin_stride_s
 
     # Every load before the first store: the compiler may not move a load above a store.
-    qa, qb = _load_pairs(q_row, q_mask, BLOCK_HQ, HALF, P, INTERLEAVED)
-    ka, kb = _load_pairs(k_row, k_mask, BLOCK_HK, HALF, P, INTERLEAVED)
-    cos_a, cos_b = _load_table(cos_row, HALF, P, INTERLEAVED, HALF_TABLE)
-    sin_a, sin_b = _load_table(sin_row, HALF, P, INTERLEAVED, HALF_TABLE)
+    qa, qb = _load_pairs(q_row, q_mask, BLOCK_HQ, HALF, P, FROM_NEIGHBORS)
+    ka, kb = _load_pairs(k_row, k_mask, BLOCK_HK, HALF, P, FROM_NEIGHBORS)
+    cos_a, cos_b = _load_table(cos_row, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
+    sin_a, sin_b = _load_table(sin_row, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
     if INVERSE:
         sin_a, sin_b = -sin_a, -sin_b
     if BACKWARD:  # the transposed rotation, written as a forward one
@@ -164,8 +172,8 @@ def _rope_kernel(
 
     qa, qb = qa * cos_a - qb * sin_a, qb * cos_b + qa * sin_b
     ka, kb = ka * cos_a - kb * sin_a, kb * cos_b + ka * sin_b
-    _store_pairs(q_out_row, q_mask, qa, qb, BLOCK_HQ, HALF, P, INTERLEAVED)
-    _store_pairs(k_out_row, k_mask, ka, kb, BLOCK_HK, HALF, P, INTERLEAVED)
+    _store_pairs(q_out_row, q_mask, qa, qb, BLOCK_HQ, HALF, P, TO_NEIGHBORS)
+    _store_pairs(k_out_row, k_mask, ka, kb, BLOCK_HK, HALF, P, TO_NEIGHBORS)
     if REST > 0:
         _copy_rest(q_row, q_out_row, q_mask, 2 * HALF, REST, REST_P)
         _copy_rest(k_row, k_out_row, k_mask, 2 * HALF, REST, REST_P)
@@ -199,30 +207,35 @@ def _fake(q, k, cos, sin, q_dtype, k_dtype, heads_inner, *options):
 
 
 def _launch(
-    q, k, cos, sin, q_dtype, k_dtype, heads_inner, interleaved, half_table, inverse, backward
-):
+    q, k, cos, sin, q_dtype, k_dtype, heads_inner,
+    interleaved, split, half_table, narrow_table, inverse, backward,
+):  # fmt: skip
     q_out, k_out = _empty(q, q_dtype, heads_inner), _empty(k, k_dtype, heads_inner)
     B, Hq, S, D = q.shape
     if B * S * (Hq + k.shape[1]) == 0:
         return q_out, k_out
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
-    shares, sizes = _tiling(Hq, k.shape[1], D, cos.shape[-1])
+    shares, sizes = _tiling(Hq, k.shape[1], D, _rotated(cos, narrow_table))
     # A table that the whole batch shares has a batch stride of 0.
     table_strides = [n for t in (cos, sin) for n in (t.stride(0) * (t.shape[0] > 1), t.stride(1))]
+    result = interleaved and not split  # the table lies as the result of the forward pass does
     launch(
         _rope_kernel, (B * S, shares),
         q, k, cos, sin, q_out, k_out, S,
         *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3],
         *table_strides, **sizes,
-        INTERLEAVED=interleaved, HALF_TABLE=half_table, INVERSE=inverse, BACKWARD=backward,
+        FROM_NEIGHBORS=result if backward else interleaved,
+        TO_NEIGHBORS=interleaved if backward else result,
+        TABLE_NEIGHBORS=result,
+        HALF_TABLE=half_table or narrow_table, INVERSE=inverse, BACKWARD=backward,
     )  # fmt: skip
     return q_out, k_out
 
 
 _rope_op = register_op(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, ScalarType q_dtype, ScalarType k_dtype, "
-    "bool heads_inner, bool interleaved, bool half_table, bool inverse, bool backward)"
-    " -> (Tensor, Tensor)",
+    "bool heads_inner, bool interleaved, bool split, bool half_table, bool narrow_table, "
+    "bool inverse, bool backward) -> (Tensor, Tensor)",
     _launch,
     _fake,
 )
@@ -233,19 +246,21 @@ def _reference_of(ctx):
     cos, sin = ctx.saved_tensors
     needed = zip(ctx.shapes, ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     states = [cos.new_zeros(s, dtype=d).requires_grad_(need) for s, d, need in needed]
-    _, interleaved, half_table, inverse = ctx.options
-    options = interleaved, half_table, inverse, ctx.keep_dtype
+    options = *ctx.options[1:], ctx.keep_dtype
     return (lambda q, k: rope_reference(q, k, cos, sin, *options)), states
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, cos, sin, interleaved, half_table, inverse, keep_dtype):
+    def forward(
+        ctx, q, k, cos, sin, interleaved, split, half_table, narrow_table, inverse, keep_dtype
+    ):
         ctx.save_for_backward(cos, sin)
         ctx.dtypes, ctx.shapes, ctx.keep_dtype = (q.dtype, k.dtype), (q.shape, k.shape), keep_dtype
         # Gradients get q's layout too, whatever layout attention returns, so that the projection's
         # backward can view them instead of copying.
-        ctx.options = q.stride(1) <= q.stride(2), interleaved, half_table, inverse
+        options = interleaved, split, half_table, narrow_table, inverse
+        ctx.options = q.stride(1) <= q.stride(2), *options
         dtypes = [d if keep_dtype else torch.promote_types(d, cos.dtype) for d in ctx.dtypes]
         return _rope_op(q, k, cos, sin, *dtypes, *ctx.options, False)
 
@@ -253,24 +268,30 @@ class _Rope(torch.autograd.Function):
     @twice_differentiable(_reference_of)
     def backward(ctx, dq, dk):
         grads = _rope_op(dq, dk, *ctx.saved_tensors, *ctx.dtypes, *ctx.options, True)
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None, None
 
 
-def why_not(q, k, cos, sin) -> str | None:
+def _rotated(cos: torch.Tensor, narrow_table: bool) -> int:
+    return cos.shape[-1] * (2 if narrow_table else 1)
+
+
+def why_not(q, k, cos, sin, narrow_table: bool = False) -> str | None:
     """Return what is wrong with the arguments of `rope`, or None."""
     if q.dim() != 4 or k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
         return (
             "q and k must be [B, Hq, S, D] and [B, Hk, S, D], "
             f"got {tuple(q.shape)} and {tuple(k.shape)}."
         )
-    B, S, D, R = q.shape[0], q.shape[-2], q.shape[-1], cos.shape[-1]
+    B, S, D = q.shape[0], q.shape[-2], q.shape[-1]
     if cos.dim() != 3 or cos.shape != sin.shape or cos.shape[0] not in (1, B) or cos.shape[1] != S:
         return (
             f"cos and sin must both be [1 or {B}, {S}, R], "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}."
         )
+    R = _rotated(cos, narrow_table)
     if R % 2 or not 0 < R <= D:
-        return f"R, the width of cos, must be even and in 2..{D} (D), got {R}."
+        width = "twice the width of cos" if narrow_table else "the width of cos"
+        return f"R, {width}, must be even and in 2..{D} (D), got {R}."
     if cos.dtype != sin.dtype or not all(x.is_floating_point() for x in (q, k, cos)):
         dtypes = ", ".join(str(x.dtype) for x in (q, k, cos, sin))
         return f"floating q and k, cos and sin of one dtype, got {dtypes}."
@@ -287,7 +308,9 @@ def rope(
     sin: torch.Tensor,
     *,
     interleaved: bool = False,
+    split: bool = False,
     half_table: bool = False,
+    narrow_table: bool = False,
     inverse: bool = False,
     keep_dtype: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,7 +321,10 @@ def rope(
         k: [B, Hk, S, D].
         cos, sin: [B or 1, S, R] with R even and R <= D, already gathered by position.
         interleaved: pairs are (2j, 2j+1) (Cohere, GLM) instead of (j, j + R/2) (Llama).
+        split: takes interleaved pairs, and returns them, and takes the table, as if they were not
+            (DeepSeek's latent attention).
         half_table: pair j uses entry j for both members; only the first R/2 columns are read (GLM).
+        narrow_table: the same with tables that have only these R/2 columns (gpt-oss).
         inverse: rotate by the negative angle.
         keep_dtype: return the dtypes of q and k (Cohere, OLMo2, which compute in fp32 and cast
             back) instead of promote_types(q.dtype, cos.dtype), the dtype of `q * cos`.
@@ -307,9 +333,12 @@ def rope(
     gradient, take `rope_reference`. Raises ValueError for wrong shapes, an odd R, R > D, integer
     tensors, or several devices. Paper: Su et al., "RoFormer", arXiv:2104.09864.
     """
-    if (problem := why_not(q, k, cos, sin)) is not None:
+    problem = why_not(q, k, cos, sin, narrow_table)
+    if split and not interleaved:
+        problem = "split is for interleaved pairs: set interleaved, too."
+    if problem is not None:
         raise ValueError(f"rope: {problem}")
-    options = interleaved, half_table, inverse, keep_dtype
+    options = interleaved, split, half_table, narrow_table, inverse, keep_dtype
     if (
         torch.float64 in (q.dtype, k.dtype, cos.dtype)
         or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))

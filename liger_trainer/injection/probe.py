@@ -23,6 +23,7 @@ from liger_trainer.swap import PLACED, has_foreign_forward
 SCALES = (1e-3, 1.0, 100.0)
 TOLERANCE_FP32 = 2e-5  # relative to the largest value; kernels sum rows in another order
 FACTOR = 2.0  # how many times the original's rounding error is allowed
+_GRADIENTS = 1000  # the first seed of `draw` for the gradients of outputs
 Form = TypeVar("Form")  # identifies one of the formulas that a rule tries
 _ON_CPU = {"device": "cpu", "dtype": torch.float32}  # independent of torch's defaults
 
@@ -261,7 +262,11 @@ def evaluate(function: Callable, case: Case) -> list[torch.Tensor]:
     wanted = [t for t in case.inputs if t.requires_grad]
     if not wanted:
         return [o.detach() for o in outputs]
-    seeds = [draw(tuple(o.shape), 1.0, o.device, i).to(o.dtype) for i, o in enumerate(outputs)]
+    # Not the numbers of an input: along itself, the gradient of a norm vanishes.
+    seeds = [
+        draw(tuple(o.shape), 1.0, o.device, _GRADIENTS + i).to(o.dtype)
+        for i, o in enumerate(outputs)
+    ]
     grads = torch.autograd.grad(outputs, wanted, seeds)
     return [t.detach() for t in (*outputs, *grads)]
 

@@ -93,12 +93,12 @@ def calls(rows: int, width: int):
     yield "swiglu", lambda: swiglu(x, leaf(rows, width))
     for kind in ("tanh", "none"):
         yield f"geglu, {kind}", lambda kind=kind: geglu(x, leaf(rows, width), approximate=kind)
-    for interleaved in (False, True):
+    for pairs in ((), ("interleaved",), ("interleaved", "split", "half_table")):
         heads = (leaf(1, width, rows, 2 * width), leaf(1, 1, rows, 2 * width))
         table = torch.randn(1, rows, 2 * width)
         yield (
-            f"rope, interleaved={interleaved}",
-            lambda i=interleaved, h=heads, t=table: rope(*h, t, t, interleaved=i),
+            f"rope, {' '.join(pairs)}",
+            lambda p=pairs, h=heads, t=table: rope(*h, t, t, **dict.fromkeys(p, True)),
         )
     A, B = leaf(rows, width, dtype=torch.float32), leaf(5, rows, dtype=torch.float32)
     for products in (InRegisters(exact=True), InRegisters(exact=False), InParts()):

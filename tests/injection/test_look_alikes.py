@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from families import tiny_model
 from plain_norm import Norm
 from torch import nn
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.llama import modeling_llama
 
 from liger_trainer import inject
@@ -145,17 +146,17 @@ def test_rotary_with_the_opposite_sign_is_recognised_as_such():
     def opposite(q, k, cos, sin, unsqueeze_dim=1):
         return modeling_llama.apply_rotary_pos_emb(q, k, cos, -sin, unsqueeze_dim)
 
-    form, verdict = rotary.identify(opposite, torch.device("cpu"))
+    found, verdict = rotary.identify(opposite, torch.device("cpu"))
     assert verdict.equal
-    assert form.inverse
+    assert found.form.inverse
 
 
 def test_unknown_rotary_is_refused():
     def unknown(q, k, cos, sin):
         return q * cos[:, None] + q.flip(-1) * sin[:, None], k * cos[:, None]
 
-    form, verdict = rotary.identify(unknown, torch.device("cpu"))
-    assert form is None
+    found, verdict = rotary.identify(unknown, torch.device("cpu"))
+    assert found is None
     assert verdict.reason == "no known form of rotary embedding"
 
 
@@ -163,6 +164,7 @@ def test_unknown_rotary_is_refused():
     ("norm", "rule"),
     [
         (nn.RMSNorm(32, eps=1e-6, elementwise_affine=False), "rms_norm"),
+        (Gemma3nRMSNorm(32, with_scale=False), "rms_norm"),
         (nn.RMSNorm(32, eps=1e-6), "rms_norm"),
         (nn.LayerNorm(32), "layer_norm"),
         (nn.LayerNorm(32, bias=False), "layer_norm"),

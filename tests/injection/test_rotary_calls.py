@@ -7,8 +7,11 @@ import pytest
 import torch
 from families import batch, tiny_model
 from torch import nn
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss_rotary
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 from transformers.models.llama.modeling_llama import rotate_half
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from liger_trainer import inject
 from liger_trainer.report import InjectionReport
@@ -52,6 +55,22 @@ def rotates_nothing(q, k, cos, sin):
     return rotate_half(q), k
 
 
+def neighbors_apart(q, k, cos, sin):
+    """As DeepSeek's, which broadcasts a table of two columns over all channels."""
+    cos, sin = (table[:, None, :, : table.shape[-1] // 2] for table in (cos, sin))
+
+    def rotate(x):
+        first, second = x[..., ::2], x[..., 1::2]
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    return rotate(q), rotate(k)
+
+
+def without_batch(q, k, cos, sin):
+    """As a vision tower calls it: the patches of all images in one row."""
+    return apply_rotary_pos_emb_vision(q, k, cos, sin)
+
+
 def attention(function) -> tuple[nn.Module, InjectionReport]:
     """A swapped module that calls `function` as it is called; CALLS counts the original's calls."""
     scope = {"rotary": counted(function)}
@@ -83,6 +102,7 @@ def states(heads=1, length=5):
 
 q, k, cos, sin = states()
 q2, k2, _, _ = states(heads=2)
+half = cos[..., :8], sin[..., :8]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +129,15 @@ q2, k2, _, _ = states(heads=2)
         (with_positions, (q, k, cos, sin, torch.arange(5).flip(0)), {}, False),
         (with_positions, (q, k, cos, sin), {"position_ids": torch.arange(5).flip(0)}, False),
         (with_positions, (q2, k2, cos, sin, None, 2), {}, False),
+        (apply_rotary_pos_emb_interleave, (q, k, cos, sin), {}, True),
+        (apply_rotary_pos_emb_interleave, (q2, k2, cos, sin), {"unsqueeze_dim": 2}, True),
+        (neighbors_apart, (q, k, cos, sin), {}, True),
+        (neighbors_apart, (q, k, cos[..., :2], sin[..., :2]), {}, False),
+        (gpt_oss_rotary, (q, k, *half), {}, True),
+        (gpt_oss_rotary, (q, k, cos[..., :1], sin[..., :1]), {}, False),  # a broadcast, too
+        (without_batch, (q2[0], k2[0], cos[0], sin[0]), {}, True),
+        (without_batch, (q2, k2, cos, sin), {}, True),
+        (without_batch, (q2, k2, cos[0], sin[0]), {}, False),  # one table for all
         (only_heads_first, (q, k, cos, sin), {}, True),
         (only_heads_first, (q, k, cos, sin, 2), {}, False),
     ],
@@ -131,6 +160,32 @@ def test_a_wrong_call_raises_as_the_original_does(args, kwargs):
     module, _ = attention(llama_rotary)
     with pytest.raises(TypeError, match="apply_rotary_pos_emb"):
         module(*args, **kwargs)
+
+
+def either(first, second) -> tuple[nn.Module, InjectionReport]:
+    """A swapped module that calls one function or the other, as its configuration says."""
+    scope = {"first": counted(first), "second": counted(second)}
+    code = "def forward(self, *args, other):\n    return (second if other else first)(*args)"
+    exec(code, scope)
+    model = nn.Sequential(type("Attention", (nn.Module,), {"forward": scope["forward"]})())
+    report = inject(model)
+    CALLS.clear()
+    return model[0], report
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_whichever_function_a_forward_calls_is_swapped(other):
+    module, report = either(llama_rotary, apply_rotary_pos_emb_interleave)
+    assert report.coverage["rope"] == (1, 1)
+    expected = (apply_rotary_pos_emb_interleave if other else llama_rotary)(q, k, cos, sin)
+    got = module(q, k, cos, sin, other=other)
+    assert not CALLS
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_forward_that_may_call_an_unknown_function_is_refused():
+    _, report = either(llama_rotary, rotates_nothing)
+    assert report.coverage["rope"] == (0, 1)
 
 
 def test_a_function_that_rotates_nothing_is_refused():
@@ -160,6 +215,7 @@ INDEXED = {
 
 def test_a_model_that_rotates_queries_alone_trains():
     """Its indexer leaves the keys out."""
+    pytest.importorskip("transformers.models.qwen4_exp")  # older versions do not have it
     model = tiny_model("qwen4_exp_text", **INDEXED)
     plain = copy.deepcopy(model)
     assert inject(model).coverage["rope"] == (2, 2)

@@ -6,6 +6,7 @@ import threading
 
 import architectures
 import pytest
+import small_inputs
 import torch
 import torch.distributed as dist
 from families import batch, tiny_model
@@ -110,7 +111,7 @@ def phimoe():
     model = architectures.tiny("causal", "phimoe")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.3
-    return model, architectures.text()
+    return model, small_inputs.text()
 
 
 def segformer():

@@ -141,7 +141,8 @@ def test_rope(path, data):
     heads, kv_heads = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
     rotated = 2 * data.draw(st.integers(1, 9))
     width = rotated + data.draw(st.sampled_from([0, 1, 6]))
-    table = (data.draw(st.sampled_from([1, batch])), length, rotated)
+    narrow = data.draw(st.booleans())
+    table = (data.draw(st.sampled_from([1, batch])), length, rotated // (2 if narrow else 1))
     table_dtype = st.just(data.draw(dtypes))
     operands = {
         "q": data.draw(tensor((batch, heads, length, width))),
@@ -152,7 +153,9 @@ def test_rope(path, data):
     interleaved = data.draw(st.booleans())
     options = {
         "interleaved": interleaved,
+        "split": interleaved and data.draw(st.booleans()),
         "half_table": data.draw(st.booleans()),
+        "narrow_table": narrow,
         "inverse": data.draw(st.booleans()),
         "keep_dtype": data.draw(st.booleans()),
     }

@@ -17,6 +17,11 @@ OPTIONS = [
     {"interleaved": True},
     {"half_table": True},
     {"interleaved": True, "half_table": True},
+    {"narrow_table": True},
+    {"interleaved": True, "narrow_table": True},
+    {"interleaved": True, "split": True},
+    {"interleaved": True, "split": True, "half_table": True},
+    {"interleaved": True, "split": True, "narrow_table": True, "inverse": True},
     {"inverse": True},
     {"interleaved": True, "inverse": True},
     {"keep_dtype": True},
@@ -33,9 +38,11 @@ def transposed(B, H, S, D, dtype, device):
     return torch.randn(B, S, H, D, dtype=dtype, device=device).transpose(1, 2)
 
 
-def random_tables(B, S, R, dtype, device):
+def random_tables(B, S, R, dtype, device, narrow_table=False):
     """No symmetry between the two halves, so that a wrong layout or transpose shows."""
-    return torch.randn(2, B, S, R, dtype=dtype, device=device).unbind(0)
+    width = R // 2 if narrow_table else R
+    # Cut from wider ones: a wrong width shows, too.
+    return torch.randn(2, B, S, width + 1, dtype=dtype, device=device)[..., :width].unbind(0)
 
 
 def angle_tables(position_ids, R):
@@ -57,7 +64,8 @@ def assert_rope_matches(q, k, cos, sin, **options):
 def test_options_match_torch(kernel_device, dtype, options):
     q = transposed(2, 3, 2, 12, dtype, kernel_device)
     k = transposed(2, 1, 2, 12, dtype, kernel_device)
-    assert_rope_matches(q, k, *random_tables(2, 2, 12, dtype, kernel_device), **options)
+    narrow = options.get("narrow_table", False)
+    assert_rope_matches(q, k, *random_tables(2, 2, 12, dtype, kernel_device, narrow), **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=name_options)
@@ -65,7 +73,8 @@ def test_channels_beyond_the_table_pass_through(kernel_device, options):
     dtype = torch.bfloat16
     q = transposed(1, 4, 2, 14, dtype, kernel_device)
     k = transposed(1, 2, 2, 14, dtype, kernel_device)
-    cos, sin = random_tables(1, 2, 10, torch.float32, kernel_device)
+    narrow = options.get("narrow_table", False)
+    cos, sin = random_tables(1, 2, 10, torch.float32, kernel_device, narrow)
     assert_rope_matches(q, k, cos, sin, **options)
     assert torch.equal(rope(q, k, cos, sin, **options)[0][..., 10:], q[..., 10:])
 
@@ -231,6 +240,8 @@ THEIRS = [
     ("cohere", 8, {"interleaved": True, "keep_dtype": True}),
     ("glm4", 8, {"interleaved": True, "half_table": True}),
     ("glm4", 4, {"interleaved": True, "half_table": True}),
+    ("deepseek_v3", 8, {"interleaved": True, "split": True, "half_table": True}),
+    ("gpt_oss", 8, {"narrow_table": True}),
 ]
 
 
@@ -244,13 +255,18 @@ def test_reference_is_bitwise_the_function_of_transformers(model, R, options, dt
     torch.manual_seed(0)
     q, k = (transposed(2, H, 3, 8, dtype, "cpu") for H in (4, 2))
     cos, sin = random_tables(2, 3, R, table_dtype or dtype, "cpu")
+    if options.get("narrow_table"):
+        cos, sin = cos[..., : R // 2], sin[..., : R // 2]
+    if options.get("split"):  # older versions of DeepSeek's read both halves, which are equal
+        cos, sin = (table[..., : R // 2].repeat(1, 1, 2) for table in (cos, sin))
     tensors = {"q": q, "k": k}
+    name = "apply_rotary_pos_emb" + ("_interleave" if options.get("split") else "")
 
     def ours(q, k):
         return rope(q, k, cos, sin, **options)
 
     def theirs(q, k):
-        return modeling.apply_rotary_pos_emb(q, k, cos, sin)
+        return getattr(modeling, name)(q, k, cos, sin)
 
     want, want_grads, seeds = run(theirs, tensors)
     got, got_grads, _ = run(ours, tensors, seeds)
@@ -286,7 +302,7 @@ def test_op_is_what_its_fake_says(device, heads_inner, backward):
     q = transposed(2, 4, 3, 8, torch.bfloat16, device)
     k = transposed(2, 2, 3, 8, torch.bfloat16, device)
     tables = random_tables(1, 3, 8, torch.float32, device)
-    flags = (heads_inner, False, False, False, backward)
+    flags = (heads_inner, False, False, False, False, False, backward)
     with runtime.interpreted():
         torch.library.opcheck(
             rope_module._rope_op.op,
@@ -338,6 +354,14 @@ Q, K, TABLE = (2, 4, 3, 8), (2, 2, 3, 8), (1, 3, 8)
 def test_wrong_shapes_are_refused(shapes, message):
     with pytest.raises(ValueError, match=message):
         rope(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_wrong_options_are_refused():
+    q, k, table = torch.zeros(Q), torch.zeros(K), torch.zeros(TABLE)
+    with pytest.raises(ValueError, match="got 16"):
+        rope(q, k, table, table, narrow_table=True)
+    with pytest.raises(ValueError, match="set interleaved"):
+        rope(q, k, table, table, split=True)
 
 
 def test_wrong_dtypes_and_devices_are_refused():

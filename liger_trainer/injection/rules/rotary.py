@@ -1,8 +1,8 @@
-"""Rotary position embedding: the function that a module's forward calls on (q, k, cos, sin).
+"""Rotary position embedding: the functions that a module's forward calls on (q, k, cos, sin).
 
-The function is a global of the model's source file, which every model of that architecture shares.
-The global itself is not changed: the module gets its own forward, the same code with that one name
-bound to the kernel (`swap.rebind`).
+Such a function is a global of the model's source file, which every model of that architecture
+shares. The global itself is not changed: the module gets its own forward, the same code with that
+one name bound to the kernel (`swap.rebind`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import FunctionType
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
-from liger_trainer.kernels.layers.rope import MIN_ELEMENTS, rope, why_not
+from liger_trainer.kernels.layers.rope import MIN_ELEMENTS, rope, rope_reference, why_not
 from liger_trainer.kernels.runtime import all_plain, pays
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
@@ -28,13 +29,17 @@ class RotaryForm:
     """One formula of a rotary embedding: the options of `kernels.rope`."""
 
     interleaved: bool = False
+    split: bool = False
     half_table: bool = False
+    narrow_table: bool = False
     inverse: bool = False
     keep_dtype: bool = False
 
     def __str__(self) -> str:
         options = {
+            "returns them apart": self.split,
             "half a table": self.half_table,
+            "a table of half the width": self.narrow_table,
             "opposite angle": self.inverse,
             "cast back": self.keep_dtype,
         }
@@ -43,11 +48,47 @@ class RotaryForm:
 
 
 _FORMS = tuple(
-    RotaryForm(interleaved, half_table, inverse, keep_dtype)
-    for interleaved, half_table in ((False, False), (True, False), (True, True))
+    RotaryForm(*lies, inverse, keep_dtype)
+    for lies in (  # interleaved, split, half_table, narrow_table
+        (False, False, False, False),
+        (False, False, False, True),
+        (True, False, False, False),
+        (True, False, False, True),
+        (True, False, True, False),
+        (True, True, False, False),
+        (True, True, True, False),
+    )
     for inverse in (False, True)
     for keep_dtype in (False, True)
 )
+
+
+class Layout(NamedTuple):
+    """Which dimension of the states is the length, and which the heads."""
+
+    rank: int
+    heads: int
+
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a view of `x` as [B, H, S, D]."""
+        return (x.unsqueeze(0) if self.rank == 3 else x).transpose(1, self._moved)
+
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the opposite view."""
+        x = x.transpose(1, self._moved)
+        return x.squeeze(0) if self.rank == 3 else x
+
+    def table(self, table: torch.Tensor) -> torch.Tensor:
+        """Return a view of a table as [B, S, R]."""
+        return table.unsqueeze(0) if self.rank == 3 else table
+
+    @property
+    def _moved(self) -> int:
+        return 1 if self == HEADS_FIRST else 2
+
+
+HEADS_FIRST, LENGTH_FIRST = Layout(4, 1), Layout(4, 2)  # [B, H, S, D] and [B, S, H, D]
+NO_BATCH = Layout(3, 1)  # [S, H, D], with tables [S, R]: the patches of all images in one row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +98,35 @@ class RotaryCall:
     names: tuple[str, ...]  # of all its parameters
     tensors: tuple[str, ...]  # names of q, k, cos and sin
     dim: str | None  # name of the parameter for the heads' dimension in q and k
-    dims: tuple[int, ...] = (1,)  # verified values of that parameter, its default first
+    default: int = 1  # default of that parameter
+    layouts: tuple[Layout, ...] = ()  # verified layouts
+    partial: bool = False  # whether a rotation of only some channels is verified
+
+    def layout(self, q: torch.Tensor, dim: int | None) -> Layout | None:
+        """Return the layout of a call, or None if that layout is not verified."""
+        if self.dim is not None:
+            found = Layout(q.dim(), self.default if dim is None else dim)
+            return found if found in self.layouts else None
+        return next((layout for layout in self.layouts if layout.rank == q.dim()), None)
+
+
+class Rotary(NamedTuple):
+    """A rotary function, and how the kernel replaces it."""
+
+    function: Callable
+    call: RotaryCall
+    form: RotaryForm
 
 
 class FusedRotary(Swapped):
-    """A module whose forward calls the kernel in place of its rotary function."""
+    """A module whose forward calls the kernel in place of its rotary functions."""
 
     @classmethod
-    def namespace(cls, base: type, function: Callable, call: RotaryCall, form: RotaryForm) -> dict:
-        return {"forward": rebind(base.forward, function, fused_rotary(function, call, form))}
+    def namespace(cls, base: type, *rotaries: Rotary) -> dict:
+        forward = base.forward
+        for rotary in rotaries:
+            forward = rebind(forward, rotary.function, fused_rotary(*rotary))
+        return {"forward": forward}
 
 
 @functools.cache
@@ -82,67 +143,64 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
         given = {**dict(zip(call.names, args, strict=False)), **kwargs}
-        q, k, cos, sin = map(given.get, call.tensors)
-        heads = given.get(call.dim, call.dims[0])
+        tensors = [given.get(name) for name in call.tensors]
         if (
             len(given) != len(args) + len(kwargs)  # a parameter twice, or too many
             or len(given) != 4 + (call.dim in given)
-            or heads not in call.dims
-            or q is None
-            or k is None
-            or cos is None
-            or sin is None
-            or not all_plain(q, k, cos, sin)
-            or not pays(q, MIN_ELEMENTS)
+            or any(tensor is None for tensor in tensors)
+            or not all_plain(*tensors)
+            or not pays(tensors[0], MIN_ELEMENTS)
         ):
             return original(*args, **kwargs)
-        if heads == 2 and q.dim() == k.dim() == 4:
-            q, k = q.transpose(1, 2), k.transpose(1, 2)
-        if why_not(q, k, cos, sin) is not None:
+        q, k, cos, sin = tensors
+        layout = call.layout(q, given.get(call.dim))
+        if layout is None or k.dim() != layout.rank or cos.dim() != layout.rank - 1:
             return original(*args, **kwargs)
-        q, k = rope(q, k, cos, sin, **options)
-        return (q, k) if heads == 1 else (q.transpose(1, 2), k.transpose(1, 2))
+        q, k, cos, sin = *map(layout.states, (q, k)), *map(layout.table, (cos, sin))
+        rotated = cos.shape[-1] * (2 if form.narrow_table else 1)
+        if why_not(q, k, cos, sin, form.narrow_table) or not (
+            call.partial or rotated == q.shape[-1]
+        ):
+            return original(*args, **kwargs)
+        return tuple(map(layout.back, rope(q, k, cos, sin, **options)))
 
     return apply_rotary
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
-    function = _rotary_function(type(module))
-    if function is None:
+    functions = _rotary_functions(type(module))
+    if not functions:
         return None
-    if _call_of(function) is None:
-        reason = f"{function.__name__} takes other arguments than two states, cosine and sine"
+    taken = [function for function in functions if _call_of(function) is not None]
+    if not taken:
+        reason = f"{functions[0].__name__} takes other arguments than two states, cosine and sine"
         return Proposal.not_applicable(site, "rope", reason)
     if not search.config.rope:
         return Proposal.off(site, "rope")
     device = search.device_of(module)
-    form, verdict = search.cached(
-        ("rope", function, str(device)), lambda: identify(function, device)
-    )
-    if form is None:
-        return Proposal.refused(site, "rope", verdict.reason, verdict.max_error)
-    call = search.cached(
-        ("rope call", function, str(device)), lambda: proven_call(function, form, device)
-    )
-    swap = Swap(module, FusedRotary, (function, call, form))
-    return Proposal.swapped(site, "rope", str(form), swap, max_error=verdict.max_error)
+    found = [
+        search.cached(("rope", function, str(device)), lambda f=function: identify(f, device))
+        for function in taken
+    ]
+    errors = [verdict.max_error for _, verdict in found]
+    # Which of them a forward calls may depend on its configuration: all must be known.
+    unknown = [verdict for rotary, verdict in found if rotary is None]
+    if unknown:
+        return Proposal.refused(site, "rope", unknown[0].reason, unknown[0].max_error)
+    rotaries = [rotary for rotary, _ in found]
+    forms = dict.fromkeys(str(rotary.form) for rotary in rotaries)
+    swap = Swap(module, FusedRotary, tuple(rotaries))
+    return Proposal.swapped(site, "rope", "; ".join(forms), swap, max_error=max(errors))
 
 
 @functools.cache
-def _rotary_function(cls: type) -> Callable | None:
-    """Return the global function that `cls.forward` calls with a cosine and a sine.
-
-    If there are several, prefer the first that also takes two states.
-    """
+def _rotary_functions(cls: type) -> tuple[FunctionType, ...]:
+    """Return the globals that `cls.forward` calls with a cosine and a sine."""
     forward = getattr(cls, "forward", None)
     if not isinstance(forward, FunctionType):
-        return None
-    functions = [
-        f
-        for f in referenced_globals(forward)
-        if isinstance(f, FunctionType) and None not in _tables(inspect.signature(f).parameters)
-    ]
-    return next((f for f in functions if _call_of(f) is not None), next(iter(functions), None))
+        return ()
+    found = dict.fromkeys(f for f in referenced_globals(forward) if isinstance(f, FunctionType))
+    return tuple(f for f in found if None not in _tables(inspect.signature(f).parameters))
 
 
 def _tables(parameters: Iterable[str]) -> tuple[str | None, str | None]:
@@ -177,75 +235,111 @@ def _call_of(function: FunctionType) -> RotaryCall | None:
     dim = next((p for p in options if type(p.default) is int and p.default in (1, 2)), None)
     if dim is None:
         return RotaryCall(names, tensors, None)
-    return RotaryCall(names, tensors, dim.name, (dim.default,))
+    return RotaryCall(names, tensors, dim.name, dim.default)
 
 
-def identify(function: Callable, device: torch.device) -> tuple[RotaryForm | None, probe.Verdict]:
+def identify(function: Callable, device: torch.device) -> tuple[Rotary | None, probe.Verdict]:
+    """Return how the kernel replaces `function`: in one form, and in every layout that it takes."""
+    call = _call_of(function)
+    assert call is not None
+    layouts = [HEADS_FIRST, LENGTH_FIRST, *([NO_BATCH] if call.dim is None else [])]
+    layouts.sort(key=lambda layout: layout.heads != call.default)
+    verdicts = []
+    for layout in layouts:
+        form, verdict = _form_in(function, call, layout, device)
+        if form is not None:
+            equal = [
+                other
+                for other in layouts
+                if other == layout or _equal(function, call, form, other, device)
+            ]
+            widths = {c.inputs[2].shape[-1] for c in _cases(function, call, layout, device)}
+            call = dataclasses.replace(call, layouts=tuple(equal), partial=len(widths) == 2)
+            return Rotary(function, call, form), verdict
+        verdicts.append(verdict)
+    # One of a layout that it takes says more than that it does not take the others.
+    return None, next((v for v in verdicts if v.max_error is not None), verdicts[0])
+
+
+def _form_in(function, call, layout, device) -> tuple[RotaryForm | None, probe.Verdict]:
     """Return the form that equals `function`, for full and (if supported) partial rotation."""
-    call = _call_of(function)
-    assert call is not None
-    heads = call.dims[0]
-    cases = _cases(device, heads, _accepts_partial(function, call, device))
-    candidates = {form: _candidate(form, heads) for form in _FORMS}
+    original, cases = _original(function, call, layout), _cases(function, call, layout, device)
+    # First in plain torch: on a GPU, every form of the kernel would have to be compiled.
+    likely = [
+        form
+        for form in _FORMS
+        if probe.compare(original, _candidate(form, layout, rope_reference), cases[:1]).equal
+    ]
+    candidates = {form: _candidate(form, layout) for form in likely or _FORMS[:1]}
     otherwise = "no known form of rotary embedding"
-    return probe.choose(_original(function, call, heads), candidates, lambda: cases, otherwise)
+    return probe.choose(original, candidates, lambda: cases, otherwise)
 
 
-def proven_call(function: Callable, form: RotaryForm, device: torch.device) -> RotaryCall:
-    """Return the calls of `function` that equal `form`: with which dimensions of the heads."""
-    call = _call_of(function)
-    assert call is not None
-    if call.dim is None:
-        return call
-    other = 3 - call.dims[0]
-    cases = [c for c in _cases(device, other, False) if c.inputs[2].dtype == torch.float32]
-    equal = probe.compare(_original(function, call, other), _candidate(form, other), cases).equal
-    return dataclasses.replace(call, dims=(*call.dims, other) if equal else call.dims)
+def _equal(function, call, form, layout, device) -> bool:
+    cases = _cases(function, call, layout, device)
+    original, candidate = _original(function, call, layout), _candidate(form, layout)
+    return probe.compare(original, candidate, cases).equal
 
 
-def _original(function: Callable, call: RotaryCall, heads: int) -> Callable:
-    option = {} if call.dim is None else {call.dim: heads}
+def _original(function: Callable, call: RotaryCall, layout: Layout) -> Callable:
+    option = {} if call.dim is None else {call.dim: layout.heads}
     return lambda *tensors: function(**dict(zip(call.tensors, tensors, strict=True)), **option)
 
 
-def _candidate(form: RotaryForm, heads: int) -> Callable:
+def _candidate(form: RotaryForm, layout: Layout, kernel: Callable = rope) -> Callable:
     def rotate(q, k, cos, sin):
-        q, k = (t if heads == 1 else t.transpose(1, 2) for t in (q, k))
-        rotated = rope(q, k, cos, sin, **dataclasses.asdict(form))
-        return rotated if heads == 1 else tuple(t.transpose(1, 2) for t in rotated)
+        tensors = *map(layout.states, (q, k)), *map(layout.table, (cos, sin))
+        if (problem := why_not(*tensors, form.narrow_table)) is not None:
+            raise ValueError(problem)
+        return tuple(map(layout.back, kernel(*tensors, **dataclasses.asdict(form))))
 
     return rotate
 
 
-def _accepts_partial(function: Callable, call: RotaryCall, device: torch.device) -> bool:
-    *_, partial = _cases(device, call.dims[0], partial=True)
+_WIDTH = 16
+
+
+def _cases(
+    function: Callable, call: RotaryCall, layout: Layout, device: torch.device
+) -> list[probe.Case]:
+    """Return grouped heads, a table per sample or for all, columns that differ in both halves.
+
+    The table is as wide as a head, or half as wide (for a part of its channels, or with an entry
+    for each pair), as far as `function` takes that.
+    """
+    dtypes = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+    shapes = [(2, 5, 2), (2, 1, 1), (3, 33, 1)]  # batch, length, tables
+    by_width = [
+        [
+            _case(device, shape, layout, width, scale, dtype, table_dtype)
+            for dtype, table_dtype in dtypes
+            for scale, shape in zip(probe.SCALES, shapes, strict=True)
+        ]
+        for width in (_WIDTH, _WIDTH // 2)
+    ]
+    original = _original(function, call, layout)
+    taken = [cases for cases in by_width if _takes(original, cases[0])]
+    return [case for cases in taken or by_width[:1] for case in cases]
+
+
+def _takes(function: Callable, case: probe.Case) -> bool:
     try:
-        _original(function, call, call.dims[0])(*partial.inputs)
+        function(*case.inputs)
     except (RuntimeError, ValueError, IndexError):  # shapes that do not broadcast
         return False
     return True
 
 
-def _cases(device: torch.device, heads: int, partial: bool) -> list[probe.Case]:
-    """Return cases with grouped heads, tables per sample or shared, and halves that differ."""
-    width = 16
-    widths = [width, width // 2] if partial else [width]
-    dtypes = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
-    shapes = [(2, 5, 2), (2, 1, 1), (3, 33, 1)]  # batch, length, tables
-    return [
-        _case(device, shape, heads, width, rotated, scale, dtype, table_dtype)
-        for rotated in widths
-        for dtype, table_dtype in dtypes
-        for scale, shape in zip(probe.SCALES, shapes, strict=True)
-    ]
-
-
-def _case(device, shape, heads, width, rotated, scale, dtype, table_dtype) -> probe.Case:
-    batch, length, tables = shape
-    q, k = (probe.draw((batch, length, n, width), scale, device, n).to(dtype) for n in (4, 2))
+def _case(device, shape, layout, table_width, scale, dtype, table_dtype) -> probe.Case:
+    batch, length, tables = shape if layout.rank == 4 else (1, shape[1], 1)
+    q, k = (probe.draw((batch, length, n, _WIDTH), scale, device, n).to(dtype) for n in (4, 2))
     cos, sin = (
-        probe.draw((tables, length, rotated), 1.0, device, 7 + i).to(table_dtype) for i in range(2)
+        probe.draw((tables, length, table_width), 1.0, device, 7 + i).to(table_dtype)
+        for i in range(2)
     )
-    q, k = (t.transpose(1, 2) if heads == 1 else t for t in (q, k))
+    if layout == HEADS_FIRST:
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    elif layout == NO_BATCH:
+        q, k, cos, sin = (t.squeeze(0) for t in (q, k, cos, sin))
     label = f"{dtype} states of size {scale:g}, {table_dtype} table"
     return probe.Case((q.requires_grad_(), k.requires_grad_(), cos, sin), label)
