@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
+from torch.autograd import forward_ad
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +73,23 @@ def pays(x: torch.Tensor, elements: int) -> bool:
     return x.numel() >= elements or torch.compiler.is_compiling() or _every_size.get()
 
 
+def is_transformed() -> bool:
+    """Whether what runs is transformed by `torch.func` or differentiated in forward mode, which
+    look into every operation: a kernel has to leave them torch's own."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_looked_into() -> bool:
+    """Whether what runs is compiled or transformed, so that swapped modules stay plain."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
 def use_triton(x: torch.Tensor) -> bool:
     """Whether `x` is handled by a Triton kernel; otherwise by the operation's torch reference."""
+    if is_transformed():
+        return False
     if not x.is_cuda:
         return _interpret_on_cpu
     if not HAS_TRITON:

@@ -1,4 +1,4 @@
-"""Second derivatives: where autograd records the backward pass, torch computes it."""
+"""Where autograd records or vectorizes the backward pass, torch computes it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .autograd import is_batched
+
 
 def twice_differentiable(reference: Callable) -> Callable:
     """Decorate the `backward` of an autograd function whose formula there is in torch, too.
 
     `reference(ctx)` returns a function in differentiable torch, and the tensors that it takes:
     those that came first to `forward`, None for one that was None. With `create_graph=True` the
-    gradients are those of that function, with derivatives of any order; else `backward` runs.
+    gradients are those of that function, with derivatives of any order, and with
+    `is_grads_batched=True` they are that function's, too; else `backward` runs.
 
     `torch.autograd.function.once_differentiable` raises only if an incoming gradient requires one:
     a gradient penalty would silently lack what goes through the saved tensors.
@@ -22,9 +25,10 @@ def twice_differentiable(reference: Callable) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def wrapper(ctx, *grads):
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            recorded = torch.is_grad_enabled()
+            if torch.compiler.is_compiling() or not (recorded or any(map(is_batched, grads))):
                 return backward(ctx, *grads)
-            found = gradients(*reference(ctx), grads, create_graph=True)
+            found = gradients(*reference(ctx), grads, create_graph=recorded)
             return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
         return wrapper

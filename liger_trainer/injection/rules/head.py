@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
 from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa: F401  (handlers)
@@ -27,6 +26,7 @@ from liger_trainer.injection.rules.proposal import (
     look_again,
 )
 from liger_trainer.injection.rules.uncompiled import uncompiled, uncompiled_result
+from liger_trainer.kernels.runtime import is_looked_into
 from liger_trainer.swap import Swapped, has_foreign_forward, note, swap
 
 FUSED = "fused_linear_cross_entropy"
@@ -65,13 +65,7 @@ def _can_defer(hidden_states: torch.Tensor) -> bool:
 
 def _in_graph() -> bool:
     """Whether the forward is recorded, transformed or only shaped, so that nothing may wait."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-    )
+    return is_looked_into() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class DeferringModel(Swapped):

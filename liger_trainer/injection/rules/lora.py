@@ -27,7 +27,7 @@ from liger_trainer.kernels.layers.lora_linear import (
     add_adapters,
     lora_linear,
 )
-from liger_trainer.kernels.runtime import every_size, pays
+from liger_trainer.kernels.runtime import every_size, is_looked_into, pays
 from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
@@ -51,7 +51,7 @@ class FusedLoRA(Swapped):
         usual = usual and (gathered is not None or pays(x, MIN_ELEMENTS))
         adapters = active_adapters(self, x, gathered is not None) if usual else None
         if not adapters:
-            if usual and not torch.compiler.is_compiling():
+            if usual and not is_looked_into():
                 note(self, _unfit(self, gathered is not None))
             return self._liger_base.forward(self, x, *args, **kwargs)
         note(self, None)
@@ -72,7 +72,7 @@ def active_adapters(
     `gathered`: hooks make the matrices whole where they are called. Until then, they have no size,
     and asking modules for them by attribute may gather them here.
     """
-    if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
+    if layer.disable_adapters or layer.merged or is_looked_into():
         return None
     if type(x) not in _PLAIN or not x.is_floating_point() or _is_sharded(layer.base_layer):
         return None
@@ -106,7 +106,7 @@ def active_adapters(
 def _gathered_modules(layer: nn.Module) -> list[nn.Module] | None:
     """Return the base layer, and A and B of each active adapter, if an engine's hooks gather their
     weights when they are called."""
-    if torch.compiler.is_compiling():
+    if is_looked_into():
         return None
     found = [layer.get_submodule("base_layer")]
     for name in layer.active_adapters:
