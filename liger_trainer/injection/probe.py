@@ -153,13 +153,6 @@ def random_state(device: torch.device) -> list[torch.Tensor]:
     return states
 
 
-def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    """Set what `random_state` returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
 def _state(module: nn.Module) -> dict[str, tuple[object, int | None]]:
     return {
         name: (value, len(value) if isinstance(value, Sized) else None)

@@ -63,8 +63,8 @@ def _budgeted(original: Callable, asked: str | float) -> Callable:
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
         tokens = _first_input(args, kwargs)
-        trains = torch.is_grad_enabled() and self.training and tokens is not None
-        if is_looked_into() or not trains:
+        trains = torch.is_grad_enabled() and self.training
+        if is_looked_into() or not trains or tokens is None or not tokens.numel():
             return original(self, *args, **kwargs)
         budget = _budget(self, asked)
         if budget is None:
@@ -72,7 +72,7 @@ def _budgeted(original: Callable, asked: str | float) -> Callable:
         if takes_cache:  # which a checkpointed layer cannot fill
             kwargs.setdefault("use_cache", False)
         run = functools.partial(original, self, *args, **kwargs)
-        return memory_budget.within_budget(budget, tokens.numel(), run)
+        return memory_budget.within_budget(budget, self, tokens.numel(), run)
 
     return forward
 
