@@ -45,7 +45,8 @@ class DeferredHead(CallableHead):
 
     def call(self, *args, **kwargs):
         where = scope.scope_of(self)
-        if scope.is_recording() and isinstance(self, nn.Linear):
+        # An adapter may have changed the layer for this call alone (parametrized its weight, say).
+        if scope.is_recording() and isinstance(self, nn.Linear) and _unfit(self, False) is None:
             where = scope.RECORDED
         if where is None or _in_graph() or kwargs or len(args) != 1 or not _can_defer(args[0]):
             return super().__call__(*args, **kwargs)
@@ -186,6 +187,8 @@ def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
     kind = type(head).__name__
     if vocabulary(head) is None:
         return f"{kind} is not a plain linear layer"
+    if hasattr(head, "parameter_name"):
+        return f"the adapter changes the parameter {head.parameter_name}, it adds nothing to logits"
     adapter = hasattr(head, "base_layer") or hasattr(head, "modules_to_save")
     if not isinstance(head, nn.Linear) and not (adapter and len(layers) > 1):
         return f"{kind} is not a plain linear layer"
