@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from liger_trainer.runs.engine import leave_group
-from liger_trainer.runs.shapes import CONFIGS
+from liger_trainer.runs.shapes import config_of
 
-TINY = CONFIGS["llama-1b"] | {
+TINY = config_of("llama-1b") | {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
 }  # fmt: skip
@@ -26,7 +26,7 @@ def build(case: tuple, variant: str, device: torch.device):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape, lora, _ = case
-    settings = dict(TINY if shape == "tiny" else CONFIGS[shape])
+    settings = dict(TINY) if shape == "tiny" else config_of(shape)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.use_cache = False
     torch.manual_seed(0)

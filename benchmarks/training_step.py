@@ -31,26 +31,22 @@ from typing import NamedTuple
 import torch
 from timing import environment, print_table
 
-from liger_trainer.runs.shapes import CONFIGS
+from liger_trainer.runs.shapes import config_of
 
 SHAPES = {
-    "SmolLM2-135M": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True,
-    },
+    "SmolLM2-135M": config_of("smollm2-135m"),
     "Qwen3-0.6B": {
         "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
         "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
         "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
     },
-    "Llama-1B": CONFIGS["llama-1b"],
+    "Llama-1B": config_of("llama-1b"),
     "Qwen3-1.7B": {
         "model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144,
         "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
         "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
     },
-    "Llama-8B": CONFIGS["llama-8b"],
+    "Llama-8B": config_of("llama-8b"),
 }  # fmt: skip
 TINY = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -24,7 +24,7 @@ def first_derivative_only(backward: Callable) -> Callable:
     @functools.wraps(backward)
     def wrapper(ctx, *grads):
         compiling = torch.compiler.is_compiling()
-        if not compiling and any(map(_is_batched, grads)):
+        if not compiling and any(map(is_batched, grads)):
             raise RuntimeError(
                 "liger_trainer's kernels take one gradient at a time. For is_grads_batched=True "
                 "(a jacobian with vectorize=True), set use_liger_kernel=False or call "
@@ -37,7 +37,7 @@ def first_derivative_only(backward: Callable) -> Callable:
         if compiling:
             return found
         found = found if isinstance(found, tuple) else (found,)
-        return forbid_derivative(found, (*ctx.saved_tensors, *grads, getattr(ctx, _LINK, None)))
+        return forbid_derivative(found, (*ctx.saved_tensors, *grads, link_of(ctx)))
 
     return wrapper
 
@@ -56,7 +56,13 @@ def depends_on(ctx, *tensors: torch.Tensor | None) -> None:
             setattr(ctx, _LINK, Anchor.apply(*wanted))
 
 
-def _is_batched(grad) -> bool:
+def link_of(ctx) -> torch.Tensor | None:
+    """Return what `depends_on` noted: a tensor that depends on the same."""
+    return getattr(ctx, _LINK, None)
+
+
+def is_batched(grad: torch.Tensor | None) -> bool:
+    """Whether it stands for many gradients at once (`is_grads_batched=True`)."""
     return isinstance(grad, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
@@ -79,7 +85,7 @@ class Anchor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *tensors):
-        return tensors[0].new_zeros(1)
+        return torch.zeros(1, dtype=tensors[0].dtype, device=tensors[0].device)
 
     @staticmethod
     def backward(ctx, _):

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .runtime import PLAIN, pays
+from .runtime import PLAIN, is_looked_into, pays
 from .second_derivative import gradients
 
 _MARK = "_liger_recipe"
@@ -61,6 +61,13 @@ def _recomputing() -> Iterator[None]:
     try:
         with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
             yield
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):  # as torch.func calls what is on here
+            raise
+        raise RuntimeError(
+            "This forward calls torch.func, which cannot look into one whose activations are "
+            "recomputed: set activation_memory to keep in liger_kernel_config."
+        ) from error
     finally:
         made, _block.recipes = _block.recipes, before
         for recipe in made:
@@ -70,7 +77,7 @@ def _recomputing() -> Iterator[None]:
 
 def _is_recomputing() -> bool:
     """Return whether the innermost saved-tensor hooks are those of `recomputing`."""
-    if torch.compiler.is_compiling():
+    if is_looked_into():
         return False
     hooks = _top_hooks(True)
     return hooks is not None and hooks[0] is _pack

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
+from torch.autograd import forward_ad
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,25 @@ def pays(x: torch.Tensor, elements: int) -> bool:
     return x.numel() >= elements or torch.compiler.is_compiling() or _every_size.get()
 
 
+def is_transformed() -> bool:
+    """Return whether `torch.func` or forward-mode differentiation transforms what runs.
+
+    They transform torch's own operations, one by one, so kernels must not run.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def is_looked_into() -> bool:
+    """Return whether what runs is compiled or transformed, so that swapped modules run plain."""
+    return torch.compiler.is_compiling() or is_transformed()
+
+
 def use_triton(x: torch.Tensor) -> bool:
     """Return whether a Triton kernel handles `x`; otherwise, the torch reference does."""
+    if is_transformed():
+        return False
     if not x.is_cuda:
         return _interpret_on_cpu
     if not HAS_TRITON:

@@ -1,4 +1,4 @@
-"""Second derivatives: where autograd records the backward pass, torch computes it."""
+"""Where autograd records or vectorizes the backward pass, torch computes it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .autograd import is_batched
+
 
 def twice_differentiable(reference: Callable) -> Callable:
     """Decorate the `backward` of an autograd function that also has a reference in torch.
 
     `reference(ctx)` returns a function in differentiable torch and its arguments: the leading
     tensors of `forward`, with None for one that was None. With `create_graph=True`, that function
-    is differentiated, to any order; otherwise `backward` runs.
+    is differentiated, to any order, and with `is_grads_batched=True` as well; otherwise `backward`
+    runs.
 
     `torch.autograd.function.once_differentiable` would raise only if an incoming gradient requires
     a gradient, so a gradient penalty would silently lack the part through the saved tensors.
@@ -22,9 +25,10 @@ def twice_differentiable(reference: Callable) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def wrapper(ctx, *grads):
-            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            recorded = torch.is_grad_enabled()
+            if torch.compiler.is_compiling() or not (recorded or any(map(is_batched, grads))):
                 return backward(ctx, *grads)
-            found = gradients(*reference(ctx), grads, create_graph=True)
+            found = gradients(*reference(ctx), grads, create_graph=recorded)
             return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
         return wrapper

@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from typing import NamedTuple
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,10 @@ class InjectionReport:
             self.warned.add((rule, reason))
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             logger.warning("%s: %s%s runs as in the plain model: %s", rule, found[0], more, reason)
+
+    def remove(self, is_gone: Callable[[Row], bool]) -> None:
+        """Leave out rows whose places the model no longer has."""
+        self.rows = tuple(row for row in self.rows if not is_gone(row))
 
     @property
     def coverage(self) -> dict[str, Coverage]:

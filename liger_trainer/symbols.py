@@ -119,7 +119,7 @@ def _of(module: str, feature: str, *paths: str) -> Iterator[Symbol]:
 
 
 _DEFERRED = "deferred logits: without them, every loss builds [tokens, vocabulary]"
-_PLAIN = "plain logits under torch.func and forward-mode differentiation"
+_PLAIN = "the plain model under torch.func and forward-mode differentiation"
 _HOOKS = "seeing hooks on a module, which a kernel in its place would skip"
 _RECOMPUTE = "activation_memory: lean"
 _FLAG = "use_liger_kernel=True of LigerTrainer, and enable()"

@@ -22,12 +22,14 @@ def main(options: argparse.Namespace) -> int:
     """Read a turn, write the answer, until the input ends."""
     from transformers import TextStreamer
 
+    from liger_trainer.runs.checks import require_for_model
     from liger_trainer.runs.data.conversation import prompt_ids
     from liger_trainer.runs.finished import open_run
     from liger_trainer.runs.load import load_for_generation, load_tokenizer
     from liger_trainer.runs.samples import complete
 
     run = open_run(options.run)
+    require_for_model(run.tuned)
     tokenizer = load_tokenizer(run.tuned)
     if tokenizer.chat_template is None:
         raise ValueError(f"chat: the tokenizer in {run.path} has no chat template; use generate")

@@ -25,10 +25,14 @@ def main(options: argparse.Namespace) -> int:
     """Print each metric, as it is now and as the run recorded it."""
     from liger_trainer.commands.console import print_table
     from liger_trainer.runs.build import load_trained
+    from liger_trainer.runs.checks import require
     from liger_trainer.runs.finished import open_run
     from liger_trainer.runs.summary import held_out
 
-    run = open_run(options.run, [*options.overrides, "training.report_to=none"])
+    # Nothing is reported, and no step is taken.
+    unused = ["training.report_to=none", "training.optim=adamw_torch"]
+    run = open_run(options.run, [*options.overrides, *unused])
+    require(run.recipe)
     trainer, prepared = load_trained(run.recipe, run.path)
     if prepared.eval is None:
         raise ValueError(

@@ -29,6 +29,7 @@ def main(options: argparse.Namespace) -> int:
     """Print or write the completions."""
     from liger_trainer.commands.console import print_titled
     from liger_trainer.runs.checkpoints import write_whole
+    from liger_trainer.runs.checks import require_for_model
     from liger_trainer.runs.finished import open_run
     from liger_trainer.runs.load import load_tokenizer
     from liger_trainer.runs.samples import shown
@@ -42,6 +43,8 @@ def main(options: argparse.Namespace) -> int:
     prompts = read_prompts(Path(options.prompts).expanduser())
     if options.new_tokens < 1:
         raise ValueError(f"--new-tokens is {options.new_tokens}; it must be at least 1")
+    require_for_model(run.recipe.model)
+    require_for_model(run.tuned)
     tokenizer = load_tokenizer(run.tuned)
     if tokenizer.chat_template is not None:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]

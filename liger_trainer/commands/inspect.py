@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Print what would be swapped in a model, from its configuration alone."""
     from liger_trainer.injection.walk import inject
+    from liger_trainer.runs.checks import require_for_model
     from liger_trainer.runs.load import ModelArguments, meta_model
 
     path = Path(options.model).expanduser()
@@ -37,6 +38,7 @@ def main(options: argparse.Namespace) -> int:
     else:
         name = str(path) if options.model.startswith("~") else options.model
         model = ModelArguments(name, trust_remote_code=options.trust_remote_code)
+    require_for_model(model)
     report = inject(meta_model(model))
     print(report.to_json() if options.json else report)
     refused = sum(eligible - swapped for swapped, eligible in report.coverage.values())

@@ -24,6 +24,7 @@ def main(options: argparse.Namespace) -> int:
     """Save the merged model, all of it or nothing."""
     import dataclasses
 
+    from liger_trainer.runs.checks import require_for_model
     from liger_trainer.runs.finished import open_run
     from liger_trainer.runs.load import load_model, load_tokenizer
 
@@ -35,8 +36,10 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--into: {into} exists already; choose another folder")
     if not into.parent.is_dir():
         raise ValueError(f"--into: there is no folder {str(into.parent)!r}")
-    # Merging into 4-bit weights would round them again, so the unquantized base is loaded.
-    arguments = dataclasses.replace(run.tuned, quantization=None)
+    # Merging into 4-bit weights would round them again, so the unquantized base is loaded. No
+    # attention runs here, so its package is not needed.
+    arguments = dataclasses.replace(run.tuned, quantization=None, attn_implementation=None)
+    require_for_model(arguments)
     tokenizer = load_tokenizer(arguments)
     model = load_model(arguments).merge_and_unload()
     partial = into.with_name(into.name + ".partial")

@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=ENGINES, help="default: ddp on one GPU, fsdp2 on several"
     )
     parser.add_argument(
-        "--shape", choices=CONFIGS, help="a well-known size, in place of the model's configuration"
+        "--shape",
+        metavar="NAME",
+        help=f"a known size, in place of the model's configuration: {', '.join(CONFIGS)}",
     )
     parser.add_argument(
         "--bandwidth", type=float, metavar="GB/s", help="send rate of one GPU; prints times"

@@ -16,7 +16,7 @@ import torch
 from liger_trainer.deferred.head_call import Results, plain_call
 from liger_trainer.deferred.origin import WAY_OUT
 from liger_trainer.deferred.tensor import Deferred
-from liger_trainer.kernels.autograd import forbid_derivative
+from liger_trainer.kernels.autograd import depends_on, forbid_derivative, link_of
 
 if TYPE_CHECKING:
     from liger_trainer.deferred.logits import DeferredLogits
@@ -38,15 +38,10 @@ class DeferredGradient(Deferred):
     handlers: ClassVar[dict[Callable, Callable]] = {}
     _make: Callable[[], torch.Tensor]
     _extra: torch.Tensor | None = None
-    _create_graph: bool  # made with create_graph=True, so differentiating it must raise
 
     @classmethod
-    def of(
-        cls, like, make: Callable[[], torch.Tensor], extra=None, create_graph=None
-    ) -> DeferredGradient:
+    def of(cls, like, make: Callable[[], torch.Tensor], extra=None) -> DeferredGradient:
         gradient = cls(like.shape, like.dtype, like.device)
-        enabled = torch.is_grad_enabled()
-        gradient._create_graph = enabled if create_graph is None else create_graph
         if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
             # Anomaly detection reads every gradient, at a point where it cannot be computed.
             make = functools.cache(make)
@@ -56,16 +51,14 @@ class DeferredGradient(Deferred):
 
     def compute(self) -> torch.Tensor:
         value = self._make()
-        value = value if self._extra is None else value + self._extra
-        with torch.set_grad_enabled(self._create_graph):
-            return forbid_derivative((value,), ())[0]
+        return value if self._extra is None else value + self._extra
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Stay deferred when gradients are added up or retained (`retain_grad`)."""
         if func in (torch.ops.aten.clone.default, torch.ops.aten.detach.default):
             (x, *_) = args
-            return cls.of(x, x._make, x._extra, x._create_graph)
+            return cls.of(x, x._make, x._extra)
         if func is torch.ops.aten.add.Tensor and len(args) == 2 and not kwargs:
             deferred = [x for x in args if isinstance(x, DeferredGradient)]
             extras = [x._extra for x in deferred if x._extra is not None]
@@ -74,9 +67,25 @@ class DeferredGradient(Deferred):
                 deferred[0],
                 lambda: sum(x._make() for x in deferred),
                 sum(extras) if extras else None,
-                any(x._create_graph for x in deferred),
             )
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _without_derivative(gradient: DeferredGradient, *operands) -> DeferredGradient:
+    """Return `gradient`, which depends on `operands`, with a node in the graph of
+    `create_graph=True` that raises when it is differentiated."""
+    (link,) = forbid_derivative((torch.zeros(1),), operands)
+    return _Linked.apply(lambda: gradient, link) if link.requires_grad else gradient
+
+
+class _Linked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, make, link):
+        return make()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, torch.zeros(1)
 
 
 class LogitsNode(torch.autograd.Function):
@@ -112,7 +121,11 @@ def _pass_on(ctx, grad: DeferredGradient) -> list[DeferredGradient | None]:
     if grad._extra is not None:
         extras = _to_parents(ctx, grad._extra)
     return [
-        DeferredGradient.of(parent, lambda i=i: _to_parents(ctx, grad._make())[i], extra)
+        _without_derivative(
+            DeferredGradient.of(parent, lambda i=i: _to_parents(ctx, grad._make())[i], extra),
+            parent,
+            grad,
+        )
         if parent.requires_grad
         else None
         for i, (parent, extra) in enumerate(zip(ctx.parents, extras, strict=True))
@@ -159,6 +172,7 @@ class _Results(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.like = _Like(logits.shape, logits.dtype, logits.device)
         ctx.true_gradient = true_gradient
+        depends_on(ctx, logits)
         # Clones, because views could not be changed in place (loss += ...).
         return tuple(r.clone() for r in results)
 
@@ -166,7 +180,8 @@ class _Results(torch.autograd.Function):
     def backward(ctx, *grads):
         of_logits = None
         if any(g is not None for g in grads):
-            of_logits = DeferredGradient.of(ctx.like, functools.partial(ctx.true_gradient, grads))
+            deferred = DeferredGradient.of(ctx.like, functools.partial(ctx.true_gradient, grads))
+            of_logits = _without_derivative(deferred, link_of(ctx), *grads)
         return of_logits, None, *grads
 
 

@@ -11,15 +11,17 @@ everything else at the peak (gradients, the head's workspace, one recomputed lay
 step of n_rest tokens.
 
 The first step measures: it keeps one layer. In all later steps, k is the largest number that fits.
-A forward that runs out of memory is repeated with fewer layers, from the same random state. In the
-same way, a trainer repeats a whole step, if there is one process and no gradients had accumulated.
-The result is the same as without the failure. The first layers are the ones that are checkpointed:
-backward reaches them when the activations of the others are already freed.
+A forward that runs out of memory is repeated with fewer layers, from the same random state, buffers
+and counters. In the same way, a trainer repeats a whole step, if there is one process and no
+gradients had accumulated. The result is the same as without the failure. The first layers are the
+ones that are checkpointed: backward reaches them when the activations of the others are already
+freed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -27,13 +29,17 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from liger_trainer.injection import probe
+from liger_trainer.injection.rewind import (
+    Before,
+    checkpoint,
+    plain_attributes,
+    set_plain_attributes,
+)
 from liger_trainer.request import config_of
 
 logger = logging.getLogger(__name__)
@@ -43,7 +49,6 @@ GIB = 1 << 30
 # libraries allocate, too.
 _USABLE = 0.94
 _LOWER = 0.95  # the new limit, relative to what was allocated when memory ran out
-_CHECKPOINT = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
 class Device(NamedTuple):
@@ -221,15 +226,15 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def within_budget(budget: Budget, tokens: int, forward: Callable):
-    """Return `forward()`, with as many layers checkpointed as the budget requires.
+def within_budget(budget: Budget, model: nn.Module, tokens: int, forward: Callable):
+    """Return `forward()` of `model`, with as many layers checkpointed as the budget requires.
 
     If all are checkpointed, raises torch.OutOfMemoryError if memory still runs out, and ValueError
     if the first forward exceeds the requested number of GiB.
     """
     is_first = budget.reported is None
     kept = budget.choose(tokens)
-    state = probe.random_state(budget.device.device)
+    before = None if kept == 0 else Before(model, budget.device.device)
     while True:
         try:
             with _checkpointed(budget.layers, len(budget.layers) - kept), _measured(budget):
@@ -237,11 +242,12 @@ def within_budget(budget: Budget, tokens: int, forward: Callable):
                 budget.check(is_first)
                 return found
         except torch.OutOfMemoryError:
-            if kept == 0:
+            if before is None or not before.can_be_restored():
                 raise
         # Outside of the handler, because its traceback holds the activations.
         kept = budget.lower()
-        probe.set_random_state(budget.device.device, state)
+        before.restore()
+        before = before if kept else None
 
 
 @contextlib.contextmanager
@@ -252,7 +258,7 @@ def _checkpointed(layers: list[nn.Module], count: int) -> Iterator[None]:
     try:
         for index, layer in enumerate(layers):
             layer.gradient_checkpointing = index < count
-            layer._gradient_checkpointing_func = _CHECKPOINT
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, layer)
         yield
     finally:
         for layer, values in zip(layers, before, strict=True):
@@ -297,15 +303,22 @@ def repeated(trainer: Trainer, model: nn.Module, step: Callable[[], torch.Tensor
         return step()
     if trainer.args.world_size > 1 or any(p.grad is not None for p in model.parameters()):
         return step()
-    device = next(model.parameters()).device
-    state = probe.random_state(device)
+    if isinstance(budget_of(model), EveryLayer):
+        return step()
+    before = Before(model, next(model.parameters()).device)
+    attributes = plain_attributes(trainer)
+    # What TRL's trainers add up for the next line of their log.
+    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
     while True:
         try:
             return step()
         except torch.OutOfMemoryError:
             budget = budget_of(model)
-            if budget is None or budget.kept == 0:
+            if budget is None or budget.kept == 0 or not before.can_be_restored():
                 raise
         model.zero_grad(set_to_none=True)
         budget.lower()
-        probe.set_random_state(device, state)
+        before.restore()
+        set_plain_attributes(trainer, attributes)
+        if metrics is not None:
+            trainer._metrics = copy.deepcopy(metrics)

@@ -156,13 +156,6 @@ def random_state(device: torch.device) -> list[torch.Tensor]:
     return states
 
 
-def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    """Restore the states that `random_state` returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-
-
 def _state(module: nn.Module) -> dict[str, tuple[object, int | None]]:
     return {
         name: (value, len(value) if isinstance(value, Sized) else None)

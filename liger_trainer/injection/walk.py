@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -156,7 +156,16 @@ def _proposals(search: Search) -> Iterator[Proposal]:
 def _propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]:
     """Yield the proposals of all rules for `module` and for its activations."""
     found = (propose(search, site, module) for propose in _RULES)
-    for proposal in (*filter(None, found), *gated.propose(search, site, module)):
+    yield from _unless_overridden(search, filter(None, found))
+    yield from _propose_for_activations(search, site, module)
+
+
+def _propose_for_activations(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]:
+    return _unless_overridden(search, gated.propose(search, site, module))
+
+
+def _unless_overridden(search: Search, proposals: Iterable[Proposal]) -> Iterator[Proposal]:
+    for proposal in proposals:
         modules = (module for module, *_ in proposal.swaps if module is not search.model)
         if any(map(has_foreign_forward, modules)):
             yield Proposal.refused(proposal.row.site, proposal.row.rule, OVERRIDDEN)
@@ -166,7 +175,7 @@ def _propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]
 
 @dataclasses.dataclass(eq=False)
 class Watch:
-    """Detect modules that are added to a model after its injection, such as adapters."""
+    """Detect modules that are added, replaced or removed after the injection, such as adapters."""
 
     config: KernelConfig
     report: InjectionReport
@@ -192,16 +201,38 @@ class Watch:
         if known is None:
             return
         search, old = Search(model, self.config), set(known)
-        added: list[Row] = []
+        modules = dict(model.named_modules())
+        looked_at: dict[str, tuple[str, ...]] = {}  # by which rules, for each site
+        proposals: list[Proposal] = []
         with _quiet(model):
-            for site, module in model.named_modules():
-                if any(id(m) not in old for m in (module, *module.children())):
-                    added.extend(filter(None, map(_as_added, _propose(search, site, module))))
-        self.report.amend(*(row for row in added if row.eligible))
+            for site, module in modules.items():
+                # What is swapped, as in a copy, is not examined: a rule would find its own work.
+                if id(module) not in old and not is_swapped(module):
+                    looked_at[site] = (*_OF_MODULES, *_OF_ACTIVATIONS)
+                    proposals += _propose(search, site, module)
+                elif any(id(child) not in old for child in module.children()):
+                    looked_at[site] = _OF_ACTIVATIONS
+                    proposals += _propose_for_activations(search, site, module)
+        rows = [row for row in map(_as_added, proposals) if row is not None and row.eligible]
+        there = {(p.row.site, p.row.rule) for p in proposals}
+        sites = (vars(module).get("_liger_site") for module in modules.values())
+        there |= {(site.row.site, site.row.rule) for site in sites if site is not None}
+
+        def is_gone(row: Row) -> bool:
+            if row.rule not in (*_OF_MODULES, *_OF_ACTIVATIONS) or (row.site, row.rule) in there:
+                return False
+            return row.site not in modules or row.rule in looked_at.get(row.site, ())
+
+        self.report.remove(is_gone)
+        self.report.amend(*rows)
+
+
+_OF_ACTIVATIONS = ("swiglu", "geglu")
+_OF_MODULES = ("rms_norm", "layer_norm", "rope", lora.RULE, "attention")
 
 
 def _as_added(proposal: Proposal) -> Row | None:
-    """Return the report's row for a site that was added; None if it was swapped before."""
+    """Return the report's row for a site that was added; None if its module runs fused."""
     if any(is_swapped(module) for module, *_ in proposal.swaps):
         return None
     if not proposal.row.swapped:

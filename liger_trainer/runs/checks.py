@@ -14,8 +14,8 @@ from liger_trainer.runs.data.prepare import fit, processor_for
 from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.sources import first_rows, is_file_name
 from liger_trainer.runs.data.splits import part_of
-from liger_trainer.runs.load import load_config, load_tokenizer, meta_model
-from liger_trainer.runs.packages import missing
+from liger_trainer.runs.load import ModelArguments, load_config, load_tokenizer, meta_model
+from liger_trainer.runs.packages import Need, missing, needed_by_model
 from liger_trainer.runs.recipe import Recipe
 
 _ROWS = 100  # rows per data set that a dry run checks
@@ -41,6 +41,17 @@ _ABOVE_ZERO = ("eval_steps", "logging_steps", "num_train_epochs", "save_steps")
 def require(recipe: Recipe) -> None:
     """Raise ValueError with all `problems`."""
     found = problems(recipe)
+    if found:
+        raise ValueError("; ".join(found))
+
+
+def require_for_model(arguments: ModelArguments) -> None:
+    """Raise ValueError with every package without which the model cannot be loaded."""
+    base, adapter = located(arguments)
+    needs = list(needed_by_model(vars(base)))
+    if adapter is not None:
+        needs.append(Need(f"the adapter in {adapter}", ("peft",)))
+    found = [str(need) for need in needs if not need.is_met]
     if found:
         raise ValueError("; ".join(found))
 

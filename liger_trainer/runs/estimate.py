@@ -14,7 +14,7 @@ from liger_trainer.runs.counts import shape_of, weights_of
 from liger_trainer.runs.load import load_config
 from liger_trainer.runs.memory import Run, peak, usable
 from liger_trainer.runs.recipe import Recipe, defaults
-from liger_trainer.runs.shapes import CONFIGS
+from liger_trainer.runs.shapes import CONFIGS, config_of
 
 _METHODS = {"sft": 1, "dpo": 2, "orpo": 2, "cpo": 2, "simpo": 2}  # sequences per example
 # Bytes of optimizer states per trained element; None: two values of the weight's own dtype.
@@ -36,7 +36,7 @@ def fits(run: Run) -> bool:
 def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str | None) -> Run:
     """Return the inputs of the formulas for a recipe on `gpus` GPUs of `memory` GiB.
 
-    Only the model's configuration is loaded; with `shape`, a name in `CONFIGS`, not even that.
+    Only the model's configuration is loaded; with `shape`, a name for `config_of`, not even that.
     Raises ValueError for a recipe that the formulas do not cover, and for a configuration that
     cannot be loaded.
     """
@@ -183,7 +183,7 @@ def _meta_model(recipe: Recipe, shape: str | None):
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ValueError(f"plan: {type(config).__name__} is not a transformers language model")
     else:
-        settings = dict(CONFIGS[shape])
+        settings = config_of(shape)
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     named = recipe.model.dtype
     if named in (None, "auto"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -89,26 +89,17 @@ def missing(values: dict[str, Any]) -> list[str]:
 
 def needed(values: dict[str, Any]) -> Iterator[Need]:
     """Yield the packages that a recipe's values need, besides `peft` and `trl`."""
-    model, data, training = values["model"], values["data"], values["training"]
+    data, training = values["data"], values["training"]
     reporters = training.get("report_to") or []
     for name in [reporters] if isinstance(reporters, str) else reporters:
         if name in _REPORTERS:
             yield Need(f"training.report_to: {name}", _REPORTERS[name])
-    if model.get("gguf_file"):
-        yield Need("model.gguf_file", ("gguf",))
-    package = model.get("package")
-    if package:
-        top = package.partition(".")[0]
-        yield Need(f"model.package: {package}", (top.replace("_", "-"),), alone=True)
+    yield from needed_by_model(values["model"])
+    yield from needed_by_model(values.get("teacher") or {}, "teacher")
     sources = [data, *(data.get("mix") or ())]
     for loader in dict.fromkeys(source.get("loader") for source in sources):
         if loader in _LOADERS:
             yield Need(f"data.loader: {loader}", _LOADERS[loader], alone=True)
-    if model.get("quantization"):
-        yield Need("model.quantization", ("bitsandbytes",))
-    attention = model.get("attn_implementation")
-    if attention in _ATTENTION:
-        yield Need(f"model.attn_implementation: {attention}", _ATTENTION[attention])
     optimizer = str(training.get("optim") or "")
     for beginning, names in _OPTIMIZERS.items():
         if optimizer.startswith(beginning):
@@ -117,3 +108,18 @@ def needed(values: dict[str, Any]) -> Iterator[Need]:
         yield Need("training.deepspeed", ("deepspeed",))
     if training.get("use_vllm"):
         yield Need("training.use_vllm", ("vllm",))
+
+
+def needed_by_model(model: Mapping[str, Any], section: str = "model") -> Iterator[Need]:
+    """Yield the packages without which a model cannot be loaded, by the values of its section."""
+    if model.get("gguf_file"):
+        yield Need(f"{section}.gguf_file", ("gguf",))
+    package = model.get("package")
+    if package:
+        top = package.partition(".")[0]
+        yield Need(f"{section}.package: {package}", (top.replace("_", "-"),), alone=True)
+    if model.get("quantization"):
+        yield Need(f"{section}.quantization", ("bitsandbytes",))
+    attention = model.get("attn_implementation")
+    if attention in _ATTENTION:
+        yield Need(f"{section}.attn_implementation: {attention}", _ATTENTION[attention])

@@ -114,6 +114,33 @@ def gradient_penalty_of_the_logits(model, out):
 
 
 @use
+def gradient_of_a_penalty_of_the_logits(model, out):
+    """`torch.autograd.grad` leaves out what it sees no way to."""
+    (grad,) = torch.autograd.grad(out.loss, out.logits, create_graph=True)
+    loss = out.loss + grad.square().sum()
+    out.loss = out.loss.detach()
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+
+@use
+def gradient_of_a_penalty_of_the_logits_in_what_came_in(model, out):
+    seed = torch.ones((), requires_grad=True)
+    (grad,) = torch.autograd.grad(out.loss, out.logits, seed, create_graph=True)
+    out.loss = out.loss.detach()
+    return torch.autograd.grad(grad.square().sum(), seed, allow_unused=True)
+
+
+@use
+def gradient_of_a_penalty_of_a_view(model, out):
+    view = out.logits[:, :-1]
+    loss = F.cross_entropy(view.flatten(0, 1), inputs()[0][:, 1:].flatten())
+    (grad,) = torch.autograd.grad(loss, view, create_graph=True)
+    out.loss = out.loss.detach()
+    found = loss + grad.square().sum()
+    return torch.autograd.grad(found, list(model.parameters()), allow_unused=True)
+
+
+@use
 def double_backward_of_a_log_probability(model, out):
     ids = inputs()[0]
     picked = out.logits.log_softmax(-1).gather(-1, ids[..., None]).mean()

@@ -106,7 +106,8 @@ RAISES = {
     "logits_after_a_functional_call", "logits_after_load_state_dict", "logits_after_a_perturbation",
     "changing_hook", "changing_hook_before_the_node",
     "gradient_penalty", "hessian_vector_product", "hessian_vector_product_of_all_weights",
-    "gradient_penalty_of_the_logits",
+    "gradient_penalty_of_the_logits", "gradient_of_a_penalty_of_the_logits",
+    "gradient_of_a_penalty_of_the_logits_in_what_came_in", "gradient_of_a_penalty_of_a_view",
     "double_backward_of_a_log_probability", "backward_that_is_differentiated",
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from families import batch, tiny_model
 from torch import nn
+from torch.nn.utils import parametrize
 
 from liger_trainer import inject, restore
 from liger_trainer.injection.rules import lora
@@ -144,6 +145,53 @@ def test_variants_are_refused_and_run_as_they_are(settings, reason):
     assert not row.swapped
     assert row.eligible
     assert reason in row.reason
+    assert_trains_alike(ours, plain)
+
+
+def test_an_adapter_on_the_parameter_of_the_head_is_refused():
+    ours = adapted(target_modules=["q_proj"], target_parameters=["lm_head.weight"])
+    plain = copy.deepcopy(ours)
+    report = inject(ours)
+    (row,) = [row for row in report.rows if row.rule == "fused_linear_cross_entropy"]
+    assert not row.swapped
+    assert "the adapter changes the parameter weight" in row.reason
+    assert_trains_alike(ours, plain)
+
+
+class PatchedWhileCalled(nn.Module):
+    """An adapter around the head that parametrizes its weight for the call alone."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.factor = nn.Parameter(torch.tensor(1.5))
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        parametrize.register_parametrization(self.base_layer, "weight", Times(self.factor))
+        try:
+            return self.base_layer(x)
+        finally:
+            parametrize.remove_parametrizations(self.base_layer, "weight", False)
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = [factor]
+
+    def forward(self, weight):
+        return weight * self.factor[0]
+
+
+def test_what_an_adapter_does_to_the_head_for_one_call_is_seen():
+    ours = tiny_model("llama", num_hidden_layers=1)
+    ours.lm_head = PatchedWhileCalled(ours.lm_head)
+    plain = copy.deepcopy(ours)
+    inject(ours)
     assert_trains_alike(ours, plain)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import tiny_model
+from lives import adapted
 from logits_uses import V, assert_same, inputs
 from torch import nn
 from torch.nn.modules import module as every_module
@@ -341,6 +342,25 @@ def test_vocabularies_of_any_size(vocab):
 def test_models_that_are_no_decoders(build):
     mask = torch.ones_like(IDS).index_fill(1, torch.tensor([5]), 0)
     compare(lambda model: step(model, attention_mask=mask), build)
+
+
+def test_torch_func_and_forward_mode_look_into_every_swapped_module():
+    def derivatives(model):
+        params = {name: p.detach() for name, p in model.named_parameters()}
+        ones = {name: torch.ones_like(p) for name, p in params.items()}
+
+        def loss(params, ids=IDS, labels=LABELS):
+            batch = {"input_ids": ids, "labels": labels}
+            return torch.func.functional_call(model, params, (), batch).loss
+
+        def of_one(params, ids, labels):
+            return loss(params, ids[None], labels[None])
+
+        each = torch.func.vmap(torch.func.grad(of_one), (None, 0, 0))(params, IDS, LABELS)
+        found, tangents = torch.func.jvp(torch.func.grad(loss), (params,), (ones,))
+        return [*each.values(), *found.values(), *tangents.values()]
+
+    compare(derivatives, lambda: adapted(of_family(), target_modules=["q_proj", "down_proj"]))
 
 
 def test_the_loss_under_autocast_is_not_rounded_to_16_bits():

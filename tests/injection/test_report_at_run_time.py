@@ -204,6 +204,41 @@ def test_norms_that_were_changed_or_replaced(caplog):
     assert len(warnings_of(caplog)) == 2
 
 
+REPLACED = {
+    "the final norm": (
+        lambda m: setattr(m.model, "norm", LlamaRMSNorm(64)),
+        {("model.norm", "rms_norm")},
+    ),
+    "by another norm": (
+        lambda m: setattr(m.model, "norm", nn.LayerNorm(64)),
+        {("model.norm", "layer_norm")},
+    ),
+    "by none": (lambda m: setattr(m.model, "norm", nn.Identity()), set()),
+    "by a copy": (lambda m: setattr(m.model, "norm", copy.deepcopy(m.model.norm)), set()),
+    "the backbone by a copy": (lambda m: setattr(m, "model", copy.deepcopy(m.model)), set()),
+    "an activation": (
+        lambda m: setattr(m.model.layers[0].mlp, "act_fn", nn.SiLU()),
+        {("model.layers.0.mlp", "swiglu")},
+    ),
+    "a layer that is removed": (lambda m: m.model.layers.__delitem__(0), set()),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_is_replaced_or_removed_is_what_the_report_tells_of(name, caplog, every_size):
+    model, _, report = injected_pair()
+    change, expected = REPLACED[name]
+    change(model)
+    model(**batch()).loss.backward()
+    assert {(row.site, row.rule) for row in report.refused} == expected
+    assert len(warnings_of(caplog)) == len(expected)
+    reasons = {row.reason for row in report.refused}
+    assert reasons <= {"added after the injection; call inject(model) again"}
+    found = {(row.site, row.rule) for row in report.rows if row.swapped and row.site}
+    again = {(row.site, row.rule) for row in inject(model).rows if row.swapped and row.site}
+    assert found == again - expected
+
+
 def test_a_copy_has_a_report_of_its_own(caplog):
     model, _, report = injected_pair()
     twin = copy.deepcopy(model)

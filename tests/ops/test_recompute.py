@@ -295,6 +295,15 @@ def test_hooks_of_others_inside():
         torch.testing.assert_close(a, b)
 
 
+def test_a_forward_that_calls_torch_func_hears_what_to_switch_off():
+    x = torch.randn(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="set activation_memory to keep"), recomputing():
+        torch.func.grad(lambda t: t.sin().sum())(x)
+    with recomputing():  # nothing is left of it
+        y = rms_norm(x, eps=1e-6)
+    y.sum().backward()
+
+
 def test_marked_tensors_are_saved_to_files():
     x, w = torch.randn(4, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
     with recomputing():

@@ -1,9 +1,12 @@
-"""Gradients of gradients through every layer operation, also of incoming ones that are constant."""
+"""Gradients of gradients through every layer operation, also of incoming ones that are constant,
+and what else looks into a backward or forward: batched gradients, `torch.func`, forward mode."""
 
+import contextlib
 import functools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from liger_trainer.kernels.layers.glu import geglu, geglu_reference, swiglu, swiglu_reference
 from liger_trainer.kernels.layers.layer_norm import layer_norm, layer_norm_reference
@@ -14,6 +17,7 @@ from liger_trainer.kernels.linear.cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear.divergence import linear_divergence
 from liger_trainer.kernels.linear.log_prob_loss import linear_log_prob_loss
 from liger_trainer.kernels.linear.log_probs import linear_log_probs
+from liger_trainer.kernels.recompute import recomputing
 
 ROW, WIDTH, HEADS, TABLE = (3, 8), (8,), (2, 4, 3, 8), (2, 3, 6)
 GEMMA = {"eps": 1e-6, "offset": 1.0, "cast_first": False}
@@ -61,6 +65,45 @@ def test_a_gradient_penalty_is_that_of_torch(kernel_device, operation, constant)
         else:  # linear
             found = [None] * len(inputs)
         results.append([g if g is not None else torch.zeros(()) for g in (*grads, *found)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_many_gradients_at_once(kernel_device, operation):
+    function, reference, options, shapes = OPERATIONS[operation]
+    results = []
+    for each in (function, reference):
+        inputs = leaves(shapes, kernel_device)
+        outputs = each(*inputs, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        seeds = [torch.linspace(-1, 1, 5 * o.numel()).view(5, *o.shape).to(o) for o in outputs]
+        results.append(torch.autograd.grad(outputs, inputs, seeds, is_grads_batched=True))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("recomputes", [False, True], ids=["keeps", "recomputes"])
+def test_function_transforms_and_forward_mode(kernel_device, operation, recomputes):
+    function, reference, options, shapes = OPERATIONS[operation]
+    inputs = [t.detach() for t in leaves(shapes, kernel_device)]
+    tangents = tuple(t.cos() for t in inputs)
+    wanted = tuple(range(len(inputs)))
+
+    def value(each, *tensors):
+        with recomputing() if recomputes else contextlib.nullcontext():
+            outputs = each(*tensors, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum(o.sin().sum() for o in outputs)
+
+    results = []
+    for each in (functools.partial(value, function), functools.partial(value, reference)):
+        found = [*torch.func.grad(each, wanted)(*inputs)]
+        with forward_ad.dual_level():
+            dual = map(forward_ad.make_dual, inputs, tangents)
+            found.append(forward_ad.unpack_dual(each(*dual)).tangent)
+        found.append(torch.func.jvp(each, tuple(inputs), tangents)[1])
+        found.append(torch.func.vmap(each)(*(torch.stack([t, 2 * t]) for t in inputs)))
+        results.append(found)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 

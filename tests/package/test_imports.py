@@ -30,7 +30,7 @@ FOLDERS = {
         ["linear"],
         ["linear_log_prob_loss", "preference"],  # former paths
     ],
-    "injection": [["probe"], ["memory_budget"], ["rules"], ["walk"]],
+    "injection": [["probe", "rewind"], ["memory_budget"], ["rules"], ["walk"]],
     "trl": [["checks", "fused_head", "overrides"], ["__init__"]],
     "runs": [
         [

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from liger_trainer import cli
+from liger_trainer.runs import load, packages
 from liger_trainer.runs.finished import open_run
 from liger_trainer.runs.load import ModelArguments, load_model, load_tokenizer
 
@@ -125,6 +126,42 @@ def test_evaluate_gives_what_the_run_recorded(here, capsys, name):
 def test_evaluate_needs_something_held_out(here, capsys):
     assert run("evaluate", "full", "data.eval_fraction=0") == 2
     assert "the recipe has no held-out examples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["evaluate", "full", "training.deepspeed=z.json"], ["deepspeed"]),
+        (["evaluate", "full", "model.attn_implementation=flash_attention_2"], ["flash-attn"]),
+        (["evaluate", "full", "training.optim=lomo"], []),
+        (["chat", "attending"], ["flash-attn", "peft"]),
+        (["generate", "attending", "--prompts", "prompts.txt"], ["flash-attn"]),
+        (["merge", "attending"], ["peft"]),
+        (["inspect", "quantized.gguf"], ["gguf"]),
+    ],
+)
+def test_missing_packages_are_named_before_anything_is_loaded(
+    here, capsys, monkeypatch, words, found
+):
+    if not (here / "attending").exists():
+        shutil.copytree(here / "lora", here / "attending")
+        record = json.loads((here / "lora" / "run.json").read_text())
+        record["recipe"]["model"]["attn_implementation"] = "flash_attention_2"
+        (here / "attending" / "run.json").write_text(json.dumps(record))
+    (here / "quantized.gguf").touch()
+    (here / "prompts.txt").write_text("hello")
+    monkeypatch.setattr(packages, "installed", lambda *names: False)
+    monkeypatch.setattr(load, "folder", lambda arguments: pytest.fail("it is being loaded"))
+    if not found:
+        with pytest.raises(pytest.fail.Exception, match="being loaded"):
+            run(*words)
+        return
+    capsys.readouterr()
+    assert run(*words) == 2
+    [error] = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: ")
+    for name in found:
+        assert f"needs the package {name}, which is not installed: `pip install {name}`" in error
 
 
 def test_generate_shows_both_models(here, tmp_path, capsys):

@@ -6,11 +6,25 @@ import pytest
 import tiny
 
 from liger_trainer import cli
+from liger_trainer.runs import shipped
 from liger_trainer.runs.estimate import fits, run_of, ways_out
 from liger_trainer.runs.memory import GIB, usable
 from liger_trainer.runs.recipe import load_recipe
 
 FULL = ["plan", "sft/llama-3.1-8b-full", "--shape", "llama-8b", "--memory", "80"]
+
+
+NAMES = [name for name in shipped.recipe_names() if name.startswith(("sft/", "dpo/"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_shape_of_a_recipe_has_its_name(capsys, name):
+    shape = name.partition("/")[2].removesuffix("-full").removesuffix("-lora")
+    words = ["plan", name, "--memory", "1000", "model.config=null"]
+    assert cli.main([*words, "--shape", shape]) == 0
+    expected = capsys.readouterr().out
+    assert cli.main([*words, "--shape", f"someone/{shape.title()}-Instruct"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 def test_a_run_that_fits(capsys):
@@ -60,6 +74,8 @@ def test_the_configuration_of_a_folder_is_enough(tmp_path, capsys):
         (["training.per_device_train_batch_size=0"], "must be at least 1"),
         (["model.quantization={load_in_4bit: true}"], "quantization is not covered"),
         (["training.deepspeed=zero.json"], "use --engine"),
+        (["--shape", "llama-9b"], "'llama-9b' is none of smollm2-135m, gemma-3-1b, llama-3.2-1b"),
+        (["--shape", "llama"], "'llama' is none of"),
         (["training.lerning_rate=1"], "did you mean 'learning_rate'"),
     ],
 )
@@ -76,4 +92,4 @@ def test_a_configuration_that_cannot_be_reached(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["plan", str(path), "--memory", "4", nowhere]) == 2
     [error] = capsys.readouterr().err.strip().splitlines()
-    assert "--shape is one of llama-1b" in error
+    assert "--shape is one of smollm2-135m, gemma-3-1b, llama-3.2-1b" in error

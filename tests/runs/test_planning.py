@@ -13,7 +13,7 @@ from liger_trainer import inject
 from liger_trainer.kernels.linear import workspace as kernel_workspace
 from liger_trainer.runs.counts import shape_of, weights_of
 from liger_trainer.runs.memory import GIB, Run, head_memory, kept_per_token, peak, states
-from liger_trainer.runs.shapes import CONFIGS
+from liger_trainer.runs.shapes import config_of
 from liger_trainer.runs.traffic import flops, traffic
 
 bf16, fp32 = torch.bfloat16, torch.float32
@@ -33,7 +33,7 @@ def run_for(model, r=0, **given):
 
 
 def named(name, r=0, dtype=bf16, changes=None, **given):
-    settings = CONFIGS[name] | (changes or {})
+    settings = config_of(name) | (changes or {})
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -13,7 +13,7 @@ from torch import nn
 from liger_trainer.injection import memory_budget
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, look_again
 from liger_trainer.kernels.recompute import recomputing
-from liger_trainer.kernels.runtime import pays
+from liger_trainer.kernels.runtime import is_looked_into, pays
 from liger_trainer.swap import Swapped
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class BudgetedModel(Swapped):
 def _lean(original: Callable) -> Callable:
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if is_looked_into() or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
         look_again(self)
         tokens = _first_input(args, kwargs)
@@ -63,8 +63,8 @@ def _budgeted(original: Callable, requested: str | float) -> Callable:
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
         tokens = _first_input(args, kwargs)
-        trains = torch.is_grad_enabled() and self.training and tokens is not None
-        if torch.compiler.is_compiling() or not trains:
+        trains = torch.is_grad_enabled() and self.training
+        if is_looked_into() or not trains or tokens is None or not tokens.numel():
             return original(self, *args, **kwargs)
         budget = _budget(self, requested)
         if budget is None:
@@ -72,7 +72,7 @@ def _budgeted(original: Callable, requested: str | float) -> Callable:
         if takes_cache:  # a checkpointed layer cannot fill a cache
             kwargs.setdefault("use_cache", False)
         run = functools.partial(original, self, *args, **kwargs)
-        return memory_budget.within_budget(budget, tokens.numel(), run)
+        return memory_budget.within_budget(budget, self, tokens.numel(), run)
 
     return forward
 

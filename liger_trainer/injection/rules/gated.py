@@ -25,7 +25,7 @@ from liger_trainer.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, fingerprint
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
-from liger_trainer.kernels.runtime import PLAIN, pays
+from liger_trainer.kernels.runtime import PLAIN, is_looked_into, pays
 from liger_trainer.swap import Proven, Swapped, holds, note, swap
 
 
@@ -126,7 +126,7 @@ class FusedActivation(Swapped):
 
     def __call__(self, *args, **kwargs):
         x = args[0] if len(args) == 1 and not kwargs else None
-        if type(x) in PLAIN and not torch.compiler.is_compiling():
+        if type(x) in PLAIN and not is_looked_into():
             hooked = vars(self)["_forward_pre_hooks"]
             if (hooked or pays(x, MIN_ELEMENTS)) and self._liger_may_defer(x):
                 return defer_activation(self, x)

@@ -14,7 +14,7 @@ from torch import nn
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules import norm_cases
 from liger_trainer.kernels.layers.gated_rms_norm import MIN_ELEMENTS, gated_rms_norm
-from liger_trainer.kernels.runtime import all_plain, pays
+from liger_trainer.kernels.runtime import all_plain, is_looked_into, pays
 from liger_trainer.swap import Swapped, holds, own_attributes
 
 
@@ -56,7 +56,7 @@ class FusedGatedNorm(Swapped):
     """A gated norm that runs a kernel if that is faster; key as in `FusedNorm`."""
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
+        if is_looked_into():
             return super().forward(*args, **kwargs)
         form, proven = self._liger_key
         given = {**dict(zip(form.inputs, args, strict=False)), **kwargs}

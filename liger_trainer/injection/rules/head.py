@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
 from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa: F401  (handlers)
@@ -27,6 +26,7 @@ from liger_trainer.injection.rules.proposal import (
     look_again,
 )
 from liger_trainer.injection.rules.uncompiled import uncompiled, uncompiled_result
+from liger_trainer.kernels.runtime import is_looked_into
 from liger_trainer.swap import Swapped, has_foreign_forward, note, swap
 
 FUSED = "fused_linear_cross_entropy"
@@ -45,7 +45,8 @@ class DeferredHead(CallableHead):
 
     def call(self, *args, **kwargs):
         where = scope.scope_of(self)
-        if scope.is_recording() and isinstance(self, nn.Linear):
+        # An adapter may have changed the layer for this call alone (parametrized its weight, say).
+        if scope.is_recording() and isinstance(self, nn.Linear) and _unfit(self, False) is None:
             where = scope.RECORDED
         if where is None or _in_graph() or kwargs or len(args) != 1 or not _can_defer(args[0]):
             return super().__call__(*args, **kwargs)
@@ -64,17 +65,8 @@ def _can_defer(hidden_states: torch.Tensor) -> bool:
 
 
 def _in_graph() -> bool:
-    """Return whether the forward is traced or transformed (compile, export, functorch, JVP).
-
-    Nothing can be deferred then.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-    )
+    """Return whether the forward is traced or transformed, so that nothing can be deferred."""
+    return is_looked_into() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class DeferringModel(Swapped):
@@ -196,6 +188,8 @@ def why_not_deferred(head: nn.Module, layers: list[nn.Module]) -> str | None:
     kind = type(head).__name__
     if vocabulary(head) is None:
         return f"{kind} is not a plain linear layer"
+    if hasattr(head, "parameter_name"):
+        return f"the adapter changes the parameter {head.parameter_name}, it adds nothing to logits"
     adapter = hasattr(head, "base_layer") or hasattr(head, "modules_to_save")
     if not isinstance(head, nn.Linear) and not (adapter and len(layers) > 1):
         return f"{kind} is not a plain linear layer"

@@ -21,7 +21,7 @@ from liger_trainer.hooks import call_nested, is_hooked, only_gathered
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.lora_linear import Adapter, add_adapters, lora_linear
-from liger_trainer.kernels.runtime import every_size
+from liger_trainer.kernels.runtime import every_size, is_looked_into
 from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
@@ -40,7 +40,7 @@ class FusedLoRA(Swapped):
         gathered = _gathered_modules(self) if usual and base._forward_pre_hooks else None
         adapters = active_adapters(self, x, gathered is not None) if usual else None
         if not adapters:
-            if usual and not torch.compiler.is_compiling():
+            if usual and not is_looked_into():
                 note(self, _unfit(self, gathered is not None))
             return self._liger_base.forward(self, x, *args, **kwargs)
         note(self, None)
@@ -59,7 +59,7 @@ def active_adapters(
     `gathered` means that hooks gather the matrices when their modules are called. Until then these
     are empty, and reading them by attribute may gather them here.
     """
-    if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
+    if layer.disable_adapters or layer.merged or is_looked_into():
         return None
     if type(x) not in _PLAIN or not x.is_floating_point() or _is_sharded(layer.base_layer):
         return None
@@ -93,7 +93,7 @@ def active_adapters(
 def _gathered_modules(layer: nn.Module) -> list[nn.Module] | None:
     """Return the base layer and the A and B modules of each active adapter, if an engine's hooks
     gather their weights on each call; else None."""
-    if torch.compiler.is_compiling():
+    if is_looked_into():
         return None
     found = [layer.get_submodule("base_layer")]
     for name in layer.active_adapters:

@@ -30,7 +30,7 @@ from liger_trainer.kernels.layers.packed_attention import (
     one_per_row,
     runs_here,
 )
-from liger_trainer.kernels.runtime import every_size
+from liger_trainer.kernels.runtime import every_size, is_transformed
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
 _MASK_MODULE = "transformers.masking_utils"
@@ -115,7 +115,7 @@ def lean(maker: FunctionType, packs: bool) -> Callable:
 
     @functools.wraps(maker)
     def make(*args, **kwargs):
-        if args or not _is_causal(kwargs):
+        if args or is_transformed() or not _is_causal(kwargs):
             return maker(*args, **kwargs)
         embeddings, positions = kwargs["inputs_embeds"], kwargs.get("position_ids")
         B, T = embeddings.shape[:2]

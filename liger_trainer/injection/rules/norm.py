@@ -28,7 +28,7 @@ from liger_trainer.injection.rules.proposal import (
 )
 from liger_trainer.kernels.layers.layer_norm import layer_norm
 from liger_trainer.kernels.layers.rms_norm import rms_norm
-from liger_trainer.kernels.runtime import all_plain
+from liger_trainer.kernels.runtime import all_plain, is_looked_into
 from liger_trainer.swap import Proven, Swapped, has_foreign_forward, holds
 
 
@@ -75,7 +75,7 @@ class FusedNorm(Swapped):
     """
 
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_compiling():
+        if is_looked_into():
             return super().forward(*args, **kwargs)
         form, proven = self._liger_key
         x = args[0] if args else kwargs.get(form.input)

@@ -20,7 +20,7 @@ from torch import nn
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.rope import MIN_ELEMENTS, rope, rope_reference, why_not
-from liger_trainer.kernels.runtime import all_plain, pays
+from liger_trainer.kernels.runtime import all_plain, is_looked_into, pays
 from liger_trainer.swap import Swapped, rebind, referenced_globals
 
 
@@ -140,7 +140,7 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
 
     @functools.wraps(original)
     def apply_rotary(*args, **kwargs):
-        if torch.compiler.is_compiling():
+        if is_looked_into():
             return original(*args, **kwargs)
         given = {**dict(zip(call.names, args, strict=False)), **kwargs}
         tensors = [given.get(name) for name in call.tensors]
