@@ -80,14 +80,16 @@ def is_transformed() -> bool:
 
     They transform torch's own operations, one by one, so kernels must not run.
     """
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return not torch.compiler.is_compiling() and _is_transformed()
 
 
 def is_looked_into() -> bool:
     """Return whether what runs is compiled or transformed, so that swapped modules run plain."""
-    return torch.compiler.is_compiling() or is_transformed()
+    return torch.compiler.is_compiling() or _is_transformed()
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -115,10 +117,20 @@ _HERE = contextlib.nullcontext()
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make the device of `tensor` the current one, on which Triton launches."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return _HERE
+    """Return a context in which the device of `tensor` is the current one, as Triton needs it."""
+    return torch.cuda.device(tensor.device) if _is_elsewhere(tensor) else _HERE
+
+
+def call_on_device(tensor: torch.Tensor, function: Callable, *args):
+    """Return `function(*args)`, called with the device of `tensor` as the current one."""
+    if _is_elsewhere(tensor):
+        with torch.cuda.device(tensor.device):
+            return function(*args)
+    return function(*args)
+
+
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
 
 
 _LIBRARY = torch.library.Library("liger_trainer", "DEF")
@@ -139,8 +151,8 @@ def register_op(schema: str, launch: Callable, fake: Callable) -> Callable:
     name = schema.split("(", 1)[0]
 
     def launch_on_device(first, *args):
-        with on_device(first[0] if isinstance(first, (list, tuple)) else first):
-            return launch(first, *args)
+        tensor = first[0] if isinstance(first, (list, tuple)) else first
+        return call_on_device(tensor, launch, first, *args)
 
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, launch_on_device, "CompositeExplicitAutograd")

@@ -45,16 +45,20 @@ def has_backward_hooks(module: nn.Module) -> bool:
     )
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Return whether calling `module` does more than its forward (gather, offload, observe)."""
-    own = vars(module)  # attribute access to the four tables would take three times as long
+def is_hooked(*modules: nn.Module) -> bool:
+    """Return whether calling one of `modules` does more than its forward (gather, observe)."""
+    for module in modules:
+        own = vars(module)  # attribute access to the four tables would take three times as long
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return True
     return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or _global_hooks._global_forward_hooks
+        _global_hooks._global_forward_hooks
         or _global_hooks._global_forward_pre_hooks
         or _global_hooks._global_backward_hooks
         or _global_hooks._global_backward_pre_hooks

@@ -5,46 +5,54 @@ Three kernels: h = scale x firstᵀ, y += h second, and hᵀ x.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from ..launch import launch
-from ..runtime import cdiv, next_power_of_2, tl, triton
+from ..runtime import HAS_TRITON, cdiv, next_power_of_2, tl, triton
 from .lora_in_parts import split
 
-_PROGRAMS = 1024  # of a sum over rows: more do not make it faster
-_ROWS_PER_SUM, _MOST_SUMS = 512, 16
-_ADD_BLOCKS = {"ROWS": 64, "COLUMNS": 256, "num_warps": 4}
-_OVER_ROWS_BLOCKS = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
+_INTERPRETED = HAS_TRITON and not isinstance(split, triton.JITFunction)
 
 
 @triton.jit
-def _add_dot(total, a, b, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr, DOT: tl.constexpr):
+def _dot(a, b, total, WIDEN: tl.constexpr):
+    """Return total + a b of 16-bit operands. WIDEN is for the interpreter, which lacks bf16."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def _add_dot(total, a, b, A_EXACT: tl.constexpr, B_EXACT: tl.constexpr, WIDEN: tl.constexpr):
     """Return total + a b. Exact operands are fp32; if both are, their upper 16 bits are used."""
     if A_EXACT and B_EXACT:
         a_hi, a_mid, _ = split(a)
         b_hi, b_mid, _ = split(b)
-        total = tl.dot(a_mid.to(DOT), b_hi.to(DOT), total)
-        total = tl.dot(a_hi.to(DOT), b_mid.to(DOT), total)
-        return tl.dot(a_hi.to(DOT), b_hi.to(DOT), total)
-    if A_EXACT:
+        total = _dot(a_mid, b_hi, total, WIDEN)
+        total = _dot(a_hi, b_mid, total, WIDEN)
+        total = _dot(a_hi, b_hi, total, WIDEN)
+    elif A_EXACT:
         hi, mid, lo = split(a)
-        total = tl.dot(lo.to(DOT), b.to(DOT), total)
-        total = tl.dot(mid.to(DOT), b.to(DOT), total)
-        return tl.dot(hi.to(DOT), b.to(DOT), total)
-    if B_EXACT:
+        total = _dot(lo, b, total, WIDEN)
+        total = _dot(mid, b, total, WIDEN)
+        total = _dot(hi, b, total, WIDEN)
+    elif B_EXACT:
         hi, mid, lo = split(b)
-        total = tl.dot(a.to(DOT), lo.to(DOT), total)
-        total = tl.dot(a.to(DOT), mid.to(DOT), total)
-        return tl.dot(a.to(DOT), hi.to(DOT), total)
-    return tl.dot(a.to(DOT), b.to(DOT), total)
+        total = _dot(a, lo, total, WIDEN)
+        total = _dot(a, mid, total, WIDEN)
+        total = _dot(a, hi, total, WIDEN)
+    else:
+        total = _dot(a, b, total, WIDEN)
+    return total
 
 
 @triton.jit
 def _narrow_kernel(
     x_ptr, first_ptr, sums_ptr, stride_x, stride_r, stride_k, scale, N, R, K, columns_per_sum,
-    EXACT: tl.constexpr, DOT: tl.constexpr,
+    EXACT: tl.constexpr, WIDEN: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute scale x firstᵀ over a part of the columns, one of sums [sums, N, R]."""
@@ -62,7 +70,7 @@ def _narrow_kernel(
         if not EXACT:
             first = first.to(x.dtype)
         block = tl.zeros((ROWS, RANK), tl.float32)  # tensor cores drop bits when they accumulate
-        total += _add_dot(block, x, first, False, EXACT, DOT)
+        total += _add_dot(block, x, first, False, EXACT, WIDEN)
     sums_ptrs = sums_ptr + (tl.program_id(2).to(tl.int64) * N + row[:, None]) * R + r[None, :]
     tl.store(sums_ptrs, total * scale, mask=in_rows & in_rank)
 
@@ -70,7 +78,7 @@ def _narrow_kernel(
 @triton.jit
 def _add_kernel(
     y_ptr, sums_ptr, h_ptr, second_ptr, stride_y, stride_r, stride_k, N, R, K,
-    SUMS: tl.constexpr, BETA: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+    SUMS: tl.constexpr, BETA: tl.constexpr, EXACT: tl.constexpr, WIDEN: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute y [N, K] = BETA y + h second, and store h [N, R], the total of sums [SUMS, N, R]."""
@@ -96,14 +104,14 @@ def _add_kernel(
         second = tl.load(second_ptrs, mask=(r < R)[:, None] & in_cols, other=0.0)
         if not EXACT:
             second = second.to(h.dtype)
-        y = _add_dot(y, h, second, EXACT, EXACT, DOT)
+        y = _add_dot(y, h, second, EXACT, EXACT, WIDEN)
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=in_rows & in_cols)
 
 
 @triton.jit
 def _over_rows_kernel(
     h_ptr, x_ptr, out_ptr, stride_x, stride_r, stride_k, N, R, K, rows_per_sum,
-    EXACT: tl.constexpr, DOT: tl.constexpr,
+    EXACT: tl.constexpr, WIDEN: tl.constexpr,
     ROWS: tl.constexpr, RANK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Compute hᵀ x over a part of the rows, one of out [sums, R, K] (or [sums, K, R])."""
@@ -120,7 +128,7 @@ def _over_rows_kernel(
         h_ptrs = h_ptr + row[None, :] * R + r[:, None]
         h = tl.load(h_ptrs, mask=(row < end)[None, :] & in_rank, other=0.0)
         block = tl.zeros((RANK, COLUMNS), tl.float32)
-        total += _add_dot(block, h, x, EXACT, False, DOT)
+        total += _add_dot(block, h, x, EXACT, False, WIDEN)
     cell = r[:, None].to(tl.int64) * stride_r + col[None, :].to(tl.int64) * stride_k
     out_ptrs = out_ptr + tl.program_id(2).to(tl.int64) * R * K + cell
     tl.store(out_ptrs, total, mask=in_rank & in_cols)
@@ -135,16 +143,23 @@ class InRegisters(NamedTuple):
     exact: bool
 
     def add_product(self, y_NK, x_NI, first_RI, second_RK, scale, beta=1):
-        sums = self._narrow(x_NI, first_RI, scale)
-        count, N, R = sums.shape
+        (N, width), R = x_NI.shape, first_RI.shape[0]
+        count, columns, grid, blocks = _narrow_launch(N, width, R)
+        sums = torch.empty(count, N, R, dtype=torch.float32, device=x_NI.device)
+        launch(
+            _narrow_kernel, grid,
+            x_NI, first_RI, sums, x_NI.stride(0), *first_RI.stride(), scale, N, R, width, columns,
+            EXACT=self.exact, WIDEN=_INTERPRETED, **blocks,
+        )  # fmt: skip
         h_dtype = torch.float32 if self.exact else x_NI.dtype
         if y_NK is None:
             return sums.sum(0).to(h_dtype)
-        h, K = x_NI.new_empty(N, R, dtype=h_dtype), y_NK.shape[1]
+        h, K = torch.empty(N, R, dtype=h_dtype, device=x_NI.device), y_NK.shape[1]
+        grid, blocks = _add_launch(N, K)
         launch(
-            _add_kernel, (cdiv(N, _ADD_BLOCKS["ROWS"]), cdiv(K, _ADD_BLOCKS["COLUMNS"])),
+            _add_kernel, grid,
             y_NK, sums, h, second_RK, y_NK.stride(0), *second_RK.stride(), N, R, K,
-            SUMS=count, BETA=beta, EXACT=self.exact, DOT=_dot_dtype(y_NK), RANK=16, **_ADD_BLOCKS,
+            SUMS=count, BETA=beta, EXACT=self.exact, WIDEN=_INTERPRETED, **blocks,
         )  # fmt: skip
         return h
 
@@ -156,52 +171,57 @@ class InRegisters(NamedTuple):
         R, K = h_NR.shape[1], dy_NK.shape[1]
         return self._over_rows(h_NR, dy_NK, (K, R), (1, R))
 
-    def _narrow(self, x_NK, first_RK, scale):
-        """Return sums [sums, N, R] in fp32, which add up to scale x firstᵀ."""
-        (N, K), R = x_NK.shape, first_RK.shape[0]
-        rank = _rank_block(R)
-        blocks = _narrow_blocks(N, rank)
-        row_blocks = cdiv(N, blocks["ROWS"])
-        # Few rows need many programs. But every program that adds the product to y reads all sums.
-        count = min(8 if N <= 1024 else 4 if N <= 2048 else 2, max(1, K // 256))
-        columns = cdiv(cdiv(K, count), blocks["COLUMNS"]) * blocks["COLUMNS"]
-        sums = x_NK.new_empty(count, N, R, dtype=torch.float32)
-        launch(
-            _narrow_kernel, (row_blocks, cdiv(R, rank), count),
-            x_NK, first_RK, sums, x_NK.stride(0), *first_RK.stride(), scale, N, R, K, columns,
-            EXACT=self.exact, DOT=_dot_dtype(x_NK), RANK=rank, **blocks,
-        )  # fmt: skip
-        return sums
-
     def _over_rows(self, h_NR, x_NK, shape: tuple[int, int], strides: tuple[int, int]):
         """Return hᵀ x in fp32, as a tensor of `shape`, in which R and K have the `strides`."""
         (N, R), K = h_NR.shape, x_NK.shape[1]
-        rank, step = _rank_block(R), _OVER_ROWS_BLOCKS["ROWS"]
-        grid = cdiv(K, _OVER_ROWS_BLOCKS["COLUMNS"]), cdiv(R, rank)
-        count = min(_MOST_SUMS, cdiv(N, _ROWS_PER_SUM), max(1, _PROGRAMS // (grid[0] * grid[1])))
-        rows = cdiv(cdiv(N, count), step) * step
-        sums = x_NK.new_empty(cdiv(N, rows), *shape, dtype=torch.float32)
+        count, rows, grid, blocks = _over_rows_launch(N, K, R)
+        sums = torch.empty(count, *shape, dtype=torch.float32, device=x_NK.device)
         launch(
-            _over_rows_kernel, (*grid, len(sums)),
+            _over_rows_kernel, grid,
             h_NR, x_NK, sums, x_NK.stride(0), *strides, N, R, K, rows,
-            EXACT=self.exact, DOT=_dot_dtype(x_NK), RANK=rank, **_OVER_ROWS_BLOCKS,
+            EXACT=self.exact, WIDEN=_INTERPRETED, **blocks,
         )  # fmt: skip
-        return sums[0] if len(sums) == 1 else sums.sum(0)
+        return sums[0] if count == 1 else sums.sum(0)
+
+
+# How the kernels are launched, as measured on an H200. Working it out takes as long as a launch.
+
+
+@functools.lru_cache(maxsize=1024)
+def _narrow_launch(N: int, K: int, R: int):
+    """Return the number of sums, the columns of each, the grid and the blocks."""
+    rank = _rank_block(R)
+    if N < 4096 and rank < 64:
+        blocks = {"ROWS": 64, "RANK": rank, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
+    elif rank < 64:
+        blocks = {"ROWS": 128, "RANK": rank, "COLUMNS": 64, "num_warps": 4, "num_stages": 4}
+    else:
+        blocks = {"ROWS": 128, "RANK": rank, "COLUMNS": 64, "num_warps": 8, "num_stages": 3}
+    # Few rows need many programs. But every program that adds the product to y reads all sums.
+    count = min(8 if N <= 1024 else 4 if N <= 2048 else 2, max(1, K // 256))
+    columns = cdiv(cdiv(K, count), blocks["COLUMNS"]) * blocks["COLUMNS"]
+    return count, columns, (cdiv(N, blocks["ROWS"]), cdiv(R, rank), count), blocks
+
+
+@functools.lru_cache(maxsize=1024)
+def _add_launch(N: int, K: int):
+    """Return the grid and the blocks."""
+    blocks = {"ROWS": 64, "RANK": 16, "COLUMNS": 256, "num_warps": 4}
+    return (cdiv(N, blocks["ROWS"]), cdiv(K, blocks["COLUMNS"])), blocks
+
+
+@functools.lru_cache(maxsize=1024)
+def _over_rows_launch(N: int, K: int, R: int):
+    """Return the number of sums, the rows of each, the grid and the blocks."""
+    rank = _rank_block(R)
+    blocks = {"ROWS": 64, "RANK": rank, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
+    programs = cdiv(K, blocks["COLUMNS"]) * cdiv(R, rank)
+    # A sum of few rows takes longer to be added up than it saves; nor do too many programs help.
+    count = min(16, cdiv(N, 512), max(1, 1024 // programs))
+    rows = cdiv(cdiv(N, count), blocks["ROWS"]) * blocks["ROWS"]
+    count = cdiv(N, rows)
+    return count, rows, (cdiv(K, blocks["COLUMNS"]), cdiv(R, rank), count), blocks
 
 
 def _rank_block(R: int) -> int:
     return min(64, max(16, next_power_of_2(R)))  # tl.dot needs 16 columns
-
-
-def _narrow_blocks(N: int, rank: int) -> dict[str, int]:
-    if N < 4096 and rank < 64:
-        return {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
-    if rank < 64:
-        return {"ROWS": 128, "COLUMNS": 64, "num_warps": 4, "num_stages": 4}
-    return {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 3}
-
-
-def _dot_dtype(x: torch.Tensor):
-    if not isinstance(split, triton.JITFunction):
-        return tl.float32  # the interpreter has no bf16 GEMM
-    return tl.float16 if x.dtype == torch.float16 else tl.bfloat16

@@ -26,7 +26,6 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.0968
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from ..autograd import depends_on, first_derivative_only
-from ..runtime import as_rows, on_device
+from ..runtime import as_rows, call_on_device
 from .lora_products import products_for
 
 
@@ -90,12 +89,11 @@ class _LoRALinear(torch.autograd.Function):
             y_NO = torch.empty(len(x_NI), y.shape[-1], dtype=y.dtype, device=y.device)
             y_NO.view(y.shape).copy_(y)
         needs, kept = ctx.needs_input_grad, []
-        with on_device(x):
-            for i, (products, scale, dropout, seed) in enumerate(settings):
-                A, B = matrices[2 * i], matrices[2 * i + 1]
-                D_NI = x_NI * dropout_mask(x_NI, seed, dropout) if dropout else x_NI
-                h = products.add_product(y_NO, D_NI, A, B.t(), scale)
-                kept.append(h if needs[6 + 2 * i] else None)
+        for i, (products, scale, dropout, seed) in enumerate(settings):
+            A, B = matrices[2 * i], matrices[2 * i + 1]
+            D_NI = x_NI * dropout_mask(x_NI, seed, dropout) if dropout else x_NI
+            h = products.add_product(y_NO, D_NI, A, B.t(), scale)
+            kept.append(h if needs[6 + 2 * i] else None)
         keeps_x = needs[1] or any(needs[5::2])
         if not keeps_x:
             depends_on(ctx, x)
@@ -106,8 +104,10 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        with _without_autocast(dy), on_device(dy):
-            return _LoRALinear._backward(ctx, dy)
+        if torch.is_autocast_enabled(dy.device.type):
+            with torch.autocast(dy.device.type, enabled=False):
+                return call_on_device(dy, _LoRALinear._backward, ctx, dy)
+        return call_on_device(dy, _LoRALinear._backward, ctx, dy)
 
     @staticmethod
     def _backward(ctx, dy):
@@ -154,13 +154,6 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
-def _without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
-
-
 def _apply(x, weight, bias, y, adapters: Sequence[Adapter]) -> torch.Tensor:
     autocast = torch.is_autocast_enabled(x.device.type)
     if autocast:
@@ -173,7 +166,7 @@ def _apply(x, weight, bias, y, adapters: Sequence[Adapter]) -> torch.Tensor:
             seed, scale = _draw_seed(), scale / (1.0 - dropout) if dropout < 1.0 else 0.0
         settings.append((products_for(x, y_dtype, A, autocast), scale, dropout, seed))
         matrices += A, B
-    return _LoRALinear.apply(x, weight, bias, y, settings, *matrices)
+    return call_on_device(x, _LoRALinear.apply, x, weight, bias, y, settings, *matrices)
 
 
 def lora_linear(

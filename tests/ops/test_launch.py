@@ -30,7 +30,7 @@ class Variant:
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.reused.append((grid, arguments))
+        return lambda *arguments, stream: self.kernel.reused.append((grid, arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +41,8 @@ def nothing_compiled(monkeypatch):
 X = torch.zeros(64)
 
 
-def run(kernel, x=X, n=7, scale=0.5, flag=True, **constants):
-    launch(kernel, (3,), x, n, scale, flag, **({"BLOCK": 16, "num_warps": 4} | constants))
+def run(kernel, x=X, n=7, scale=0.5, flag=True, grid=(3,), **constants):
+    launch(kernel, grid, x, n, scale, flag, **({"BLOCK": 16, "num_warps": 4} | constants))
 
 
 def test_the_same_arguments_take_the_same_variant():
@@ -62,6 +62,7 @@ def test_the_same_arguments_take_the_same_variant():
         {"x": X.bfloat16()},
         {"x": X[1:]},  # not aligned
         {"x": torch.zeros(64, device="meta")},
+        {"grid": (4,)},
         {"n": 8},
         {"n": 2**40},
         {"flag": 1},

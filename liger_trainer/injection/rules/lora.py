@@ -71,7 +71,7 @@ def active_adapters(
             continue
         if _variant(layer, name, parts) is not None:
             return None
-        if not gathered and any(map(is_hooked, parts)):
+        if not gathered and is_hooked(*parts):
             return None
         down, up, dropout = parts
         A, B = down._parameters.get("weight"), up._parameters.get("weight")
@@ -140,11 +140,12 @@ _TABLES = ("lora_A", "lora_B", "lora_dropout")
 
 
 def _parts_of(layer: nn.Module, name: str) -> tuple[nn.Module, ...] | None:
-    """Return A, B and the dropout of an adapter, if the layer has it."""
+    """Return A, B and the dropout of an adapter, or None if the layer does not have it."""
     modules = layer._modules  # attribute access to the tables would take 2 us
-    if name not in modules["lora_A"]._modules:
+    downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+    if name not in downs:
         return None
-    return tuple(modules[table]._modules[name] for table in _TABLES)  # pyright: ignore[reportReturnType]
+    return downs[name], ups[name], modules["lora_dropout"]._modules[name]  # pyright: ignore
 
 
 def _unfit(layer: nn.Module, gathered: bool) -> str | None:
@@ -156,7 +157,7 @@ def _unfit(layer: nn.Module, gathered: bool) -> str | None:
     for name, parts in active.items():
         if (variant := _variant(layer, name, parts)) is not None:
             return f"not plain LoRA: {variant}"
-        if not gathered and any(map(is_hooked, parts)):
+        if not gathered and is_hooked(*parts):
             return "hooks on the adapter"
     return "its base layer lies in shards" if _is_sharded(layer.base_layer) else None
 
