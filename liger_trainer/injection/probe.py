@@ -197,6 +197,9 @@ def compare(original: Callable, candidate: Callable, cases: Iterable[Case]) -> V
                 got = evaluate(candidate, case)
         except ValueError as error:  # the kernel does not take such inputs
             return Verdict(False, None, _first_line(error))
+        if len(expected) != len(got):
+            outputs = len(expected) - sum(t.requires_grad for t in case.inputs)
+            return Verdict(False, None, f"returns {outputs} tensors")
         for a, b in zip(expected, got, strict=True):
             if a.dtype != b.dtype or a.shape != b.shape:
                 return Verdict(False, worst, f"returns {a.dtype} {tuple(a.shape)} for {case.label}")

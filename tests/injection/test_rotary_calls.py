@@ -188,6 +188,25 @@ def test_a_forward_that_may_call_an_unknown_function_is_refused():
     assert report.coverage["rope"] == (0, 1)
 
 
+def with_norms(q, k, cos, sin):
+    return *llama_rotary(q, k, cos, sin), q.norm(dim=-1)
+
+
+def never_pleased(q, k, cos, sin):
+    raise AttributeError("no tensor of mine")
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(with_norms, "returns 3 tensors"), (never_pleased, "no tensor of mine")],
+)
+def test_a_function_of_another_kind_is_refused(function, reason):
+    _, report = attention(function)
+    (row,) = [row for row in report.rows if row.rule == "rope"]
+    assert not row.swapped
+    assert reason in row.reason
+
+
 def test_a_function_that_rotates_nothing_is_refused():
     _, report = attention(rotates_nothing)
     assert report.coverage["rope"] == (0, 1)
