@@ -107,6 +107,7 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
+    """Propose the kernel for a module whose forward calls a rotary function."""
     function = _rotary_function(type(module))
     if function is None:
         return None
