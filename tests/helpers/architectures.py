@@ -109,7 +109,7 @@ def names(task: str) -> list[str]:
 
 
 def small_values(config: PretrainedConfig) -> dict:
-    """Return what to build `config`'s kind with so that it is small and has no dropout."""
+    """Return values that make a configuration of `config`'s class small and free of dropout."""
     values = {}
     for name, value in vars(config).items():
         number = isinstance(value, int) and not isinstance(value, bool)
@@ -130,7 +130,7 @@ def small_values(config: PretrainedConfig) -> dict:
 
 
 def tiny(task: str, model_type: str) -> torch.nn.Module:
-    """Return the model in training mode, its every parameter random."""
+    """Return the model in training mode, with every parameter random."""
     torch.manual_seed(0)
     values = small_values(AutoConfig.for_model(model_type))
     if text := _CHANGES.get(model_type, {}).get("text_config"):
@@ -147,7 +147,7 @@ def tiny(task: str, model_type: str) -> torch.nn.Module:
 
 
 def text() -> dict[str, torch.Tensor]:
-    """Two sequences of ordinary tokens, the first five positions without label."""
+    """Return two sequences of ordinary tokens, the first five positions without a label."""
     ids = torch.randint(5, 60, (2, 16), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[:, :5] = -100
@@ -156,7 +156,7 @@ def text() -> dict[str, torch.Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A model with its kernels beside the plain one."""
+    """A comparison of a model with kernels and the plain model."""
 
     loss: float  # difference, relative
     gradient: float  # the largest difference of a parameter's gradient, relative to its norm
