@@ -46,7 +46,8 @@ def eager_log_probs(hidden, weight, labels):
 
 
 def trl_log_probs(hidden, weight, labels):
-    """As TRL's fused head calls its kernel: the tokens with a label, in tiles of 4096 x 32768."""
+    """Compute log-probabilities as TRL's fused head does: of labeled tokens, in tiles of 4096 x
+    32768."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     mask = labels != -100
@@ -66,7 +67,7 @@ def three_products(rows, weight):
 
 
 class Sequences:
-    """B sequences of T tokens, a policy and a reference near it."""
+    """A batch of B sequences of T tokens, for a policy and a reference that is close to it."""
 
     beta = 0.1
     has_reference = True
@@ -92,7 +93,7 @@ class Sequences:
         self.members = self.groups.to(device)
 
     def prepare(self):
-        """What a loss needs beyond that."""
+        """Create the further inputs of a loss."""
 
     def describe(self) -> str:
         supervised = int((self.labels != -100).sum())
@@ -100,15 +101,17 @@ class Sequences:
         return f"{type(self).__name__}, {B} x {T}, {supervised} supervised"
 
     def group_loss(self, log_probs, mask, ref, groups):
-        """Losses [g] of some groups by the package's formula; log_probs, mask [g, K, T]."""
+        """Return losses [g] of some groups by the package's formula, from log_probs and mask [g, K,
+        T]."""
         raise NotImplementedError
 
     def plain_loss(self, log_probs, ref, mask):
-        """The loss of the batch, [B, T] each, in plain torch."""
+        """Return the loss of the batch in plain torch, from [B, T] tensors."""
         raise NotImplementedError
 
     def projected(self, x):
-        """Of x [B, T, ...], the positions that a trainer without labels at the head projects."""
+        """Return the positions of x [B, T, ...] that a trainer projects if its head takes no
+        labels."""
         return x
 
     def reference(self, score, of=lambda x: x):
@@ -279,7 +282,8 @@ class GRPO(Sequences):
 
 
 class JSD:
-    """A quarter of the tokens, all supervised; a student of half the teacher's width."""
+    """Distillation over a quarter of the tokens, all supervised; the student has half the teacher's
+    width."""
 
     bf16_tolerance = 0.1  # a peer takes its softmax in bf16
 

@@ -43,7 +43,7 @@ SMOKE = Sizes(8, 16, 32, 300, "cpu", torch.float32)
 
 
 class Result(NamedTuple):
-    """A loss, d hidden, and about a thousand rows of d weight."""
+    """The loss, d hidden, and about a thousand rows of d weight."""
 
     loss: torch.Tensor
     dhidden: torch.Tensor
@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
 
 
 def release() -> None:
-    """No contender finds the memory or the compiled code of another."""
+    """Free memory and compiled code, so that no contender benefits from another's."""
     gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():
@@ -97,7 +97,7 @@ def milliseconds_and_peaks(case, step: Callable) -> str:
 
 
 def compete(case, name: str, truth: Result | None) -> Outcome:
-    """Compares the contender `name` with `truth`, and measures it."""
+    """Compare the contender `name` with `truth`, and measure it."""
     contend = getattr(case, name.lower())()
     if name == "floor":
         return Outcome(milliseconds_and_peaks(case, contend).split(" (")[0])
@@ -118,7 +118,7 @@ def compete(case, name: str, truth: Result | None) -> Outcome:
 
 
 def attempt(case, name: str, truth: Result | None) -> Outcome:
-    """`compete`, where running out of memory and a peer's failure are results too."""
+    """Run `compete`; running out of memory and a peer's failure are results, too."""
     try:
         return compete(case, name, truth)
     except torch.OutOfMemoryError:
@@ -133,7 +133,7 @@ def attempt(case, name: str, truth: Result | None) -> Outcome:
 
 
 def run(name: str, sizes: Sizes, contenders: list[str]) -> tuple[list[str], list[str]]:
-    """Rows of the two tables."""
+    """Return the rows of the two tables."""
     torch.manual_seed(0)
     case, truth = CASES[name](sizes), None
     outcomes = []

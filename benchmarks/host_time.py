@@ -32,7 +32,7 @@ CALLS, BATCHES = 20, 15
 
 
 def build(shape: str, device: str):
-    """A plain model of one layer and its injected twin."""
+    """Return a plain model of one layer and its injected copy."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from liger_trainer import inject
@@ -49,7 +49,7 @@ def build(shape: str, device: str):
 
 
 def global_of(function: Callable, name: str) -> Callable:
-    """What a forward calls by this name, through its decorators."""
+    """Return the global that a forward calls by this name, looking through its decorators."""
     while name not in function.__code__.co_names:
         cells = (c.cell_contents for c in function.__closure__)
         function = next(c for c in cells if callable(c) and hasattr(c, "__code__"))
@@ -57,7 +57,7 @@ def global_of(function: Callable, name: str) -> Callable:
 
 
 def operations(model, batch: int, length: int, device: str) -> dict[str, tuple]:
-    """Name to (function, inputs that get gradients); the function returns a tensor or None."""
+    """Map names to (function, inputs that get gradients); the function returns a tensor or None."""
     config, layer = model.config, model.model.layers[0]
 
     def leaf(*shape):
@@ -98,7 +98,7 @@ def operations(model, batch: int, length: int, device: str) -> dict[str, tuple]:
 
 
 def _backbone_forward(model) -> Callable:
-    """The forward that plain rows take; an injected backbone has one for packed rows too."""
+    """Return the forward for plain rows; an injected backbone has another for packed rows."""
     forward = type(model.model).forward
     cells = [c.cell_contents for c in forward.__closure__ or ()]
     return next((c for c in reversed(cells) if callable(c) and hasattr(c, "__code__")), forward)
@@ -118,7 +118,7 @@ def microseconds(call: Callable[[], object], device: str) -> float:
 
 
 def both(function: Callable, leaves: list[torch.Tensor], device: str) -> list[float]:
-    """Microseconds of forward and, where there are gradients, of forward with backward."""
+    """Return microseconds of forward and, if inputs get gradients, of forward and backward."""
 
     def with_backward():
         out = function()

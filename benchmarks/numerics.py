@@ -96,7 +96,7 @@ def cases(rows: int, width: int, vocab: int):
 
 
 def errors(function, tensors, truth, seeds):
-    """Relative L2 errors: of the outputs, and of the worst gradient."""
+    """Return the relative L2 errors of the outputs and of the worst gradient."""
     outputs, grads, _ = run(function, tensors, seeds)
     true_outputs, true_grads, _ = truth
 

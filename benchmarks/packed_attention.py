@@ -51,7 +51,7 @@ TOLERANCE = 0.02  # relative L2 error of bf16 against fp32
 
 
 def positions(case: Case) -> torch.Tensor:
-    """[rows, length]; every document has at least one token."""
+    """Return position ids [rows, length]; every document has at least one token."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(case.rows):
@@ -62,7 +62,7 @@ def positions(case: Case) -> torch.Tensor:
 
 
 def leaves(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k, v as a model has them: transposed views of projections."""
+    """Return q, k and v as in a model: transposed views of projections."""
     generator = torch.Generator("cuda").manual_seed(0)
     made = []
     for heads in (case.heads, case.kv_heads, case.kv_heads):
@@ -73,7 +73,7 @@ def leaves(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def contender(name: str, case: Case):
-    """A function of q, k, v [B, H, T, D] that returns [B, T, H, D]."""
+    """Return a function of q, k, v [B, H, T, D] that returns [B, T, H, D]."""
     documents = documents_of(positions(case))
     groups = case.heads // case.kv_heads
     if name == "ours":
@@ -102,14 +102,14 @@ def contender(name: str, case: Case):
 
 
 def run(function, tensors, seed=None):
-    """Output and gradients."""
+    """Return output and gradients."""
     out = function(*(x.transpose(1, 2) for x in tensors))
     seed = torch.ones_like(out) if seed is None else seed
     return [out, *torch.autograd.grad(out, tensors, seed)]
 
 
 def error(name: str, case: Case) -> float:
-    """The largest relative error, on rows of at most 1024 tokens."""
+    """Return the largest relative error, on rows of at most 1024 tokens."""
     small = case._replace(rows=2, length=min(case.length, 1024))
     if small.window:
         small = small._replace(window=min(small.window, 200))

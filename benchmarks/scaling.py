@@ -45,7 +45,7 @@ TOLERANCE = 0.02  # relative, of the loss after the warm-up
 
 
 def launch(name: str, engine: str, variant: str, world: int, limit: float) -> dict:
-    """The result of a group of `world` processes, or why there is none."""
+    """Return the result of a group of `world` processes, or why there is none."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *(f"--nproc-per-node={world}", str(Path(__file__).with_name("scaling_step.py"))),
@@ -64,14 +64,14 @@ def launch(name: str, engine: str, variant: str, world: int, limit: float) -> di
 
 
 def tokens_per_second(key: str, world: int, found: dict) -> float:
-    """Of one GPU."""
+    """Return the tokens per second of one GPU."""
     name, engine, _ = key.split(" | ")
     length = (CASES | SMOKE)[name][2]
     return 1000 * length / found["ms"] / (world if engine == "fsdp2+cp" else 1)
 
 
 def cell(key: str, groups: dict[str, dict], world: int, off: dict[str, dict]) -> str:
-    """A group's figures beside those of the fewest GPUs that ran."""
+    """Return a table cell: a group's figures, relative to those of the fewest GPUs that ran."""
     found = groups.get(str(world))
     if found is None or "failure" in found:
         return "" if found is None else found["failure"]
@@ -88,7 +88,7 @@ def cell(key: str, groups: dict[str, dict], world: int, off: dict[str, dict]) ->
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
-    """Tokens per second and GPU over the number of GPUs, one panel for each case and engine."""
+    """Plot tokens per second and GPU over the number of GPUs, a panel for each case and engine."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -53,7 +53,7 @@ def build(case: tuple, variant: str, device: torch.device):
 
 
 def fsdp2(model):
-    """The model, sharded as accelerate does it, and what follows the loss."""
+    """Return the model, sharded as accelerate does it, and the function to call after the loss."""
     from torch.distributed.fsdp import fully_shard
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -97,7 +97,7 @@ def zero3(model):
 
 
 class WholeBatch:
-    """Each rank trains on whole sequences of its own."""
+    """Every rank trains on its own, whole sequences."""
 
     def __init__(self, vocab: int, length: int, device: torch.device):
         generator = torch.Generator().manual_seed(dist.get_rank())
@@ -149,7 +149,7 @@ def _causal(module, args, kwargs):
 
 
 def work(case: tuple, engine: str, variant: str) -> dict:
-    """What rank 0 reports of its group: milliseconds, GiB, share of communication, loss."""
+    """Return rank 0's report of its group: milliseconds, GiB, share of communication, loss."""
     cuda = case[0] != "tiny"
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
     if cuda:
@@ -186,7 +186,7 @@ def work(case: tuple, engine: str, variant: str) -> dict:
 
 
 def _timed(step, cuda: bool) -> float:
-    """Milliseconds of a step that all ranks begin together."""
+    """Return the milliseconds of a step that all ranks begin together."""
     dist.barrier()
     start = time.perf_counter()
     step()
@@ -196,7 +196,7 @@ def _timed(step, cuda: bool) -> float:
 
 
 def _communication(step, cuda: bool) -> float:
-    """Milliseconds of a step in which kernels of NCCL, or operations of gloo, run."""
+    """Return the milliseconds of a step in which NCCL kernels, or gloo operations, run."""
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]

@@ -10,7 +10,7 @@ import torch
 
 
 def measure(fn: Callable[[], object], *, warmup: int = 3, repeats: int = 12) -> tuple[float, float]:
-    """(median milliseconds, peak MiB above what was allocated before) of `fn()`."""
+    """Return (median milliseconds, peak MiB above what was allocated before) of `fn()`."""
     for _ in range(warmup):
         fn()
     torch.cuda.synchronize()
@@ -45,7 +45,7 @@ def measure_graph(fn: Callable[[], object], *, warmup: int = 3, repeats: int = 3
 
 
 def environment() -> str:
-    """One line that says on what a table was measured."""
+    """Return one line about the machine and versions with which a table was measured."""
     versions = []
     for name in ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy"):
         try:
@@ -57,7 +57,7 @@ def environment() -> str:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[object]]) -> None:
-    """A GitHub-flavoured table on standard output."""
+    """Print a GitHub-flavored table."""
     print(f"\n### {title}\n")
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))

@@ -194,7 +194,7 @@ def work(case: Case, contender: Contender, flags: dict, smoke: bool) -> None:
 
 
 def timed(step, count: int, smoke: bool) -> dict:
-    """Milliseconds of each step, and the peak GiB."""
+    """Return the milliseconds of each step, and the peak GiB."""
     if smoke:
         ends = [time.perf_counter()]
         for _ in range(count):
@@ -215,7 +215,7 @@ def timed(step, count: int, smoke: bool) -> dict:
 
 
 class Worker:
-    """The process of a contender in a case; a context that ends with it."""
+    """The process of a contender in a case; a context manager that ends it."""
 
     def __init__(self, case: str, contender: str, options: argparse.Namespace):
         command = [sys.executable, __file__, "--one", case, contender, "--flags", options.flags]
@@ -229,7 +229,7 @@ class Worker:
         self.ms: list[float] = []
 
     def answer(self, deadline: float) -> dict:
-        """The next line of the process; none, and `failure`, if it fails or is late."""
+        """Return the next line of the process; None, with `failure` set, if it fails or is late."""
         late = threading.Event()
         timer = threading.Timer(
             max(0.0, deadline - time.monotonic()), lambda: (late.set(), self.process.kill())
@@ -262,7 +262,7 @@ class Worker:
 
 
 def compete(name: str, contenders: list[str], options: argparse.Namespace) -> dict[str, dict]:
-    """Of every contender: tokens per second, peak GiB and loss, or why there are none."""
+    """Return tokens per second, peak GiB and loss of every contender, or why there are none."""
     case = sized(name, options.smoke)
     groups = [contenders] if case.small else [[contender] for contender in contenders]
     rounds, steps = (8, 6) if case.small else (1, 5)
@@ -287,7 +287,7 @@ def compete(name: str, contenders: list[str], options: argparse.Namespace) -> di
 
 
 def cell(name: str, results: dict[str, dict]) -> str:
-    """A contender's figure beside the first one's."""
+    """Return a table cell: a contender's figure, relative to the first contender's."""
     found = results.get(name)
     if found is None or "failure" in found:
         return "" if found is None else found["failure"]

@@ -91,7 +91,7 @@ def build_model(shape: dict, smoke: bool):
 
 
 def build_tokenizer(vocab: int):
-    """Token i is the word "i"; the last two are special."""
+    """Return a tokenizer in which token i is the word "i"; the last two are special."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -102,7 +102,7 @@ def build_tokenizer(vocab: int):
 
 
 def build_data(case: Case, vocab: int, batches: int):
-    """Random sequences of exactly `case.length` tokens."""
+    """Return random sequences of exactly `case.length` tokens."""
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(0)
@@ -159,7 +159,7 @@ def build_trainer(case: Case, contender: str, smoke: bool, folder: str, callback
 
 
 def build_clock():
-    """A callback that takes the time after every step, the device having finished it."""
+    """Return a callback that records the time after every step, once the device has finished it."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -207,7 +207,7 @@ def run(case: Case, contender: str, smoke: bool) -> dict[str, float]:
 
 
 def missing(contender: str, smoke: bool) -> str | None:
-    """Why a contender cannot run."""
+    """Return why a contender cannot run, or None."""
     if importlib.util.find_spec("trl") is None:
         return "skipped: trl is not installed"
     if contender == "TRL + liger layers":
@@ -219,7 +219,7 @@ def missing(contender: str, smoke: bool) -> str | None:
 
 
 def start(name: str, contender: str, options: argparse.Namespace) -> dict | str:
-    """`run` in processes of its own, or the last line of what it failed with."""
+    """Run `run` in its own processes; return its result, or the last line of its error."""
     command = [__file__, "--one", name, contender, *["--smoke"] * options.smoke]
     offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY")
     changes = dict.fromkeys(offline, "1")
@@ -257,7 +257,7 @@ def is_other(found: dict, truth: dict, smoke: bool) -> bool:
 
 
 def compete(name: str, options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Rows of the two tables."""
+    """Return the rows of the two tables."""
     figures, checks, truth = [name], [name], None
     for contender in options.contenders:
         found = missing(contender, options.smoke) or start(name, contender, options)

@@ -37,6 +37,7 @@ def config_of(trainer: Any) -> KernelConfig | None:
 
 
 def names_kernels(model_init_kwargs: Any) -> bool:
+    """Return whether `model_init_kwargs` has `use_kernels=True`."""
     return isinstance(model_init_kwargs, Mapping) and bool(model_init_kwargs.get("use_kernels"))
 
 

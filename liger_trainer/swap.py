@@ -88,6 +88,7 @@ def plain_class(cls: type) -> type:
 
 
 def swap(module: nn.Module, mixin: type[Swapped], *key) -> None:
+    """Swap the class of `module` for a subclass with `mixin`, parameterized by `key`."""
     _change_class(module, swapped_class(type(module), mixin, *key))
 
 
@@ -125,6 +126,7 @@ def note(module: Swapped, reason: str | None) -> None:
 
 
 def is_swapped(module: nn.Module) -> bool:
+    """Return whether the class of `module` is swapped."""
     return isinstance(module, Swapped)
 
 

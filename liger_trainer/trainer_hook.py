@@ -14,10 +14,12 @@ _NAME = "apply_liger_kernel"
 
 
 def current() -> Hook:
+    """Return the function that the hook is set to."""
     return getattr(transformers.trainer, _NAME)
 
 
 def replace(hook: Hook) -> None:
+    """Set the hook to `hook`."""
     setattr(transformers.trainer, _NAME, hook)
 
 

@@ -39,26 +39,27 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: every training collects garbage, half a second each."""
+    """Exempt imported modules from garbage collection, which every training runs (half a second
+    each)."""
     gc.freeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
-    """CPU everywhere, and CUDA under `pytest -m gpu`."""
+    """The device of a test: the CPU, and CUDA under `pytest -m gpu`."""
     torch.manual_seed(0)
     return request.param
 
 
 @pytest.fixture
 def every_size(monkeypatch):
-    """Small inputs too are fused, in every thread: autograd's recompute checkpoints."""
+    """Fuse small inputs, too, in every thread: autograd's threads recompute checkpoints."""
     monkeypatch.setattr(runtime, "_every_size", ContextVar("every_size", default=True))
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fresh allocations are full of NaN, so an element that a kernel forgot to write shows."""
+    """Fill fresh allocations with NaN, so that elements that a kernel does not write show."""
 
     def poison(make):
         def poisoned_make(*args, **kwargs):
@@ -85,7 +86,7 @@ def kernel_device(device, poisoned, every_size):
 
 @pytest.fixture(params=["torch", "interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
 def place(request, poisoned):
-    """The device, once for each path through the code: plain torch, and the Triton kernels."""
+    """The device, once for each path: plain torch, and the Triton kernels."""
     torch.manual_seed(0)
     if request.param == "interpreted":
         with runtime.interpreted():

@@ -120,6 +120,7 @@ def divergence_reference(
 
 
 def entropy(log_p: torch.Tensor) -> torch.Tensor:
+    """Return the entropy in nats of distributions given by log-probabilities [..., V]."""
     p = log_p.exp()
     return -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
 

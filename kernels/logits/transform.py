@@ -68,6 +68,7 @@ class Transform:
 
 @triton.jit
 def transform(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Return y for logits z in fp32; `scale` and `softcap` include the temperature."""
     y = z * scale
     if HAS_SOFTCAP:  # tanh(u) = 2 sigmoid(2u) - 1, exact in the limits and without overflow
         y = softcap * (2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0)

@@ -60,12 +60,14 @@ def clipped(
 
 
 def cispo(b: Batch, high: float) -> TokenLoss:
+    """Return CISPO's loss, with u bounded by `high`."""
     ratio = b.ratio.detach()
     loss = -ratio.clamp(max=high) * b.advantages * b.log_probs
     return TokenLoss(loss, clipped_high=(ratio > high) & (b.advantages > 0))
 
 
 def sapo(b: Batch, positive: float, negative: float) -> TokenLoss:
+    """Return SAPO's loss; `positive` and `negative` are k by the sign of A."""
     k = _choose(b.advantages > 0, positive, negative, b.ratio)
     return TokenLoss(-4 / k * torch.sigmoid(k * (b.ratio - 1)) * b.advantages)
 

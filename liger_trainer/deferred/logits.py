@@ -251,6 +251,7 @@ def derive(parents, state: State, from_parents, like=None) -> DeferredLogits:
 
 
 def as_meta(logits: Deferred) -> torch.Tensor:
+    """Return an empty meta tensor with the shape, strides and dtype of `logits`."""
     return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
 
 

@@ -54,6 +54,7 @@ def loss_scope() -> Iterator[None]:
 
 
 def in_loss_scope() -> bool:
+    """Return whether a loss scope is open in this thread."""
     return _state.scope is not None
 
 
@@ -85,4 +86,5 @@ def recording() -> Iterator[None]:
 
 
 def is_recording() -> bool:
+    """Return whether linear layers return their terms; see `recording`."""
     return _state.recording

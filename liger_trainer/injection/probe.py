@@ -174,6 +174,7 @@ def _same(state: dict, other: dict) -> bool:
 
 
 def draw(shape: tuple[int, ...], scale: float, device: torch.device, seed: int) -> torch.Tensor:
+    """Return normal random numbers times `scale`, in fp32, the same on every device."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     return (torch.randn(shape, generator=generator, **_ON_CPU) * scale).to(device)
 
@@ -268,6 +269,7 @@ def evaluate(function: Callable, case: Case) -> list[torch.Tensor]:
 
 
 def relative_error(a: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return the largest error relative to the largest true value; inf if NaNs or infs differ."""
     a, truth = a.double(), truth.double()
     if not torch.equal(torch.isfinite(a), torch.isfinite(truth)):
         return float("inf")

@@ -122,6 +122,7 @@ def restore(model: nn.Module) -> None:
 
 
 def is_injected(model: nn.Module) -> bool:
+    """Return whether any module of `model` is swapped."""
     return any(map(is_swapped, model.modules()))
 
 

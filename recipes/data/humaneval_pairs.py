@@ -42,7 +42,7 @@ _SYMBOLS = {
 
 @dataclass(frozen=True)
 class Edit:
-    """Bytes `start:end` of the source become `text`."""
+    """An edit of a program: bytes `start:end` of the source become `text`."""
 
     kind: str
     start: int
@@ -51,7 +51,7 @@ class Edit:
 
 
 class Mutator:
-    """All edits of a program that put a bug behind byte `begin`, where the solution starts."""
+    """All edits of a program that put a bug after byte `begin`, where the solution starts."""
 
     def __init__(self, program: str, begin: int):
         self.source = program.encode()
@@ -61,7 +61,7 @@ class Mutator:
         self.tree = ast.parse(program)
 
     def edits(self) -> list[Edit]:
-        """Every edit, in the order of the tree."""
+        """Return every edit, in the order of the syntax tree."""
         found = []
         for node in ast.walk(self.tree):
             make = getattr(self, f"_{type(node).__name__.lower()}", None)
@@ -73,7 +73,7 @@ class Mutator:
         return [edit for edit in found if edit.start >= self.begin]
 
     def apply(self, edit: Edit) -> str:
-        """The solution with the edit made."""
+        """Return the solution with the edit applied."""
         changed = self.source[: edit.start] + edit.text.encode() + self.source[edit.end :]
         return changed[self.begin :].decode()
 
@@ -161,20 +161,21 @@ class Mutator:
         return Edit(kind, *self._span(node), text)
 
     def _operator(self, kind: str, left, right, symbol: str, other: str) -> Edit:
-        """The operator between two operands; brackets around them are between them too."""
+        """Return the range of the operator between two operands, outside of their brackets."""
         (_, start), (end, _) = self._span(left), self._span(right)
         between = self.source[start:end].decode()
         pattern = r"\s+".join(map(re.escape, symbol.split()))
         return Edit(kind, start, end, re.sub(pattern, other, between, count=1))
 
     def _deleted(self, kind: str, statement: ast.stmt) -> Edit:
-        """Whole lines, so that no blank line tells where the statement was."""
+        """Return an edit that deletes whole lines, so that no blank line shows where the statement
+        was."""
         first = self.line_starts[statement.lineno - 1]
         return Edit(kind, first, self.line_starts[statement.end_lineno], "")
 
 
 def pairs_of(problem: dict[str, str], seed: int) -> Iterator[dict[str, str]]:
-    """Up to `PAIRS_PER_PROBLEM` pairs of one problem, each with a bug of another kind."""
+    """Return up to `PAIRS_PER_PROBLEM` pairs of one problem, each with another kind of bug."""
     prompt, chosen = problem["prompt"], problem["canonical_solution"]
     if not tests(problem, chosen).passed:
         return
@@ -198,7 +199,7 @@ def pairs_of(problem: dict[str, str], seed: int) -> Iterator[dict[str, str]]:
 
 
 def tests(problem: dict[str, str], solution: str) -> Verdict:
-    """How the problem's own tests end on a solution."""
+    """Return how the problem's own tests end for a solution."""
     prompt = problem["prompt"]
     return judge([Job(prompt + solution, prompt, problem["test"], problem["entry_point"])])[0]
 

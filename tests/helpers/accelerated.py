@@ -13,7 +13,7 @@ from torch import nn
 
 
 def over_gloo() -> None:
-    """Answer accelerate's question for the device: several, of the CPU, that talk through gloo."""
+    """Make accelerate treat the CPU as several devices that communicate through gloo."""
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
@@ -22,7 +22,7 @@ def over_gloo() -> None:
 
 
 def accelerator(precision: str = "no", **plugin):
-    """accelerate's front with FSDP2, afresh; `plugin` are options of its plugin."""
+    """Return a new Accelerator with FSDP2; `plugin` holds options of its plugin."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState
 
@@ -37,7 +37,7 @@ def accelerator(precision: str = "no", **plugin):
 
 
 def fsdp2(precision: str = "no", **plugin):
-    """How a row of the engine matrix wraps a model by accelerate."""
+    """Wrap a model with accelerate, for a row of the engine matrix."""
 
     def prepare(model: nn.Module) -> nn.Module:
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # accelerate wants both

@@ -4,7 +4,7 @@ import torch
 
 
 class Alias(torch.autograd.Function):
-    """Another tensor of the same memory."""
+    """Return another tensor that shares the memory."""
 
     @staticmethod
     def forward(ctx, x):

@@ -62,7 +62,7 @@ def tiny(task: str, model_type: str) -> PreTrainedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A model with its kernels beside the plain one."""
+    """A comparison of a model with kernels and the plain model."""
 
     loss: float  # difference, relative
     gradient: float  # the largest difference of a parameter's gradient, relative to its norm

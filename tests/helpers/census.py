@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class _Storages(TorchDispatchMode):
-    """Every storage that an operation within it returned, held weakly."""
+    """Collects every storage that an operation inside the block returns, weakly referenced."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,7 @@ class _Storages(TorchDispatchMode):
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor], *known: torch.Tensor) -> int:
-    """Bytes alive after `forward()` that were not before; its result, and `known`, do not count."""
+    """Return the bytes that `forward()` leaves alive, except its result and `known`."""
     mode = _Storages()
     with mode:
         loss = forward()
@@ -42,7 +42,7 @@ def kept_bytes(forward: Callable[[], torch.Tensor], *known: torch.Tensor) -> int
 def kept_bytes_per_token_and_layer(
     build: Callable[[int], torch.nn.Module], inputs: dict[str, torch.Tensor], layers=(1, 3)
 ) -> float:
-    """`build(number of layers)`; head and embedding cancel in the difference."""
+    """Return the bytes kept per token and layer of `build(number of layers)`, as a difference."""
     found = []
     for number in layers:
         model = build(number)

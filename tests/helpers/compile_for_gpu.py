@@ -36,7 +36,7 @@ class Launcher:
 
 
 class NoDriver:
-    """What Triton asks of a driver."""
+    """The part of a driver that Triton calls."""
 
     utils, launcher_cls = Utils(), Launcher
 
@@ -83,7 +83,7 @@ def lora_products(products, x, A, B):
 
 
 def calls(rows: int, width: int):
-    """Names of operations, and their calls on `rows` of `width`."""
+    """Return the names of operations, and their calls on `rows` of `width`."""
     x, weight, bias = leaf(rows, width), leaf(width), leaf(width)
     labels = torch.zeros(rows, dtype=torch.int64)
     yield "rms_norm", lambda: rms_norm(x, weight, eps=1e-6)

@@ -29,13 +29,13 @@ ORDERS = {
 
 @functools.cache
 def group() -> dist.ProcessGroup:
-    """This rank and its neighbor."""
+    """Return the group of this rank and its neighbor."""
     pairs = [dist.new_group([i, i + 1]) for i in range(0, dist.get_world_size(), 2)]
     return pairs[dist.get_rank() // 2]
 
 
 class _FromBoth(torch.autograd.Function):
-    """The tensors of both ranks along dimension 2."""
+    """Concatenate the tensors of both ranks along dimension 2."""
 
     @staticmethod
     def forward(ctx, x):
@@ -51,7 +51,7 @@ class _FromBoth(torch.autograd.Function):
 
 
 class _OverBoth(torch.autograd.Function):
-    """The sum of both ranks' values, on each of them."""
+    """Return the sum of both ranks' values on each rank."""
 
     @staticmethod
     def forward(ctx, x):

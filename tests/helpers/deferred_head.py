@@ -13,7 +13,7 @@ TOKENS, WIDTH, VOCAB = (2, 5), 8, 11
 
 
 def operands():
-    """Hidden states, weight and bias."""
+    """Return hidden states, weight and bias."""
     torch.manual_seed(0)
     hidden = torch.randn(*TOKENS, WIDTH, requires_grad=True)
     weight = nn.Parameter(torch.randn(VOCAB, WIDTH))
@@ -22,7 +22,7 @@ def operands():
 
 
 def deferred(head, fused=True) -> DeferredLogits:
-    """The logits that such a layer returns in a forward with labels."""
+    """Return the deferred logits of such a layer, as in a forward with labels."""
     hidden, weight, bias = head
     layer = linear(weight, bias, fused)
     with scope.deferring(layer):

@@ -19,7 +19,7 @@ CHANGES = {
 
 
 def problem(device, dtype=torch.float32, tokens=TOKENS, dropped=3):
-    """Student tensors, the teacher's arguments, the mask."""
+    """Return student tensors, the teacher's arguments and the mask."""
     student = {
         "hidden": torch.randn(tokens, WIDTH),
         "weight": torch.randn(VOCAB, WIDTH) * 0.5,

@@ -57,7 +57,7 @@ def train(environment: dict, kill: bool, words: list[str], out: str) -> None:
 
 
 def attempt(folder: Path, name: str, *options: str, world=2, kill=False, more=SHARDED):
-    """What the first process said at last."""
+    """Return the last line of the first process's output."""
     out = folder / f"{name}.told"
     words = [str(folder / "recipe.yaml"), f"training.output_dir={folder / 'out'}", *options]
     try:

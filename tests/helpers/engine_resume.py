@@ -100,7 +100,7 @@ def _train(engine: str, folder: str, resume: bool, kill: bool, out: str) -> None
 
 
 def run(engine: str, world: int, folder: Path, out: Path, resume=False, kill=False) -> str:
-    """Empty, or what became of it."""
+    """Return an empty string, or what went wrong."""
     with contextlib.suppress(SystemExit):
         start(world, train, engine, str(folder), resume, kill, str(out))
     return "" if out.exists() else engine_trainers.failure(out)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """One row."""
+    """One row of the matrix."""
 
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model  # after the injection
     world: int = 2  # processes
@@ -39,7 +39,7 @@ def ddp(**options):
 
 
 def reduced_every_time(prepare):
-    """The engine reduces gradients after every micro-batch, not only after the last one."""
+    """Make the engine reduce gradients after every micro-batch, not only after the last one."""
 
     def prepared(model):
         engine = prepare(model)
@@ -94,7 +94,7 @@ def fsdp1():
 
 
 def zero(stage: int, **options) -> dict:
-    """DeepSpeed's configuration."""
+    """Return DeepSpeed's configuration."""
     return {
         "train_micro_batch_size_per_gpu": MICRO,
         "gradient_accumulation_steps": 2,
@@ -160,7 +160,7 @@ def built_in_parts(tied: bool, kind: str) -> nn.Module:
 
 
 def saved(tied: bool) -> str:
-    """A folder with the model's weights, for all processes."""
+    """Save the model's weights in a folder, for all processes."""
     import tempfile
 
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
@@ -175,7 +175,7 @@ def saved(tied: bool) -> str:
 
 
 def loaded(**sizes: int):
-    """A model that transformers loads in parts, by its own plan."""
+    """Load a model with transformers' own tensor-parallel plan."""
 
     def make(tied: bool, kind: str) -> nn.Module:
         from transformers import LlamaForCausalLM

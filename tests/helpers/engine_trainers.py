@@ -75,7 +75,7 @@ def ulysses() -> dict:
 
 
 def split(make: Callable[[], nn.Module]) -> nn.Module:
-    """The model that `make` returns, loaded by transformers in two parts."""
+    """Return the model that `make` returns, split by transformers over two ranks."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -102,7 +102,7 @@ METHODS = ("Trainer", "SFT", "DPO", "KTO", "ORPO", "GRPO")
 
 
 def rows_of_ids() -> Dataset:
-    """Rows of two halves; in some, only one of them has labels."""
+    """Return rows of two halves; in some rows, only one half has labels."""
     generator = torch.Generator().manual_seed(3)
     rows = []
     for i in range(8):
@@ -210,13 +210,13 @@ def told(out: str) -> Iterator[None]:
 
 
 def failure(out: Path) -> str:
-    """The error that came first: those of processes whose neighbor has ended say nothing."""
+    """Return the first error: processes whose neighbor has ended only report that."""
     errors = [path.read_text() for path in sorted(out.parent.glob(f"{out.name}.*.error"))]
     return next((error for error in errors if "gloo" not in error), "killed")
 
 
 def found_by(engine: str, method: str, flag: bool, folder: Path, alone: bool = False):
-    """What a run left, or what it failed with."""
+    """Return what a run left, or its error."""
     out = folder / f"{list(ROWS).index(engine)}-{method}-{flag}-{alone}.pt"
     with contextlib.suppress(SystemExit):
         start(1 if alone else ROWS[engine].processes, train, engine, method, flag, alone, str(out))
@@ -233,7 +233,7 @@ def differences(got: dict, expected: dict) -> str:
 
 
 def cell(engine: str, method: str, folder: Path) -> str:
-    """= and fused, or what is wrong."""
+    """Return "= and fused", or what is wrong."""
     expected, got = (found_by(engine, method, flag, folder) for flag in (False, True))
     if isinstance(got, str):
         plain = expected if isinstance(expected, str) else "trains"

@@ -55,7 +55,7 @@ def batches(rank: int):
 
 
 def on_one_process(loss_of, tied: bool, kind: str, shards: int):
-    """Losses and weights after a step on the data of all `shards`."""
+    """Return losses, and weights after a step, on the data of all `shards`."""
     model = tiny(tied, kind)
     losses = []
     for shard in range(shards):
@@ -93,7 +93,7 @@ def train(engine: nn.Module, loss_of, shard: int) -> list[float]:
 
 
 def whole_weights(engine: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters after the step, gathered, by their plain names."""
+    """Return the gathered parameters after the step, by their plain names."""
     from torch.distributed.tensor import DTensor
 
     found = {}
@@ -115,7 +115,7 @@ def whole_weights(engine: nn.Module, model: nn.Module) -> dict[str, torch.Tensor
 
 
 def run_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
-    """= and fused, or what is wrong."""
+    """Return "= and fused", or what is wrong."""
     from liger_trainer import inject
     from liger_trainer.deferred import logits as deferred
     from liger_trainer.kernels.runtime import every_size
@@ -169,7 +169,7 @@ def errors(row: Engine, model: nn.Module, name: str, tied: bool, kind: str) -> d
 
 
 def mean_of_neighbors(losses: list[float], shares: int) -> list[float]:
-    """Over the ranks that see the same data."""
+    """Return the mean over the ranks that see the same data."""
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, losses)
     first = dist.get_rank() // shares * shares
@@ -177,7 +177,7 @@ def mean_of_neighbors(losses: list[float], shares: int) -> list[float]:
 
 
 def plain_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
-    """Whether the plain model runs there."""
+    """Return whether the plain model runs under the engine."""
     try:
         engine = row.prepare(row.make(tied, kind))
         train(engine, row.losses[name], dist.get_rank() // row.shares)
@@ -272,7 +272,7 @@ def run_matrix(engines: list[str], columns: list[str], out: str) -> dict[str, di
 
 
 def matrix(engines: list[str], out: str, columns: list[str] = COLUMNS) -> dict[str, dict[str, str]]:
-    """`run_matrix` in a process of its own."""
+    """Run `run_matrix` in its own process."""
     command = [sys.executable, __file__, "--json", out, "--engines", *engines]
     done = subprocess.run(
         [*command, "--columns", *columns], capture_output=True, text=True, timeout=1500

@@ -44,7 +44,7 @@ FAMILIES = {
 
 
 def tiny_model(family: str, device: str = "cpu", **changes) -> torch.nn.Module:
-    """A model in training mode whose every parameter is random (norm weights too), no dropout."""
+    """Return a model in training mode, without dropout; all parameters are random."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **changes})
     model = AutoModelForCausalLM.from_config(config)
@@ -58,7 +58,7 @@ def tiny_model(family: str, device: str = "cpu", **changes) -> torch.nn.Module:
 
 
 def batch(device: str = "cpu", vocab: int = 128, length: int = 17) -> dict[str, torch.Tensor]:
-    """Two sequences, one padded, prompts ignored."""
+    """Return two sequences, one of them padded, with ignored prompts."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, vocab, (2, length), generator=generator)
     mask = torch.ones_like(ids)

@@ -95,7 +95,7 @@ def wrapped(model, case: dict):
 
 
 def trained(model: nn.Module, case: dict) -> tuple[list[float], list[int], dict]:
-    """Losses, the elements of weights that were whole, and the weights in the end."""
+    """Return losses, how many elements of weights were whole, and the final weights."""
     engine = wrapped(model, case)
     losses, whole = [], []
     for step in range(STEPS):
@@ -119,7 +119,7 @@ def trained(model: nn.Module, case: dict) -> tuple[list[float], list[int], dict]
 
 
 def compare(name: str) -> dict[str, float]:
-    """How far the injected model is from the plain one, and what it ran."""
+    """Return the distance between the injected and the plain model, and which operations ran."""
     from liger_trainer import inject
     from liger_trainer.injection.rules import lora
 
@@ -146,7 +146,7 @@ def compare(name: str) -> dict[str, float]:
 
 
 def distance(run, truth, case: dict) -> float:
-    """The largest error of a loss, or of a weight's way, relative to that way."""
+    """Return the largest error of a loss, or of a weight's change relative to that change."""
     initial = dict(model_for(case).named_parameters())
     errors = [abs(a - b) for a, b in zip(run[0], truth[0], strict=True)]
     for name, weight in truth[2].items():
@@ -156,7 +156,7 @@ def distance(run, truth, case: dict) -> float:
 
 
 def same_mask(x: torch.Tensor, seed: object, probability: float) -> torch.Tensor:
-    """A mask of dropout that depends on the shape only: PEFT and we draw from other generators."""
+    """Return a dropout mask that depends only on the shape: PEFT uses another generator."""
     generator = torch.Generator().manual_seed(x.numel())
     return (torch.rand(x.numel(), generator=generator) >= probability).view(x.shape)
 

@@ -53,7 +53,7 @@ def unfused(
     hidden, weight, bias, labels, loss, groups=None, reduction="mean", outputs=(),
     options=ScoreOptions(),
 ):  # fmt: skip
-    """(loss, scores) from all logits at once, every group in one call of `loss`."""
+    """Return (loss, scores) from all logits at once, with all groups in one call of `loss`."""
     if groups is None:
         groups = torch.arange(len(labels)).unsqueeze(1)
     groups = groups.to(labels.device)

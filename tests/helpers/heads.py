@@ -13,7 +13,7 @@ every_rows = pytest.mark.parametrize("rows", [16, 5], ids=["one workspace", "sev
 
 @pytest.fixture(autouse=True)
 def small_first_part(monkeypatch):
-    """The part that is queued before the token count is known, at the size of these problems."""
+    """Make the part that is queued before the token count is known small, like these problems."""
     monkeypatch.setattr(linear_head, "FIRST_ROWS", FIRST)
 
 
@@ -46,7 +46,7 @@ _FACTORS = {  # where the two factors stand among the arguments
 
 
 class Products(TorchDispatchMode):
-    """Adds up multiplications of matrix products in which the vocabulary is a dimension."""
+    """Counts the multiplications of GEMMs in which the vocabulary is a dimension."""
 
     def __init__(self, vocab: int):
         super().__init__()
@@ -61,5 +61,5 @@ class Products(TorchDispatchMode):
         return result
 
     def of(self, tokens: int, width: int) -> float:
-        """In units of the product that makes all logits of `tokens` tokens."""
+        """Return the count in units of the GEMM that computes the logits of `tokens` tokens."""
         return self.multiplications / (tokens * width * self.vocab)

@@ -11,7 +11,7 @@ from liger_trainer.deferred.logits import DeferredLogits
 
 
 def step(model, inputs):
-    """Loss, gradients and logits of one forward and backward."""
+    """Return loss, gradients and logits of one forward and backward."""
     model.zero_grad()
     outputs = model(**inputs)
     outputs.loss.backward()

@@ -173,7 +173,7 @@ def logits_after_load_state_dict(model, out):
 
 @use
 def logits_after_a_perturbation(model, out):
-    """As sharpness-aware minimization does between its two passes."""
+    """Perturb the weights, as sharpness-aware minimization does between its two passes."""
     out.loss.backward()
     with torch.no_grad():
         for p in model.parameters():

@@ -46,7 +46,7 @@ def loss_of(logits, labels):
 
 
 def forward(model, with_labels, ids=None, labels=None, **more):
-    """Loss and logits; the loss is made by hand where the forward gets no labels."""
+    """Return loss and logits; without labels, the loss is computed from the logits."""
     made_ids, made_labels = inputs()
     more = more or {"input_ids": made_ids if ids is None else ids}
     labels = made_labels if labels is None else labels
@@ -57,7 +57,7 @@ def forward(model, with_labels, ids=None, labels=None, **more):
 
 
 def run(model, function, with_labels):
-    """What the use saw, and the gradients of the loss (with what the use added to it)."""
+    """Return what the use saw, and the gradients of the loss (with what the use added to it)."""
     torch.manual_seed(0)
     out = forward(model, with_labels)
     seen = function(model, out)

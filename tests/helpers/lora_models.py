@@ -27,7 +27,7 @@ def step(model, autocast=False):
 
 
 def assert_trains_alike(ours, plain, autocast=False, factor=2.0):
-    """Every gradient is as near to fp64's as PEFT's, which the same parameters get."""
+    """Assert that the same parameters get gradients, as close to fp64 as PEFT's."""
     truth, expected, got = step(copy.deepcopy(plain).double()), step(plain, autocast), None
     got = step(ours, autocast)
     assert list(got) == list(expected) == list(truth)

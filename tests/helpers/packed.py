@@ -4,5 +4,5 @@ import torch
 
 
 def positions(*rows, device="cpu"):
-    """Position ids of rows of documents of these lengths."""
+    """Return position ids of rows of documents with these lengths."""
     return torch.tensor([[i for n in row for i in range(n)] for row in rows], device=device)

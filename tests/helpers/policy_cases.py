@@ -39,7 +39,7 @@ def name_of(given: dict) -> str:
 
 
 def make_batch():
-    """(log_probs, mask, advantages, every optional tensor by name)."""
+    """Return (log_probs, mask, advantages, every optional tensor by name)."""
     log_probs, mask = random_log_probs(B, T), random_mask(B, T)
     mask[3] = False  # a completion that is left out
     advantages = torch.tensor([1.3, -0.8, 0.0, 2.0, -1.7], dtype=torch.float64)

@@ -18,7 +18,7 @@ def state(folder):
 
 
 def at_step(monkeypatch, name, step, action):
-    """Makes a method of Trainer call `action` first, when it is called after `step` steps."""
+    """Make a method of Trainer call `action` first, if it is called after `step` steps."""
     plain = getattr(Trainer, name)
 
     def method(self, *args, **kwargs):

@@ -20,7 +20,7 @@ def random_log_probs(*shape: int, scale: float = 1.5) -> torch.Tensor:
 
 
 def random_mask(*shape: int) -> torch.Tensor:
-    """Runs of True of different lengths, at least 1, after a few positions of a prompt."""
+    """Return a mask with runs of True of different lengths (at least 1), after a short prompt."""
     mask = torch.zeros(*shape, dtype=torch.bool)
     T = shape[-1]
     for i, row in enumerate(mask.view(-1, T)):
@@ -30,7 +30,7 @@ def random_mask(*shape: int) -> torch.Tensor:
 
 
 def finite_differences(function: Callable[[list], float], x: torch.Tensor) -> torch.Tensor:
-    """Gradient of a function of nested lists of numbers at `x`, fp64, by central differences."""
+    """Return the gradient of a function of nested lists at `x`, by central differences in fp64."""
     grad = torch.empty_like(x)
     for i in range(x.numel()):
         values = []
@@ -43,7 +43,7 @@ def finite_differences(function: Callable[[list], float], x: torch.Tensor) -> to
 
 
 def value_and_grad(function: Callable, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A scalar function of a tensor, and its gradient by autograd."""
+    """Return the value of a scalar function of a tensor, and its gradient by autograd."""
     leaf = x.clone().requires_grad_()
     value = function(leaf)
     return value.detach(), torch.autograd.grad(value, leaf)[0]
@@ -52,7 +52,7 @@ def value_and_grad(function: Callable, x: torch.Tensor) -> tuple[torch.Tensor, t
 def assert_agrees(
     loss: Callable[[torch.Tensor], torch.Tensor], slow: Callable[[list], float], x: torch.Tensor
 ) -> None:
-    """A scalar loss of a tensor and its gradient are those of an implementation on plain lists."""
+    """Assert that a scalar loss and its gradient match an implementation on plain lists."""
     value, grad = value_and_grad(loss, x)
     expected = torch.tensor(slow(x.tolist()), dtype=torch.float64)
     torch.testing.assert_close(value, expected, **FP64)
@@ -60,7 +60,7 @@ def assert_agrees(
 
 
 def assert_finite(value: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor) -> None:
-    """Value and gradient are finite, and the gradient is 0 outside the mask."""
+    """Assert that value and gradient are finite, and the gradient is 0 outside the mask."""
     assert torch.isfinite(value).all(), value
     assert torch.isfinite(grad).all(), grad
     assert not grad[~mask].any()
@@ -71,7 +71,7 @@ def sigmoid(x: float) -> float:
 
 
 def softplus(x: float) -> float:
-    """log(1 + e^x) = -log sigmoid(-x)."""
+    """Return log(1 + e^x) = -log sigmoid(-x)."""
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 

@@ -8,7 +8,7 @@ from liger_trainer.deferred import Deferred
 
 
 class Shapes(TorchDispatchMode):
-    """Collects the shapes of all results below autograd while it is active."""
+    """Collects the shapes of all tensors that operations return while it is active."""
 
     def __init__(self):
         super().__init__()
@@ -23,5 +23,5 @@ class Shapes(TorchDispatchMode):
         return result
 
     def largest(self, last: int) -> int:
-        """Rows of the largest tensor whose last dimension is `last`."""
+        """Return the rows of the largest tensor whose last dimension is `last`."""
         return max((s.numel() // last for s in self.seen if s and s[-1] == last), default=0)

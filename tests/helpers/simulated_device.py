@@ -26,7 +26,7 @@ class Simulated:
         self.released += 1
 
     def step(self, budget, tokens):
-        """One step: what was chosen, and what it took."""
+        """Run one step; return what was chosen, and how much memory it took."""
         kept = budget.choose(tokens)
         if not budget.cost:
             budget.cost = self.cost

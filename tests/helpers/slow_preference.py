@@ -21,7 +21,7 @@ class Slow:
         return sum(x if i < shorter else tail * x for i, x in enumerate(kept))
 
     def score(self, log_ratio):
-        """f'(t) of the f-divergence, from f-DPO's table."""
+        """Return f'(t) of the f-divergence, from f-DPO's table."""
         t = math.exp(log_ratio)
         if self.divergence == "forward_kl":
             return 1 - 1 / t

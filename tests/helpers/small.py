@@ -21,7 +21,7 @@ def tiny(tied: bool, kind: str) -> nn.Module:
 
 
 def with_adapters(model: nn.Module, kind: str, tied: bool) -> nn.Module:
-    """`model`, on every linear layer of which "LoRA" puts an adapter."""
+    """Return `model`; for "LoRA", with an adapter on every linear layer."""
     if kind == "LoRA":
         from peft import LoraConfig, get_peft_model
 
@@ -54,7 +54,7 @@ def outside(model, ids, labels):
 
 
 def from_log_probs(model, ids, labels):
-    """Pairs of a preference loss."""
+    """Return the loss of preference pairs, from token log-probabilities."""
     from liger_trainer import loss_scope
     from liger_trainer.deferred.token_scores import token_scores
 

@@ -31,7 +31,7 @@ def tiny(vocab: int) -> nn.Module:
 
 
 def split(model: nn.Module, mesh=None, **more: str) -> nn.Module:
-    """`model` by its own plan, and `more` styles."""
+    """Split `model` by its own plan, and by `more` styles."""
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
@@ -42,7 +42,7 @@ def split(model: nn.Module, mesh=None, **more: str) -> nn.Module:
 
 
 def step(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Loss and gradients, whole."""
+    """Return the loss and the gathered gradients."""
     model.zero_grad()
     loss = model(**BATCH).loss
     loss.backward()

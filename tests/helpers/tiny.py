@@ -26,7 +26,7 @@ _TEXTS = ["the cat sat on the mat", "what is two plus two ? four .", "user assis
 
 
 def tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of a few hundred tokens with ChatML's special ones."""
+    """Return a byte-level BPE tokenizer of a few hundred tokens, with ChatML's special tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -68,14 +68,14 @@ def model(seed: int = 0, **changes) -> LlamaForCausalLM:
 
 
 def saved_model(folder: Path) -> Path:
-    """A folder that `from_pretrained` loads model and tokenizer from."""
+    """Save a model and its tokenizer in a folder, and return it."""
     model().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
 
 def chat_file(path: Path, count: int = 24) -> Path:
-    """A JSON Lines file of short conversations."""
+    """Write a JSON Lines file of short conversations, and return its path."""
     numbers = ["one", "two", "three", "four", "five"]
     with path.open("w") as file:
         for i in range(count):
@@ -87,7 +87,7 @@ def chat_file(path: Path, count: int = 24) -> Path:
 
 
 def pairs_file(path: Path, count: int = 16) -> Path:
-    """Preference pairs: four prompts, what is chosen always ends on the same word."""
+    """Write a file of preference pairs: four prompts, whose chosen answers end in the same word."""
     numbers = ["one", "two", "three", "four"]
     rows = [
         {
@@ -102,7 +102,7 @@ def pairs_file(path: Path, count: int = 16) -> Path:
 
 
 def problems_file(path: Path, count: int = 8) -> Path:
-    """Prompts with the columns that the code rewards ask for."""
+    """Write a file of prompts, with the columns that the code rewards require."""
     rows = [
         {
             "prompt": [{"role": "user", "content": f"add {i} plus two"}],
@@ -121,7 +121,7 @@ def json_lines(path: Path, rows: list[dict]) -> Path:
 
 
 def alignment_values(folder: Path, method: str, **training) -> dict:
-    """A recipe of a TRL method that trains a tiny model for three steps, on a CPU."""
+    """Return a recipe of a TRL method that trains a tiny model for three steps on a CPU."""
     values = recipe_values(folder, max_steps=3, gradient_checkpointing=False, bf16=False)
     values["method"] = method
     values["training"] |= training
@@ -141,7 +141,7 @@ def alignment_values(folder: Path, method: str, **training) -> dict:
 
 
 def recipe_values(folder: Path, **training) -> dict:
-    """The sections of a recipe that trains a tiny model for six steps, on a CPU."""
+    """Return the sections of a recipe that trains a tiny model for six steps on a CPU."""
     return {
         "model": {"name_or_path": str(saved_model(folder / "model"))},
         "data": {

@@ -26,7 +26,7 @@ TEMPLATE = (
 
 
 def processor() -> LlavaProcessor:
-    """The tiny tokenizer with a token for images, and CLIP's preprocessing."""
+    """Return a processor: the tiny tokenizer with an image token, and CLIP's preprocessing."""
     tokenizer = tiny.tokenizer(TEMPLATE)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<image>"]})
     images = CLIPImageProcessorPil(
@@ -43,7 +43,7 @@ def processor() -> LlavaProcessor:
 
 
 def saved_model(folder: Path) -> Path:
-    """A folder that `from_pretrained` loads model and processor from."""
+    """Save a model and its processor in a folder, and return it."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -66,7 +66,7 @@ def saved_model(folder: Path) -> Path:
 
 
 def image_files(folder: Path, colors: list[str]) -> list[str]:
-    """Names of files in `folder`, each of one color."""
+    """Write image files of one color each to `folder`, and return their names."""
     for color in colors:
         Image.new("RGB", (SIDE, SIDE), color).save(folder / f"{color}.png")
     return [f"{color}.png" for color in colors]

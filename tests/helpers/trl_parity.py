@@ -88,7 +88,7 @@ class Run(NamedTuple):
 
 
 def classes(method: str, flag: bool) -> tuple[type, type]:
-    """Trainer and config: the drop-ins with `flag`, TRL's own without."""
+    """Return trainer and config: the drop-ins with `flag`, TRL's own without."""
     if flag:
         home = liger_trainer.trl
     elif method in EXPERIMENTAL:
@@ -112,7 +112,7 @@ def trainer(method: str, folder, build: Callable[[], dict], config: dict | None 
 
 
 def run(method: str, folder, build: Callable[[], dict], config: dict | None = None, flag=True):
-    """Trains and, where there is an eval dataset, evaluates."""
+    """Train, and evaluate if there is an eval dataset."""
     built = trainer(method, folder, build, config, flag)
     recorder = _Recorder()
     built.add_callback(recorder)
@@ -148,7 +148,7 @@ def _record_losses(built) -> list[float]:
 
 
 def distance(got: Run, expected: Run, tolerance: Tolerance = FP32) -> tuple[float, str]:
-    """The largest error in tolerances, and of what it is."""
+    """Return the largest error, in tolerances, and which value has it."""
     return max(_errors(got, expected, tolerance), default=(0.0, "nothing was compared"))
 
 
@@ -199,7 +199,7 @@ def assert_same(got: Run, expected: Run, tolerance: Tolerance = FP32) -> None:
 
 
 def assert_far(got: Run, expected: Run, tolerance: Tolerance = FP32) -> None:
-    """The two runs cannot be taken for each other."""
+    """Assert that the two runs differ clearly."""
     try:
         error, what = distance(got, expected, tolerance)
     except AssertionError:  # other keys, other parameters
@@ -214,7 +214,7 @@ def parity(
     config: dict | None = None,
     tolerance: Tolerance = FP32,
 ) -> tuple[Run, Run]:
-    """Runs the drop-in and TRL's own trainer, and asserts that they are the same run."""
+    """Run the drop-in and TRL's own trainer, and assert that both runs are the same."""
     expected = run(method, folder / "expected", build, config, flag=False)
     got = run(method, folder / "got", build, config)
     report = got.trainer.injection_report
@@ -250,12 +250,12 @@ def policy_with_reference(folder, make: Callable[[], PreTrainedModel] = policy):
 
 
 def lora(**changes) -> LoraConfig:
-    """An adapter that is not zero at the start."""
+    """Return the configuration of an adapter that is not zero at the start."""
     settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
     return LoraConfig(**settings | {"task_type": "CAUSAL_LM"} | changes)
 
 
 def typical_error(run: Run, truth: Run) -> torch.Tensor:
-    """Of the first gradients, relative, the median over the parameters."""
+    """Return the median over parameters of the first gradients' relative errors."""
     pairs = [(run.gradients[n] - t).norm() / t.norm() for n, t in truth.gradients.items()]
     return torch.stack(pairs).median()

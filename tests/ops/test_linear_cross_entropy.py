@@ -20,7 +20,7 @@ ALL = LossOptions(label_smoothing=0.1, z_loss=1e-2, scale=0.5, softcap=5.0)
 
 @pytest.fixture(autouse=True)
 def _small_first_part(monkeypatch):
-    """The part that is queued before the token count is known, at the size of these problems."""
+    """Make the part that is queued before the token count is known small, like these problems."""
     monkeypatch.setattr(linear_head, "FIRST_ROWS", 8)
 
 

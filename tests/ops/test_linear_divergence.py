@@ -24,7 +24,7 @@ from liger_trainer.kernels.logits.jensen_shannon import DivergenceOptions
 
 @pytest.fixture(autouse=True)
 def _small_first_part(monkeypatch):
-    """The part that is queued before the token count is known, at the size of these problems."""
+    """Make the part that is queued before the token count is known small, like these problems."""
     monkeypatch.setattr(linear_head, "FIRST_ROWS", 2)
 
 

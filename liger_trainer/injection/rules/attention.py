@@ -115,6 +115,7 @@ def by_bounds(sdpa: Callable, heads: Heads) -> Callable:
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
+    """Propose packed attention for a module that gets its attention from an AttentionInterface."""
     if _interface(getattr(type(module), "forward", None)) is None:
         return None
     if not search.config.attention:

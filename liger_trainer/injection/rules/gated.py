@@ -141,6 +141,7 @@ class FusedActivation(Swapped):
 
 
 def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
+    """Return the deferred activation of `x`, computed as `owner`, a swapped module, would."""
     form = owner._liger_key[0]
 
     def make():

@@ -199,6 +199,7 @@ def _is_sharded(base: nn.Module) -> bool:
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
+    """Propose the fused operation for a linear layer with LoRA adapters."""
     if not _looks_like_lora(module):
         return None
     if module is search.output_embeddings:

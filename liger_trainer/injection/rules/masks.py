@@ -200,6 +200,7 @@ def _documents(position_ids: torch.Tensor, rows: int) -> Documents:
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
+    """Propose lean masks for a module whose forward builds attention masks."""
     forward = getattr(type(module), "forward", None)
     makers = _makers(forward) if isinstance(forward, FunctionType) else []
     if not makers:

@@ -91,6 +91,7 @@ class FusedNorm(Swapped):
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
+    """Propose a kernel for a module that is an RMSNorm, gated RMSNorm or LayerNorm."""
     if not _may_be_norm(module):
         return None
     if has_foreign_forward(module) and len(_required(type(module).forward)) == 2:  # self and input

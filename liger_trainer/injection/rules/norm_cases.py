@@ -42,6 +42,7 @@ def normalized_ranks(
 
 
 def width_of(module: nn.Module) -> int | None:
+    """Return the normalized width from a parameter or `normalized_shape`; None if unknown."""
     for parameter in module.parameters():
         return probe.whole_shape(parameter)[-1]
     shape = getattr(module, "normalized_shape", None)

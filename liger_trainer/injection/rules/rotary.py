@@ -168,6 +168,7 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
+    """Propose the kernel for a module whose forward calls rotary functions."""
     functions = _rotary_functions(type(module))
     if not functions:
         return None
