@@ -108,7 +108,8 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
-    function = _rotary_function(type(module))
+    cls = type(module)
+    function = search.cached(("rotary function", cls), lambda: _rotary_function(cls))
     if function is None:
         return None
     if _call_of(function) is None:
@@ -129,7 +130,6 @@ def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     return Proposal.swapped(site, "rope", str(form), swap, max_error=verdict.max_error)
 
 
-@functools.cache
 def _rotary_function(cls: type) -> Callable | None:
     """Return the global that `cls.forward` calls with a cosine and a sine.
 
