@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from families import batch, tiny_model
 from simulated_device import Simulated
@@ -221,6 +222,33 @@ def test_what_a_step_that_runs_out_counts_is_counted_once(fixed, tmp_path, where
         results.append([*trained(each, tmp_path, mode), *state_of(each)])
     assert not out.where
     assert all(map(torch.equal, *results))
+
+
+def test_a_step_that_is_repeated_is_logged_once(fixed, tmp_path):
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from liger_trainer.trl import SFTTrainer
+
+    fixed(2)
+    logs = []
+    for runs_out in (False, True):
+        model = model_with_dropout()
+        mlp = model.model.layers[2].mlp
+        mlp.down_proj = out = OutOnce(mlp.down_proj, *["backward"] * runs_out)
+        args = SFTConfig(
+            str(tmp_path), max_steps=2, logging_steps=2, report_to=[], use_cpu=True, bf16=False,
+            gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
+            use_liger_kernel=True, liger_kernel_config={"activation_memory": "auto"},
+        )  # fmt: skip
+        rows = Dataset.from_list([{"input_ids": list(range(3, 12 + i))} for i in range(16)])
+        trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tiny.tokenizer())
+        trainer.train()
+        assert not out.where
+        entry = trainer.state.log_history[0]
+        logs.append({name: entry[name] for name in ("loss", "mean_token_accuracy", "num_tokens")})
+    assert logs[0] == logs[1]
 
 
 def test_a_forward_that_changed_a_large_buffer_is_not_repeated(fixed, caplog):
