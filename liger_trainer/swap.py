@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 
 import torch
@@ -27,6 +28,7 @@ class Swapped(metaclass=_SwappedType):
     """The first base of every swapped class. The hashable `key` parameterizes the swap."""
 
     _liger_base: type
+    _liger_source: Source
     _liger_key: tuple = ()
     _liger_site: Site | None = None
 
@@ -51,9 +53,13 @@ def _new_instance(cls: type, *swaps: tuple):
     return cls.__new__(cls)
 
 
-@functools.cache
 def swapped_class(base: type, mixin: type[Swapped], *key) -> type:
     """Return the subclass of `base` with `mixin` first; it keeps the name, which HF reads."""
+    return _swapped_class(base, mixin, Source(base), *key)
+
+
+@functools.cache
+def _swapped_class(base: type, mixin: type[Swapped], source: Source, *key) -> type:
     return _metaclass(type(base))(
         base.__name__,
         (mixin, base),
@@ -64,9 +70,48 @@ def swapped_class(base: type, mixin: type[Swapped], *key) -> type:
             "_liger_base": base,
             "_liger_mixin": mixin,
             "_liger_key": key,
+            "_liger_source": source,
             **mixin.namespace(base, *key),
         },
     )
+
+
+class Source:
+    """The code of a class's forward: its function, and what the global names in it stand for.
+
+    A swap is made of it or proven against it, and holds no longer if somebody patches either.
+    """
+
+    def __init__(self, cls: type):
+        self._cls = _below_swaps(cls)
+        self._forward = getattr(self._cls, "forward", None)
+        is_python = isinstance(self._forward, FunctionType)
+        self._names = tuple(
+            (scope, name, scope[name])
+            for scope, name in (_global_names(self._forward) if is_python else ())
+        )
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the code is still that; takes a microsecond or two."""
+        return getattr(self._cls, "forward", None) is self._forward and all(
+            scope.get(name, _MISSING) is value for scope, name, value in self._names
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Source) or other._forward is not self._forward:
+            return False
+        ours, theirs = ([value for *_, value in s._names] for s in (self, other))
+        return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(id(self._forward))
+
+
+def _below_swaps(cls: type) -> type:
+    while "_liger_base" in vars(cls):
+        cls = cls._liger_base
+    return cls
 
 
 @functools.cache
@@ -244,14 +289,18 @@ def _content(cell: CellType) -> object:
 
 def referenced_globals(function: FunctionType) -> list[object]:
     """Return the objects that the global names of the function and its closures refer to."""
-    found, queue, visited = [], [function], set()
+    return [scope[name] for scope, name in _global_names(function)]
+
+
+def _global_names(function: FunctionType) -> Iterator[tuple[dict[str, object], str]]:
+    """Yield the global names of the function and its closures, each with the scope it is in."""
+    queue, visited = [function], set()
     while queue:
         current = queue.pop()
         if id(current) in visited:
             continue
         visited.add(id(current))
         scope = current.__globals__
-        found += [scope[n] for n in sorted(_names(current.__code__)) if n in scope]
+        yield from ((scope, n) for n in sorted(_names(current.__code__)) if n in scope)
         contents = map(_content, current.__closure__ or ())
         queue += [content for content in contents if isinstance(content, FunctionType)]
-    return found

@@ -2,58 +2,23 @@
 
 import copy
 import logging
-import random
 
-import numpy as np
 import pytest
 import torch
+from budgets import LAYERS, fixed_budget, gradients, model_with_dropout
 from families import batch, tiny_model
 from simulated_device import Simulated
 from torch import nn
 
-from liger_trainer import LigerTrainer, inject, restore
-from liger_trainer.injection import memory_budget, rewind
+from liger_trainer import inject, restore
+from liger_trainer.injection import memory_budget
 from liger_trainer.injection.memory_budget import GIB, Budget, budget_of
 from liger_trainer.injection.rules import activation_memory
-
-LAYERS = 4
 
 
 @pytest.fixture
 def fixed(monkeypatch):
-    """Gives every model a budget that keeps so many layers, on any device."""
-
-    def choose(kept):
-        class Fixed(Budget):
-            def choose(self, tokens):
-                self.kept, self.cost = kept, 1.0
-                return kept
-
-        def make(model, asked):
-            if "_liger_budget" not in vars(model):
-                layers = memory_budget.layers_of(model)
-                model._liger_budget = Fixed(asked, layers, Simulated(0, 0, 0))
-            return model._liger_budget
-
-        monkeypatch.setattr(activation_memory, "_budget", make)
-
-    return choose
-
-
-def model_with_dropout():
-    return tiny_model("llama", num_hidden_layers=LAYERS, attention_dropout=0.2)
-
-
-def gradients(model, seed=3):
-    torch.manual_seed(seed)
-    model.zero_grad()
-    loss = model(**batch()).loss
-    loss.backward()
-    return [
-        loss.detach(),
-        torch.rand(3),
-        *(p.grad.clone() for p in model.parameters() if p.numel()),
-    ]
+    return lambda kept: monkeypatch.setattr(activation_memory, "_budget", fixed_budget(kept))
 
 
 @pytest.mark.parametrize("kept", range(LAYERS + 1))
@@ -72,166 +37,6 @@ def test_the_result_is_that_of_a_run_that_checkpoints_nothing(fixed, kept):
     last = [layer.self_attn.q_proj for layer in model.model.layers[LAYERS - kept :]]
     assert all(runs.count(module) == 1 for module in last)
     assert not model.is_gradient_checkpointing
-
-
-class OutOnce(nn.Module):
-    """A layer of a model that runs out of memory, once, in forward or in backward."""
-
-    def __init__(self, inner, *where):
-        super().__init__()
-        self.inner, self.where = inner, list(where)
-
-    def forward(self, x):
-        y = self.inner(x)
-        if self.where and self.training:
-            if self.where == ["forward"]:
-                self._run_out()
-            y.register_hook(self._backward)
-        return y
-
-    def _backward(self, grad):
-        if self.where:
-            self._run_out()
-
-    def _run_out(self):
-        self.where.clear()
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def test_a_forward_that_runs_out_is_repeated_with_the_same_result(fixed, caplog):
-    fixed(2)
-    model = model_with_dropout()
-    inject(model)
-    expected = gradients(model)
-    inject(model, {"activation_memory": "auto"})
-    up = model.model.layers[2].mlp.up_proj
-    model.model.layers[2].mlp.up_proj = OutOnce(up, "forward")
-    with caplog.at_level(logging.WARNING):
-        got = gradients(model)
-    assert all(map(torch.equal, got, expected))
-    assert budget_of(model).kept == 1
-    assert "repeated with 3 of 4 layers checkpointed" in caplog.text
-
-
-def trained(model, folder, mode, **changes):
-    from transformers import TrainingArguments
-
-    args = TrainingArguments(
-        str(folder), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-        use_liger_kernel=True, liger_kernel_config={"activation_memory": mode},
-        disable_tqdm=True, logging_steps=1, save_strategy="no", seed=5, **changes,
-    )  # fmt: skip
-    inputs = batch(length=9)
-    rows = [{name: tensor[i % 2] for name, tensor in inputs.items()} for i in range(4)]
-    trainer = LigerTrainer(model, args, train_dataset=rows)
-    trainer.train()
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def test_a_step_that_runs_out_in_backward_is_repeated_with_the_same_result(fixed, tmp_path):
-    fixed(2)
-    model = model_with_dropout()
-    broken = copy.deepcopy(model)
-    expected = trained(model, tmp_path, "lean")
-    up = broken.model.layers[1].mlp.up_proj
-    broken.model.layers[1].mlp.up_proj = OutOnce(up, "backward")
-    got = trained(broken, tmp_path, "auto")
-    assert not broken.model.layers[1].mlp.up_proj.where
-    assert all(map(torch.equal, got, expected))
-
-
-def test_accumulated_gradients_are_not_thrown_away(fixed, tmp_path):
-    fixed(2)
-    model = model_with_dropout()
-    up = model.model.layers[1].mlp.up_proj
-    model.model.layers[1].mlp.up_proj = out = OutOnce(up)
-    steps = []
-
-    def second(module, grad_input, grad_output):
-        steps.append(module)
-        if len(steps) == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    out.register_full_backward_hook(second)
-    with pytest.raises(torch.OutOfMemoryError):
-        trained(model, tmp_path, "auto", gradient_accumulation_steps=2)
-
-
-class Counting(nn.Module):
-    """A layer with running statistics, counters and random numbers of every kind."""
-
-    def __init__(self, inner, large=False):
-        super().__init__()
-        self.inner, self.calls, self.last = inner, 0, None
-        self.norm = nn.BatchNorm1d(inner.out_features)  # changes buffers behind their versions
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("replaced", torch.zeros(3))
-        self.register_buffer("large", torch.zeros(rewind.LARGEST_COPY + 1 if large else 2))
-
-    def forward(self, x):
-        y = self.norm(self.inner(x).transpose(1, 2)).transpose(1, 2)
-        self.calls, self.last = self.calls + 1, y.sum().item()
-        self.mean.mul_(0.9).add_(0.1 * y.detach().square().mean())
-        self.replaced = self.replaced + self.calls
-        self.large += 1
-        return y * (1 + self.calls + self.mean.detach())
-
-
-def state_of(model):
-    counting = [m for m in model.modules() if isinstance(m, Counting)]
-    return [
-        *(b.clone() for m in counting for b in m.buffers()),
-        *(torch.tensor([m.calls, m.last]) for m in counting),
-        torch.tensor([random.random(), np.random.rand()]),
-    ]
-
-
-def counting_model(large=False):
-    model = model_with_dropout()
-    for layer in (0, 3):
-        mlp = model.model.layers[layer].mlp
-        mlp.up_proj = Counting(mlp.up_proj, large)
-    draw = lambda *_: (random.random(), np.random.rand())  # noqa: E731
-    model.model.embed_tokens.register_forward_hook(lambda *_: draw() and None)
-    return model
-
-
-@pytest.mark.parametrize("kept", [0, 2, LAYERS])
-def test_what_a_forward_counts_is_counted_once(fixed, kept):
-    """Also in the layers that backward computes again."""
-    fixed(kept)
-    plain = counting_model()
-    model = copy.deepcopy(plain)
-    inject(plain)
-    inject(model, {"activation_memory": "auto"})
-    for _ in range(3):
-        assert all(map(torch.equal, gradients(model), gradients(plain)))
-    assert all(map(torch.equal, state_of(model)[:-1], state_of(plain)[:-1]))
-
-
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_what_a_step_that_runs_out_counts_is_counted_once(fixed, tmp_path, where):
-    fixed(2)
-    plain = counting_model()
-    model = copy.deepcopy(plain)
-    mlp = model.model.layers[2].mlp
-    mlp.down_proj = out = OutOnce(mlp.down_proj, where)
-    results = []
-    for each, mode in ((plain, "lean"), (model, "auto")):
-        results.append([*trained(each, tmp_path, mode), *state_of(each)])
-    assert not out.where
-    assert all(map(torch.equal, *results))
-
-
-def test_a_forward_that_changed_a_large_buffer_is_not_repeated(fixed, caplog):
-    fixed(2)
-    model = counting_model(large=True)
-    mlp = model.model.layers[3].mlp
-    mlp.down_proj = OutOnce(mlp.down_proj, "forward")
-    inject(model, {"activation_memory": "auto"})
-    with pytest.raises(torch.OutOfMemoryError):
-        gradients(model)
-    assert "the forward has changed Counting.large" in caplog.text
 
 
 def test_a_step_without_tokens_is_the_plain_models(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from liger_trainer.injection import memory_budget
-from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, look_again
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, is_current, look_again
 from liger_trainer.kernels.recompute import recomputing
 from liger_trainer.kernels.runtime import is_looked_into, pays
 from liger_trainer.swap import Swapped
@@ -45,6 +45,8 @@ class BudgetedModel(Swapped):
 def _lean(original: Callable) -> Callable:
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
+        if not is_current(self):
+            return type(self).forward(self, *args, **kwargs)
         if is_looked_into() or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
         look_again(self)
@@ -62,6 +64,8 @@ def _budgeted(original: Callable, requested: str | float) -> Callable:
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
+        if not is_current(self):
+            return type(self).forward(self, *args, **kwargs)
         tokens = _first_input(args, kwargs)
         trains = torch.is_grad_enabled() and self.training
         if is_looked_into() or not trains or tokens is None or not tokens.numel():

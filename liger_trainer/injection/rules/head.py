@@ -23,6 +23,7 @@ from liger_trainer.injection.rules.proposal import (
     Proposal,
     Search,
     Swap,
+    is_current,
     look_again,
 )
 from liger_trainer.injection.rules.uncompiled import uncompiled, uncompiled_result
@@ -87,6 +88,8 @@ class DeferringModel(Swapped):
 
         @functools.wraps(original)
         def forward(self, *args, skip_logits=None, **kwargs):
+            if not is_current(self):
+                return type(self).forward(self, *args, **kwargs)
             labels = kwargs.get("labels", args[position] if len(args) > position else None)
             if labels is None:
                 labels = kwargs.get("shift_labels")

@@ -169,7 +169,8 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
 
 def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     """Propose the kernel for a module whose forward calls rotary functions."""
-    functions = _rotary_functions(type(module))
+    cls = type(module)
+    functions = search.cached(("rotary functions", cls), lambda: _rotary_functions(cls))
     if not functions:
         return None
     taken = [function for function in functions if _call_of(function) is not None]
@@ -194,7 +195,6 @@ def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     return Proposal.swapped(site, "rope", "; ".join(forms), swap, max_error=max(errors))
 
 
-@functools.cache
 def _rotary_functions(cls: type) -> tuple[FunctionType, ...]:
     """Return the globals that `cls.forward` calls with a cosine and a sine."""
     forward = getattr(cls, "forward", None)
