@@ -113,6 +113,8 @@ class Recipe:
         given = self.training_fields().items()
         fields = {k: v for k, (v, _) in given if k not in _OWN or hasattr(cls, k)}
         fields.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
+        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+            fields.setdefault("use_cpu", True)  # else each process would train on its own
         if fields.get("bf16") == "auto":
             fields["bf16"] = native_bf16() and not fields.get("fp16")
         try:

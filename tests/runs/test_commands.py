@@ -1,6 +1,9 @@
 """The commands around training: shipped recipes, help, launching."""
 
 import argparse
+import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -103,9 +106,8 @@ def test_accelerate_understands_every_configuration(here, name, monkeypatch):
     known = load_config_from_file(str(path)).to_dict()
     assert {*yaml.safe_load(path.read_text())} <= {*known}
     monkeypatch.setattr(packages, "installed", lambda *names: True)
-    words = launch.command(options(accelerate=name))
-    assert words[1:3] == ["-m", "accelerate.commands.launch"]
-    parsed = launch_command_parser().parse_args(words[3:])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    parsed = launch_command_parser().parse_args(launch.command(options(accelerate=name)))
     parsed, _, _ = _validate_launch_command(parsed)
     assert parsed.num_processes == 2
     assert (parsed.use_fsdp, parsed.use_deepspeed, parsed.multi_gpu) == {
@@ -116,7 +118,11 @@ def test_accelerate_understands_every_configuration(here, name, monkeypatch):
     }.get(name, (False, True, False))
     assert (parsed.training_script, parsed.module) == ("liger_trainer", True)
     script = ["train", "full.yaml", "training.seed=1", "--resume"]
-    assert parsed.training_script_args == script
+    assert parsed.training_script_args[:-2] == script
+    assert parsed.training_script_args[-2:] == [
+        "--command",
+        f"liger-trainer launch full.yaml training.seed=1 --processes 2 --accelerate {name}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -125,11 +131,54 @@ def test_accelerate_understands_every_configuration(here, name, monkeypatch):
         (["--processes", "0"], "--processes is 0"),
         (["--processes", "1", "--accelerate", "zero9"], "neither a file nor one of context_par"),
         (["--processes", "1", "training.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["--processes", "2", "--accelerate", "zero3"], "zero3 needs DeepSpeed: `pip install"),
+        (["--processes", "2", "--accelerate", "fsdp2"], "fsdp2 needs GPUs, and there are none"),
     ],
 )
-def test_launch_checks_first(here, capsys, words, message):
+def test_launch_checks_first(here, capsys, words, message, monkeypatch):
+    monkeypatch.setattr(packages, "installed", lambda *names: "deepspeed" not in names)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert run("launch", "full.yaml", *words) == 2
     assert message in capsys.readouterr().err
+
+
+def launched(folder, *words):
+    command = [sys.executable, "-m", "liger_trainer", "launch", *map(str, words)]
+    return subprocess.Popen(
+        [*command, "--processes", "2"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_processes_on_cpus_train_together_and_stop_together(tmp_path):
+    values = tiny.recipe_values(tmp_path, logging_steps=1, max_steps=500, disable_tqdm=False)
+    del values["training"]["use_cpu"]
+    path = tiny.write_recipe(tmp_path, values)
+    started = launched(tmp_path, path)
+    for line in started.stdout:
+        if line.startswith("step     2"):
+            os.killpg(started.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
+            break
+    told, errors = started.communicate(timeout=200)
+    assert started.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.count("Stopping after this step") == 1
+    again = f"liger-trainer launch {path} --processes 2 --accelerate ddp --resume"
+    assert told.rstrip().endswith(again)
+    assert json.loads((tmp_path / "out/run.json").read_text())["processes"] == 2
+
+
+def test_what_fails_in_a_process_is_told_without_a_traceback(tmp_path):
+    path = tiny.write_recipe(tmp_path, tiny.recipe_values(tmp_path))
+    started = launched(tmp_path, path, "data.path=missing.jsonl")
+    errors = started.communicate(timeout=200)[1]
+    assert started.returncode == 2
+    assert "error: data.path: no file 'missing.jsonl'" in errors
+    assert "Traceback" not in errors
 
 
 # Rewards
