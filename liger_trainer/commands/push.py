@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Make one commit of the model's files and the card."""
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
     from liger_trainer.runs.card import model_card
     from liger_trainer.runs.finished import open_run
@@ -47,5 +47,7 @@ def main(options: argparse.Namespace) -> int:
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"push: {error}") from error
+    except HTTPError as error:  # of the connection; HfHubHTTPError is what the hub answers
+        raise ValueError(f"push: the hub cannot be reached: {error}") from error
     print(f"pushed to {done.commit_url}")
     return 0

@@ -156,7 +156,8 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
     try:
         found += checks.model_problems(recipe)
         if training.get("use_liger_kernel"):
-            print(inject(meta_model(recipe.model), training.get("liger_kernel_config")))
+            model = recipe.adapted(meta_model(recipe.model, scores=recipe.kind.scores))
+            print(inject(model, training.get("liger_kernel_config")))
         else:
             print("nothing: training.use_liger_kernel is off")
     except (OSError, ValueError) as error:  # a hub that cannot be reached, a file that is broken

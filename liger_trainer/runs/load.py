@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTo
 from transformers.utils import logging as transformers_logging
 
 from liger_trainer.runs.adapters import located
+from liger_trainer.runs.errors import near
 
 _LOADING_KEYS = (
     "revision",
@@ -260,9 +261,16 @@ def _auto_class(config, scores: bool):
 @contextmanager
 def one_line(label: str) -> Iterator[None]:
     """Raise ValueError with the model's name for files that are cut off, do not fit each other or
-    need what is not installed."""
+    need what is not installed, and for a hub that does not give them."""
     try:
         yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise  # our own, about a folder
+        reason = " ".join(str(error).split())
+        if not Path(label).exists() and Path(label).parent.is_dir():
+            reason += f" If it is a folder: there is none of that name{near(Path(label))}"
+        raise ValueError(f"model: {label} cannot be loaded: {reason}") from error
     except (SafetensorError, RuntimeError, ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
         mismatch = _MISMATCH.search(reason)

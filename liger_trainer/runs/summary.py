@@ -31,7 +31,13 @@ _TELLING = (
     ("kl", "KL", "{:.4f}"),
 )
 # What every evaluation logs besides its metrics.
-_NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens")
+_NOT_METRICS = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "num_tokens",
+    "model_preparation_time",
+)
 
 
 def summarize(log_history: list[dict[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,26 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+class Outline(TrainerCallback):
+    """Prints what is about to be trained: rows, steps, rows in a step, parameters."""
+
+    def __init__(self, trainer, rows: str):
+        self._trainer, self._rows = trainer, rows
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        together = self._trainer.get_total_train_batch_size(args)
+        # ZeRO-3 leaves nothing in a parameter and its size beside it.
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
+        print(
+            f"training: {self._rows} rows, {state.max_steps:,} steps of {together} "
+            f"({args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} "
+            f"accumulated x {args.world_size} processes), {sum(sizes):,} parameters trained",
+            flush=True,
+        )
+
+
 class Throughput(TrainerCallback):
     """Adds `tokens` (since the log before), `tokens_per_second` and `peak_memory_gib` to every
     training log.

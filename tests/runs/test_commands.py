@@ -53,6 +53,33 @@ def test_an_unknown_recipe_lists_near_names(capsys, words):
     assert "sft/qwen3-8b-lora" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show"], "which one? `liger-trainer recipes` lists the names"),
+        (["list", "sft/qwen3-8b-lora"], "takes no name: `liger-trainer recipes show sft/qwen3"),
+        (["show", "nothing"], "no recipe 'nothing'; `liger-trainer recipes` lists them"),
+    ],
+)
+def test_recipes_says_what_is_missing(capsys, words, message):
+    assert run("recipes", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "a", "--training.seed=3"], "without dashes: training.seed=VALUE)"),
+        (["train", "a", "--learning_rate", "1"], "without dashes: training.learning_rate=VALUE)"),
+        (["merge", "a", "--seed"], "unrecognized arguments: --seed\n"),
+    ],
+)
+def test_a_value_given_as_an_option_is_told_how_to_write(capsys, words, message):
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert message in capsys.readouterr().err
+
+
 def test_version_and_module():
     command = [sys.executable, "-m", "liger_trainer", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
