@@ -28,7 +28,7 @@ from liger_trainer.runs.html import write_report
 from liger_trainer.runs.recipe import Recipe
 from liger_trainer.runs.samples import complete, samples_of
 from liger_trainer.runs.signals import StopOnSignal
-from liger_trainer.runs.summary import machine, summarize
+from liger_trainer.runs.summary import engine_told, machine, summarize
 from liger_trainer.runs.throughput import Outline, peak_memory_gib
 
 
@@ -318,9 +318,10 @@ class _Run:
             recipe=self.recipe.shown,
             machine=machine()
             | {
-                "Engine": summary["engine"],
-                "Processes": summary["processes"],
-                "Peak memory by process": f"{summary['peak_memory_gib_by_process']} GiB",
+                "Processes": engine_told(summary),
+                "Peak memory by process": ", ".join(
+                    f"{peak:.2f} GiB" for peak in summary["peak_memory_gib_by_process"]
+                ),
             },
             samples=self.samples,
             notes=[

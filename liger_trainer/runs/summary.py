@@ -73,6 +73,12 @@ def machine() -> dict[str, str]:
     return facts | {package: version_of(package) for package in _REPORTED_PACKAGES}
 
 
+def engine_told(summary: dict[str, Any]) -> str:
+    """Return the number of processes and what they share, for people."""
+    alone = summary["engine"] == "NO"  # accelerate's word for a single process
+    return "1" if alone else f"{summary['processes']}, {summary['engine']}"
+
+
 def version_of(package: str) -> str:
     """Return the installed version."""
     try:
