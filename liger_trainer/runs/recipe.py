@@ -120,6 +120,12 @@ class Recipe:
         fields.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             fields.setdefault("use_cpu", True)  # else each process would train on its own
+        fits = fields.get("use_cpu") or torch.accelerator.is_available()
+        if fields.get("bf16") is True and not fits:
+            raise ValueError(
+                "training.bf16 is true, and there is no GPU here; `bf16: auto` uses it only where "
+                "it is native"
+            )
         if fields.get("bf16") == "auto":
             fields["bf16"] = native_bf16() and not fields.get("fp16")
         try:
@@ -241,7 +247,10 @@ def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> No
     had = hidden(before, leaf)
     source = "command line" if before is None else f"command line; the recipe has {had}"
     target[leaf] = value
-    sources[".".join(key.split(".")[:2])] = source
+    # A section may be given as a whole.
+    whole = isinstance(value, dict) and not parents
+    for name in [f"{key}.{name}" for name in value] if whole else [key]:
+        sources[".".join(name.split(".")[:2])] = source
 
 
 def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict[str, Any]:

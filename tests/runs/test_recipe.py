@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from liger_trainer.runs import recipe as recipe_module
@@ -108,6 +109,17 @@ def test_nested_keys_can_be_set(minimal):
 def test_wrong_keys_and_values_are_named(minimal, override, message):
     with pytest.raises(ValueError, match="(?s)" + message):
         load_recipe(minimal, [override])
+
+
+def test_a_section_given_as_a_whole_comes_from_the_command_line(minimal):
+    recipe = load_recipe(minimal, ["peft={r: 4, target_modules: all-linear}"])
+    assert recipe.sources["peft.r"] == recipe.sources["peft.target_modules"] == "command line"
+
+
+def test_bf16_without_a_gpu_names_what_to_write(minimal, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU here; `bf16: auto`"):
+        load_recipe(minimal, ["training.bf16=true"]).training_arguments()
 
 
 def test_paths_hold_environment_variables(minimal, monkeypatch):
