@@ -33,12 +33,14 @@ class Outline(TrainerCallback):
         if not state.is_world_process_zero:
             return
         together = self._trainer.get_total_train_batch_size(args)
+        alone, steps = args.per_device_train_batch_size, state.max_steps
+        factors = f"{alone} per device x {args.gradient_accumulation_steps} accumulated"
+        factors += f" x {args.world_size} processes" if args.world_size > 1 else ""
         # ZeRO-3 leaves nothing in a parameter and its size beside it.
         sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
         print(
-            f"training: {self._rows} rows, {state.max_steps:,} steps of {together} "
-            f"({args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps} "
-            f"accumulated x {args.world_size} processes), {sum(sizes):,} parameters trained",
+            f"training: {self._rows} rows, {steps:,} step{'s' if steps > 1 else ''} of {together}"
+            f"{'' if together == alone else f' ({factors})'}, {sum(sizes):,} parameters trained",
             flush=True,
         )
 
