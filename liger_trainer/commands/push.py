@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Make one commit of the model's files and the card."""
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     from liger_trainer.runs.card import model_card
     from liger_trainer.runs.finished import open_run
@@ -40,6 +40,8 @@ def main(options: argparse.Namespace) -> int:
     operations = [CommitOperationAdd(name, str(run.path / name)) for name in names]
     operations.append(CommitOperationAdd("README.md", card.encode()))
     api = HfApi()
+    # The errors of a connection have the base of the hub's own, in its client's HTTP library.
+    connection_errors: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
         api.create_repo(options.to, private=options.private, exist_ok=True)
         done = api.create_commit(
@@ -47,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"push: {error}") from error
-    except HTTPError as error:  # of the connection; HfHubHTTPError is what the hub answers
+    except connection_errors as error:
         raise ValueError(f"push: the hub cannot be reached: {error}") from error
     print(f"pushed to {done.commit_url}")
     return 0

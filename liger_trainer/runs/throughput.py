@@ -29,7 +29,7 @@ class Outline(TrainerCallback):
     def __init__(self, trainer, rows: str):
         self._trainer, self._rows = trainer, rows
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         together = self._trainer.get_total_train_batch_size(args)
@@ -37,10 +37,11 @@ class Outline(TrainerCallback):
         factors = f"{alone} per device x {args.gradient_accumulation_steps} accumulated"
         factors += f" x {args.world_size} processes" if args.world_size > 1 else ""
         # ZeRO-3 leaves nothing in a parameter and its size beside it.
-        sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
+        trained = [p for p in self._trainer.model.parameters() if p.requires_grad]
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
         print(
             f"training: {self._rows} rows, {steps:,} step{'s' if steps > 1 else ''} of {together}"
-            f"{'' if together == alone else f' ({factors})'}, {sum(sizes):,} parameters trained",
+            f"{'' if together == alone else f' ({factors})'}, {count:,} parameters trained",
             flush=True,
         )
 
