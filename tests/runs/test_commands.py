@@ -225,3 +225,14 @@ def test_a_reward_beside_the_recipe_is_found(tmp_path, monkeypatch):
     rewards = load_rewards(load_recipe(path, [functions]))
     assert [reward([""]) for reward in rewards] == [[1.0], [2.0]]
     assert sys.path == before
+
+
+def test_a_dry_run_plans_what_is_trained(tmp_path, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("trl")
+    recipe = tiny.write_recipe(tmp_path, tiny.recipe_values(tmp_path, use_liger_kernel=True))
+    assert run("train", recipe, "--dry-run", "peft={target_modules: all-linear}") == 0
+    assert "\nlora  " in capsys.readouterr().out
+    values = tiny.alignment_values(tmp_path, "reward", use_liger_kernel=True)
+    assert run("train", tiny.write_recipe(tmp_path, values), "--dry-run") == 0
+    assert "the model has no output embeddings" in capsys.readouterr().out
