@@ -28,13 +28,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     train.add_arguments(parser)
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="one per GPU")
-    parser.add_argument(
+    accelerate = parser.add_argument(
         "--accelerate",
         default="ddp",
         metavar="NAME_OR_FILE",
         help="configuration: ddp, fsdp2, zero2, zero3, tensor_parallel, context_parallel, "
         "sequence_parallel, or a file from `accelerate config` (default: %(default)s)",
     )
+    accelerate.completer = _configurations  # pyright: ignore[reportAttributeAccessIssue] (of argcomplete)
+
+
+def _configurations(prefix: str, **_) -> list[str]:
+    """For completion in the shell: names of configurations, and files."""
+    from glob import glob
+
+    from liger_trainer.runs.shipped import accelerate_names
+
+    found = [*accelerate_names(), *glob(f"{prefix}*.yaml"), *glob(f"{prefix}*/")]
+    return [name for name in found if name.startswith(prefix)]
 
 
 def main(options: argparse.Namespace) -> int:

@@ -17,7 +17,15 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("action", nargs="?", choices=["list", "show"], default="list")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show")
+    name = parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show")
+    name.completer = _names  # pyright: ignore[reportAttributeAccessIssue] (of argcomplete)
+
+
+def _names(prefix: str, **_) -> list[str]:
+    """For completion in the shell."""
+    from liger_trainer.runs.shipped import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(prefix)]
 
 
 def main(options: argparse.Namespace) -> int:

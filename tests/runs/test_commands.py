@@ -116,6 +116,8 @@ def test_the_shell_completes_commands_and_recipes():
 
     assert any(c.strip() == "merge" for c in completed("me"))
     assert any(c.strip() == "sft/qwen3-8b-lora" for c in completed("train", "sft/qw"))
+    assert any(c.strip() == "dpo/qwen3-8b-lora" for c in completed("recipes", "show", "dpo/qw"))
+    assert any(c.strip() == "zero3" for c in completed("launch", "a", "--accelerate", "ze"))
 
 
 # Several processes
