@@ -206,6 +206,7 @@ def _table(file: str, name: str) -> str:
 def _command(name: str, about: str, parser: argparse.ArgumentParser) -> str:
     lines = [f"## {name}", "", _sentence(about), ""]
     arguments = [a for a in parser._actions if a.dest not in ("help", "debug")]
+    arguments = [a for a in arguments if a.help != argparse.SUPPRESS]
     if arguments:
         lines += ["| argument | meaning |", "|---|---|"]
         lines += [*(_row(*_option(a)) for a in arguments), ""]

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     _complete(parser)
     options, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(options, "overrides") or any(w.startswith("-") for w in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}" + _as_override(rest, options))
     if rest:
         options.overrides += rest  # overrides that follow an option
     try:
@@ -52,6 +52,15 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted: nothing was begun that could be lost.", file=sys.stderr)
         return INTERRUPTED
+
+
+def _as_override(rest: list[str], options: argparse.Namespace) -> str:
+    """Return how to write a value of the recipe that was given as an option."""
+    name = rest[0].removeprefix("--").partition("=")[0]
+    if not hasattr(options, "overrides") or not rest[0].startswith("--"):
+        return ""
+    key = name if "." in name else f"training.{name}"
+    return f" (a value of the recipe is given without dashes: {key}=VALUE)"
 
 
 def build_parser() -> argparse.ArgumentParser:

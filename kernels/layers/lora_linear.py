@@ -134,19 +134,20 @@ class _LoRALinear(torch.autograd.Function):
             if needs_A or needs_x:
                 wide_NI = dx_NI if x_NI is None else x_NI
                 keep = dropout_mask(wide_NI, seed, dropout) if dropout else None
-                into = dx_NI if keep is None or dx_NI is None else torch.empty_like(dx_NI)
-                beta = int(has_dx and keep is None)
-                dh = products.add_product(into, dy_NO, B.t(), A, scale, beta)
+                if dx_NI is None or keep is None:
+                    dh = products.add_product(dx_NI, dy_NO, B.t(), A, scale, int(has_dx))
+                else:
+                    part_NI = torch.empty_like(dx_NI)
+                    dh = products.add_product(part_NI, dy_NO, B.t(), A, scale, 0)
+                    part_NI *= keep
+                    dx_NI = dx_NI.add_(part_NI) if has_dx else part_NI
                 if needs_A:
                     dA = products.gradient_a(dh, x_NI if keep is None else x_NI * keep)
-                if keep is not None and dx_NI is not None:
-                    into *= keep
-                    dx_NI = dx_NI.add_(into) if has_dx else into
                 has_dx = True
             grads += [dA, dB]
         return (
             None if dx_NI is None else dx_NI.view(ctx.x_shape),
-            dy_NO.t() @ x_NI if needs_weight else None,
+            dy_NO.t() @ x_NI if needs_weight and x_NI is not None else None,
             dy_NO.sum(0) if needs_bias else None,
             dy if needs_y else None,
             None,

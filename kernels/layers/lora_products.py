@@ -23,17 +23,24 @@ _LARGE = 1 << 29  # elements of x times rank: from here on the device is the lim
 
 
 class Products(Protocol):
-    def add_product(self, y_NK, x_NI, first_RI, second_RK, scale: float, beta: int = 1):
+    """The GEMMs of one adapter."""
+
+    def add_product(
+        self, y_NK, x_NI, first_RI, second_RK, scale: float, beta: int = 1
+    ) -> torch.Tensor:
         """Set y = beta y + h second, where h = scale x firstᵀ [N, R]. Return h.
 
         y may be None, if h alone is wanted.
         """
+        ...
 
     def gradient_a(self, dh_NR, x_NK) -> torch.Tensor:
         """Return dhᵀ x [R, K], in fp32 or the adapter's dtype."""
+        ...
 
     def gradient_b(self, dy_NK, h_NR) -> torch.Tensor:
         """Return dyᵀ h [K, R], in fp32 or the adapter's dtype."""
+        ...
 
 
 class InDtype(NamedTuple):

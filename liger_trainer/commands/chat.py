@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-HELP = "chat with the model of a run"
+HELP = "chat with the model of a run, or any other"
 EXAMPLES = """examples:
   liger-trainer chat runs/smollm2-135m
+  liger-trainer chat runs/qwen3-8b-lora-merged
 
 `/new` begins another conversation; Ctrl-D ends.
 """
@@ -14,7 +16,9 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="folder of a finished run; hub name or folder"
+    )
     parser.add_argument("--new-tokens", type=int, default=256, metavar="N")
 
 
@@ -24,16 +28,17 @@ def main(options: argparse.Namespace) -> int:
 
     from liger_trainer.runs.checks import require_for_model
     from liger_trainer.runs.data.conversation import prompt_ids
-    from liger_trainer.runs.finished import open_run
     from liger_trainer.runs.load import load_for_generation, load_tokenizer
     from liger_trainer.runs.samples import complete
 
-    run = open_run(options.run)
-    require_for_model(run.tuned)
-    tokenizer = load_tokenizer(run.tuned)
+    if options.new_tokens < 1:
+        raise ValueError(f"--new-tokens is {options.new_tokens}; it must be at least 1")
+    arguments = _model(options.model)
+    require_for_model(arguments)
+    tokenizer = load_tokenizer(arguments)
     if tokenizer.chat_template is None:
-        raise ValueError(f"chat: the tokenizer in {run.path} has no chat template; use generate")
-    model = load_for_generation(run.tuned)
+        raise ValueError(f"chat: the tokenizer of {options.model} has no chat template")
+    model = load_for_generation(arguments)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     turns: list[dict[str, str]] = []
     while True:
@@ -49,3 +54,17 @@ def main(options: argparse.Namespace) -> int:
             ids = prompt_ids(turns, tokenizer)
             answer = complete(model, tokenizer, ids, options.new_tokens, streamer=streamer)
             turns.append({"role": "assistant", "content": answer})
+
+
+def _model(name: str):
+    """Return the arguments of a run's model, or of one that no run has left."""
+    from liger_trainer.runs import folder
+    from liger_trainer.runs.finished import open_run
+    from liger_trainer.runs.load import ModelArguments
+
+    path = Path(name).expanduser()
+    if (path / folder.RUN_FILE).is_file():
+        return open_run(path).tuned
+    if not path.is_dir() and name.count("/") != 1:
+        raise ValueError(f"there is no folder {str(path)!r}; a hub name is of the form user/model")
+    return ModelArguments(str(path) if path.is_dir() else name)

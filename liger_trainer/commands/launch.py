@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import signal
+import subprocess
 import sys
 
 from liger_trainer.commands import train
+from liger_trainer.runs.errors import RunError
+from liger_trainer.runs.secrets import hidden_override
 
 HELP = "train in several processes, through accelerate"
 EXAMPLES = """examples:
@@ -23,23 +28,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     train.add_arguments(parser)
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="one per GPU")
-    parser.add_argument(
+    accelerate = parser.add_argument(
         "--accelerate",
         default="ddp",
         metavar="NAME_OR_FILE",
         help="configuration: ddp, fsdp2, zero2, zero3, tensor_parallel, context_parallel, "
         "sequence_parallel, or a file from `accelerate config` (default: %(default)s)",
     )
+    accelerate.completer = _configurations  # pyright: ignore[reportAttributeAccessIssue] (of argcomplete)
+
+
+def _configurations(prefix: str, **_) -> list[str]:
+    """For completion in the shell: names of configurations, and files."""
+    from glob import glob
+
+    from liger_trainer.runs.shipped import accelerate_names
+
+    found = [*accelerate_names(), *glob(f"{prefix}*.yaml"), *glob(f"{prefix}*/")]
+    return [name for name in found if name.startswith(prefix)]
 
 
 def main(options: argparse.Namespace) -> int:
-    """Check the recipe, and become `accelerate launch`."""
+    """Check the recipe, start the processes through accelerate, and wait for them."""
     if options.dry_run:
         return train.main(options)
     words = command(options)
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(words[0], words)
+    # Ctrl-C reaches the processes too, which save a checkpoint: this one waits for them.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _ended(rank, failure.exitcode)
+    except subprocess.CalledProcessError as error:  # one process, or DeepSpeed's launcher
+        return _ended(0, error.returncode)
+    except SignalException:
+        return 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return 0
+
+
+def _ended(rank: int, code: int) -> int:
+    """Return the exit code of a process that failed. It has said why, unless it was killed."""
+    if code >= 0:
+        return code
+    name = signal.Signals(-code).name
+    hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+    raise RunError(f"process {rank} was ended by {name}{hint}")
 
 
 def command(options: argparse.Namespace) -> list[str]:
@@ -56,16 +98,39 @@ def command(options: argparse.Namespace) -> list[str]:
             f"--processes is {options.processes}, and there are {torch.cuda.device_count()} GPUs"
         )
     configuration = _configuration(options.accelerate)
+    _check_engine(options.accelerate, configuration)
     require(load_recipe(options.recipe, options.overrides))
     flags = [f"--{name}" for name in ("resume", "overwrite", "debug") if getattr(options, name)]
+    started = ["liger-trainer", "launch", options.recipe]
+    started += map(hidden_override, options.overrides)
+    started += ["--processes", str(options.processes), "--accelerate", options.accelerate]
     return [
-        sys.executable,
-        *("-m", "accelerate.commands.launch"),
         *("--config_file", configuration),
         *("--num_processes", str(options.processes)),
         *("-m", "liger_trainer"),
-        *("train", options.recipe, *options.overrides, *flags),
+        *("train", options.recipe, *options.overrides, *flags, "--command", shlex.join(started)),
     ]
+
+
+def _check_engine(name: str, configuration: str) -> None:
+    """Raise ValueError for an engine whose package or hardware is missing."""
+    import torch
+    import yaml
+
+    from liger_trainer.runs import packages
+
+    with open(configuration, encoding="utf-8") as file:
+        values = yaml.safe_load(file)  # or JSON, which is YAML as well
+    if not isinstance(values, dict):
+        raise ValueError(f"--accelerate: {name} is no configuration of accelerate")
+    engine = values.get("distributed_type")
+    if engine == "DEEPSPEED" and not packages.installed("deepspeed"):
+        raise ValueError(f"--accelerate: {name} needs DeepSpeed: `pip install deepspeed`")
+    replicated = engine in ("NO", "MULTI_CPU", "MULTI_GPU", None)
+    if replicated and not values.get("parallelism_config"):
+        return
+    if not torch.accelerator.is_available():
+        raise ValueError(f"--accelerate: {name} needs GPUs, and there are none here; use ddp")
 
 
 def _configuration(name: str) -> str:

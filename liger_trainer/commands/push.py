@@ -40,6 +40,8 @@ def main(options: argparse.Namespace) -> int:
     operations = [CommitOperationAdd(name, str(run.path / name)) for name in names]
     operations.append(CommitOperationAdd("README.md", card.encode()))
     api = HfApi()
+    # The errors of a connection have the base of the hub's own, in its client's HTTP library.
+    connection_errors: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
         api.create_repo(options.to, private=options.private, exist_ok=True)
         done = api.create_commit(
@@ -47,5 +49,7 @@ def main(options: argparse.Namespace) -> int:
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"push: {error}") from error
+    except connection_errors as error:
+        raise ValueError(f"push: the hub cannot be reached: {error}") from error
     print(f"pushed to {done.commit_url}")
     return 0

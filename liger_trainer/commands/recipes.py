@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 
 HELP = "list the recipes that come with the package, or show one"
@@ -16,19 +17,31 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("action", nargs="?", choices=["list", "show"], default="list")
-    parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show")
+    name = parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show")
+    name.completer = _names  # pyright: ignore[reportAttributeAccessIssue] (of argcomplete)
+
+
+def _names(prefix: str, **_) -> list[str]:
+    """For completion in the shell."""
+    from liger_trainer.runs.shipped import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(prefix)]
 
 
 def main(options: argparse.Namespace) -> int:
     """Print the table, or the text of one recipe."""
     from liger_trainer.runs.shipped import recipe_names, shipped
 
-    if options.action == "list":
+    if options.action == "list" and options.name is None:
         return _list(recipe_names())
+    if options.action == "list":
+        raise ValueError(f"recipes list takes no name: `liger-trainer recipes show {options.name}`")
+    if options.name is None:
+        raise ValueError("recipes show: which one? `liger-trainer recipes` lists the names")
     if options.name not in recipe_names():
-        raise ValueError(
-            f"recipes show: no recipe {options.name!r}; the recipes are {', '.join(recipe_names())}"
-        )
+        close = difflib.get_close_matches(options.name, recipe_names(), n=3, cutoff=0.5)
+        told = f"there is {', '.join(close)}" if close else "`liger-trainer recipes` lists them"
+        raise ValueError(f"recipes show: no recipe {options.name!r}; {told}")
     sys.stdout.write(shipped(f"{options.name}.yaml").read_text(encoding="utf-8"))
     return 0
 

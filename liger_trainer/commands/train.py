@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace the run in the output folder, once the new one has taken its first step",
     )
+    # What `launch` was started by, for messages and the report.
+    parser.add_argument("--command", help=argparse.SUPPRESS)
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -72,8 +74,7 @@ def main(options: argparse.Namespace) -> int:
 
     for conflict in conflicts(recipe) if _local_rank() == 0 else ():
         print(f"warning: {conflict}", file=sys.stderr)
-    words = ["liger-trainer", "train", options.recipe, *map(hidden_override, options.overrides)]
-    command = shlex.join(words)
+    command = options.command or _command(options)
     try:
         result = run(recipe, resume=options.resume, overwrite=options.overwrite, command=command)
     except KeyboardInterrupt:
@@ -82,6 +83,13 @@ def main(options: argparse.Namespace) -> int:
     finally:
         leave_group()
     return _print_result(result, command)
+
+
+def _command(options: argparse.Namespace) -> str:
+    """Return the command line without `--resume` and `--overwrite`; another launcher than ours
+    does not tell its own words."""
+    words = shlex.join(["train", options.recipe, *map(hidden_override, options.overrides)])
+    return f"{'... -m liger_trainer' if 'LOCAL_RANK' in os.environ else 'liger-trainer'} {words}"
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -147,7 +155,8 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
     try:
         found += checks.model_problems(recipe)
         if training.get("use_liger_kernel"):
-            print(inject(meta_model(recipe.model), training.get("liger_kernel_config")))
+            model = recipe.adapted(meta_model(recipe.model, scores=recipe.kind.scores))
+            print(inject(model, training.get("liger_kernel_config")))
         else:
             print("nothing: training.use_liger_kernel is off")
     except (OSError, ValueError) as error:  # an unreachable hub or a broken file

@@ -76,6 +76,11 @@ def problems(recipe: Recipe) -> list[str]:
             "data.streaming: a stream has no known length, so set training.max_steps to the number "
             "of steps"
         )
+    if recipe.data.streaming and fields.get("precompute_ref_log_probs"):
+        found.append(
+            "training.precompute_ref_log_probs: not for data.streaming, which reads no pair before "
+            "training; remove the key"
+        )
     try:
         _, adapter = located(recipe.model)
     except ValueError as error:

@@ -10,6 +10,7 @@ import yaml
 
 from liger_trainer.report import InjectionReport, Row
 from liger_trainer.runs.plots import plots
+from liger_trainer.runs.samples import NEW_TOKENS
 from liger_trainer.runs.summary import headline_metrics
 
 _PAGE = """<!doctype html>
@@ -68,6 +69,7 @@ pre { margin: 0; padding: 14px 16px; font-size: 13px; line-height: 1.5; }
 <div class=plots>{% for figure in figures %}{{ figure | safe }}{% endfor %}</div>
 {% if samples %}
 <h2>Held-out completions</h2>
+<p>Decoded greedily, at most {{ new_tokens }} tokens each.</p>
 {{ table(["prompt", "in the data", "before training", "after training"], samples, "texts") }}
 {% endif %}
 <h2>Injection</h2>
@@ -81,6 +83,9 @@ pre { margin: 0; padding: 14px 16px; font-size: 13px; line-height: 1.5; }
 nothing to swap.
 {% endfor %}
 </p>
+<p>A rule is a kind of module that a kernel can compute. "Max error" is the largest difference
+between kernel and original in fp32, over outputs and gradients, relative to the largest value.
+Places that say "no" run the model's own code.</p>
 {% set grouped = injection.table() %}
 {{ table(grouped[0], grouped[1:]) }}
 <details><summary>All {{ sites | length }} sites</summary>
@@ -126,6 +131,7 @@ def write_report(
         notes=notes,
         cards=_cards(summary),
         figures=plots(log_history),
+        new_tokens=NEW_TOKENS,
         samples=[
             [sample.get(key, "") for key in ("prompt", "expected", "before", "after")]
             for sample in samples

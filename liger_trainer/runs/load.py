@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTo
 from transformers.utils import logging as transformers_logging
 
 from liger_trainer.runs.adapters import located
+from liger_trainer.runs.errors import suggest_path
 
 _LOADING_KEYS = (
     "revision",
@@ -260,10 +261,17 @@ def _auto_class(config, scores: bool):
 
 @contextmanager
 def one_line(label: str) -> Iterator[None]:
-    """Turn loading errors (truncated files, mismatches, missing packages) into a ValueError of one
-    line with the model's name."""
+    """Turn loading errors (truncated files, mismatches, missing packages, a hub out of reach) into
+    a ValueError of one line with the model's name."""
     try:
         yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise  # our own, about a folder
+        reason = " ".join(str(error).split())
+        if not Path(label).exists() and Path(label).parent.is_dir():
+            reason += f" If it is a folder: there is none of that name{suggest_path(Path(label))}"
+        raise ValueError(f"model: {label} cannot be loaded: {reason}") from error
     except (SafetensorError, RuntimeError, ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
         mismatch = _MISMATCH.search(reason)

@@ -31,9 +31,16 @@ class Method:
 
 _PACKING = "remove the key: examples are never packed, because each one has a loss of its own"
 _ASSISTANT = "remove the key: completions alone are trained on"
-_STREAMING = "remove the key: its examples are checked as a whole before training"
-_PREFERENCE = {"packing": _PACKING, "assistant_only": _ASSISTANT, "streaming": _STREAMING}
+_STREAMED = {"packing": _PACKING, "assistant_only": _ASSISTANT}
+_PREFERENCE = _STREAMED | {
+    "streaming": "remove the key: TRL's trainer of this method tokenizes all pairs before it trains"
+}
+_LABELLED = _STREAMED | {
+    "streaming": "remove the key: whether there are completions of both kinds is known only once "
+    "all are read"
+}
 _ONLINE = {
+    "streaming": "remove the key: prompts take little memory, and all are read before training",
     "max_length": "remove the key: prompts are never cut, and training.max_completion_length "
     "limits what is generated",
     "num_proc": "remove the key: prompts are tokenized while training",
@@ -41,7 +48,7 @@ _ONLINE = {
 
 METHODS = {
     "sft": Method(images=True),
-    "dpo": Method("DPO", "pairs", reference=True, images=True, unused_data=_PREFERENCE),
+    "dpo": Method("DPO", "pairs", reference=True, images=True, unused_data=_STREAMED),
     "orpo": Method("ORPO", "pairs", counts_tokens=False, tools=False, unused_data=_PREFERENCE),
     "cpo": Method("CPO", "pairs", counts_tokens=False, tools=False, unused_data=_PREFERENCE),
     # SimPO (Meng et al. 2024, arXiv:2405.14734) is CPO with another margin and no likelihood term.
@@ -53,8 +60,8 @@ METHODS = {
         fixed={"loss_type": "simpo", "cpo_alpha": 0.0},
         unused_data=_PREFERENCE,
     ),
-    "kto": Method("KTO", "labelled", reference=True, unused_data=_PREFERENCE),
-    "reward": Method("Reward", "pairs", scores=True, unused_data=_PREFERENCE),
+    "kto": Method("KTO", "labelled", reference=True, unused_data=_LABELLED),
+    "reward": Method("Reward", "pairs", scores=True, unused_data=_STREAMED),
     "grpo": Method("GRPO", "prompts", tools=False, unused_data={**_PREFERENCE, **_ONLINE}),
     "distillation": Method(
         "Distillation", "prompts", teacher=True, tools=False, unused_data={**_PREFERENCE, **_ONLINE}

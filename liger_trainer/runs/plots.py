@@ -9,8 +9,11 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#ea580c", "#16a34a", "#dc2626", "#64748b"
+
+_UNIT = re.compile(r"\((nats[^)]*|tokens|GiB)\)")
 
 Points = list[tuple[int, float]]
 
@@ -23,6 +26,14 @@ class Chart:
     keys: tuple[tuple[str, str], ...]  # (key, its name in the legend; empty if it is the only one)
     from_zero: bool = False
     limits: tuple[float, float] | None = None
+
+    @property
+    def unit(self) -> str:
+        """What the vertical axis shows: the unit in the name, or the quantity itself."""
+        unit = _UNIT.search(self.name)
+        if self.limits:
+            return "share"
+        return unit[1] if unit else self.name.partition(" (")[0].lower()
 
 
 _LIKELIHOOD = Chart("Loss (nats per token)", (("loss", ""),))
@@ -99,7 +110,9 @@ def _plot(chart: Chart, lines: list[tuple[Points, str, str]]) -> str:
         marker = "o" if len(points) < 30 else None
         axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=4)
     axes.set_title(chart.name, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("step", color=GREY)
+    axes.set_xlabel("optimizer step", color=GREY)
+    axes.set_ylabel(chart.unit, color=GREY)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#e2e8f0")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(colors=GREY, length=0)

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
+import re
 import typing
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import torch
 from liger_trainer.config import KernelConfig
 from liger_trainer.request import CONFIG, FLAG
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.sources import suggest_path
+from liger_trainer.runs.errors import suggest_path
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.methods import (
     METHODS,
@@ -36,7 +39,7 @@ from liger_trainer.runs.secrets import hidden, hidden_override
 from liger_trainer.runs.shipped import recipe_names, shipped
 from liger_trainer.runs.typed import admits, convert, known
 
-# Fields that may be paths; only in these is `~` expanded to the home folder.
+# Fields that may be paths; only in these are `~` and environment variables expanded.
 _MODEL_PATHS = ("name_or_path", "tokenizer", "chat_template", "cache_dir", "offload_folder")
 _PATHS = {
     "model": _MODEL_PATHS,
@@ -44,6 +47,7 @@ _PATHS = {
     "data": ("path", "eval_path", "mix"),
     "training": ("output_dir",),
 }
+_VARIABLE = re.compile(r"\$(?=\w|\{\w+\})\{?(\w+)")
 # Options that a later release of transformers renamed: old name, new name.
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -113,6 +117,14 @@ class Recipe:
         given = self.training_fields().items()
         fields = {k: v for k, (v, _) in given if k not in _OWN or hasattr(cls, k)}
         fields.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
+        if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
+            fields.setdefault("use_cpu", True)  # else each process would train on its own
+        fits = fields.get("use_cpu") or torch.accelerator.is_available()
+        if fields.get("bf16") is True and not fits:
+            raise ValueError(
+                "training.bf16 is true, and there is no GPU here; `bf16: auto` uses it only where "
+                "it is native"
+            )
         if fields.get("bf16") == "auto":
             fields["bf16"] = native_bf16() and not fields.get("fp16")
         try:
@@ -239,15 +251,19 @@ def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> No
     replaced = hidden(before, leaf)
     source = "command line" if before is None else f"command line; the recipe has {replaced}"
     target[leaf] = value
-    sources[".".join(key.split(".")[:2])] = source
+    # A section may be given as a whole.
+    whole = isinstance(value, dict) and not parents
+    for name in [f"{key}.{name}" for name in value] if whole else [key]:
+        sources[".".join(name.split(".")[:2])] = source
 
 
 def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict[str, Any]:
     """Return `values` with every section checked against its dataclass.
 
-    Integers become floats where the field is one, and `~` is expanded in paths.
+    Integers become floats where the field is one, and `~` and variables are expanded in paths.
     """
-    known("recipe", values, ["method", *SECTIONS])
+    elsewhere = functools.partial(_elsewhere, method)
+    known("recipe", values, ["method", *SECTIONS], elsewhere)
     checked = {"method": method}
     for section in SECTIONS:
         given = values.get(section)
@@ -262,7 +278,7 @@ def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict
         if section == "training":
             given = _renamed(given, fields, sources)
             fields, hints = list(dict.fromkeys([*fields, *_OWN])), _OWN | hints
-        known(section, given, fields)
+        known(section, given, fields, elsewhere)
         checked[section] = {
             k: convert(f"{section}.{k}", v, hints[k])
             for k, v in given.items()
@@ -270,18 +286,36 @@ def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict
         }
         for key in _PATHS.get(section, ()):
             if checked[section].get(key):
-                checked[section][key] = _at_home(checked[section][key])
+                checked[section][key] = _at_home(f"{section}.{key}", checked[section][key])
     refuse_unused(method, checked)
     return checked
 
 
-def _at_home(value: Any) -> Any:
-    """Return paths with `~` expanded: one, several, or those in the entries of `data.mix`."""
+def _elsewhere(method: str, key: str) -> str:
+    """Return `section.key` of the first section that has the key; the key alone if none has."""
+    for section in SECTIONS:
+        if section == "peft" and find_spec("peft") is None:
+            continue
+        if key in (f.name for f in dataclasses.fields(_class_of(section, method)) if f.init):
+            return f"{section}.{key}"
+    return key
+
+
+def _at_home(where: str, value: Any) -> Any:
+    """Return paths with `~` and variables expanded: one, several, or those in `data.mix`.
+
+    Raises ValueError for a variable that is not set.
+    """
     if isinstance(value, list):
-        return [_at_home(item) for item in value]
+        return [_at_home(where, item) for item in value]
     if isinstance(value, dict):
-        return {k: _at_home(v) if k == "path" and v else v for k, v in value.items()}
-    return os.path.expanduser(value) if isinstance(value, str) else value
+        return {k: _at_home(where, v) if k == "path" and v else v for k, v in value.items()}
+    if not isinstance(value, str):
+        return value
+    unset = [name for name in _VARIABLE.findall(value) if name not in os.environ]
+    if unset:
+        raise ValueError(f"{where}: the environment variable {unset[0]} is not set")
+    return os.path.expanduser(os.path.expandvars(value))
 
 
 def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from liger_trainer.runs.html import write_report
 from liger_trainer.runs.recipe import Recipe
 from liger_trainer.runs.samples import complete, samples_of
 from liger_trainer.runs.signals import StopOnSignal
-from liger_trainer.runs.summary import machine, summarize
-from liger_trainer.runs.throughput import peak_memory_gib
+from liger_trainer.runs.summary import engine_told, machine, summarize
+from liger_trainer.runs.throughput import Outline, peak_memory_gib
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,8 @@ class _Run:
             self._say([f"\n{trainer.injection_report}\n"])
         first = self.recipe.values["training"].get("eval_on_start", True)
         args.eval_on_start = bool(first and self.prepared.eval and facts.checkpoint is None)
-        for callback in (_Start(self.folder, facts), self.health, self.stop):
+        outline = Outline(trainer, self.prepared.size)
+        for callback in (_Start(self.folder, facts), outline, self.health, self.stop):
             trainer.add_callback(callback)
         self.health.watch(trainer)
         guard_saves(
@@ -321,9 +322,10 @@ class _Run:
             recipe=self.recipe.shown,
             machine=machine()
             | {
-                "Engine": summary["engine"],
-                "Processes": summary["processes"],
-                "Peak memory by process": f"{summary['peak_memory_gib_by_process']} GiB",
+                "Processes": engine_told(summary),
+                "Peak memory by process": ", ".join(
+                    f"{peak:.2f} GiB" for peak in summary["peak_memory_gib_by_process"]
+                ),
             },
             samples=self.samples,
             notes=[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -60,7 +61,8 @@ class StopOnSignal(TrainerCallback):
         message = "Saving; once more to stop without it."
         if self._count == 1:
             message = "Stopping after this step; once more to stop at once."
-        print(f"\n{message}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine tells
+            print(f"\n{message}", file=sys.stderr, flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.stopping = in_any_process(self.stopping, args)

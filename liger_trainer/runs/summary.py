@@ -31,7 +31,13 @@ _HEADLINE_METRICS = (
     ("kl", "KL", "{:.4f}"),
 )
 # Numbers that every evaluation logs besides its metrics.
-_NOT_METRICS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens")
+_NOT_METRICS = (
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "num_tokens",
+    "model_preparation_time",
+)
 
 
 def summarize(log_history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -65,6 +71,12 @@ def machine() -> dict[str, str]:
         device = f"CPU, {torch.get_num_threads()} threads"
     facts = {"Device": device, "Python": platform.python_version()}
     return facts | {package: version_of(package) for package in _REPORTED_PACKAGES}
+
+
+def engine_told(summary: dict[str, Any]) -> str:
+    """Return the number of processes and what they share, for people."""
+    alone = summary["engine"] == "NO"  # accelerate's word for a single process
+    return "1" if alone else f"{summary['processes']}, {summary['engine']}"
 
 
 def version_of(package: str) -> str:

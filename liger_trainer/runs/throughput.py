@@ -22,6 +22,29 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+class Outline(TrainerCallback):
+    """Prints what is about to be trained: rows, steps, rows in a step, parameters."""
+
+    def __init__(self, trainer, rows: str):
+        self._trainer, self._rows = trainer, rows
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        together = self._trainer.get_total_train_batch_size(args)
+        alone, steps = args.per_device_train_batch_size, state.max_steps
+        factors = f"{alone} per device x {args.gradient_accumulation_steps} accumulated"
+        factors += f" x {args.world_size} processes" if args.world_size > 1 else ""
+        # ZeRO-3 leaves nothing in a parameter and its size beside it.
+        trained = [p for p in self._trainer.model.parameters() if p.requires_grad]
+        count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+        print(
+            f"training: {self._rows} rows, {steps:,} step{'s' if steps > 1 else ''} of {together}"
+            f"{'' if together == alone else f' ({factors})'}, {count:,} parameters trained",
+            flush=True,
+        )
+
+
 class Throughput(TrainerCallback):
     """Add `tokens` (since the last log), `tokens_per_second` and `peak_memory_gib` to the log.
 

@@ -7,18 +7,36 @@ import difflib
 import enum
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from liger_trainer.runs.secrets import hidden
 
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+}
 
-def known(where: str, given: Iterable[str], names: list[str]) -> None:
-    """Raise ValueError for a key that is not in `names`, suggesting the nearest one."""
+
+def known(
+    where: str, given: Iterable[str], names: list[str], elsewhere: Callable[[str], str] = str
+) -> None:
+    """Raise ValueError for a key that is not in `names`.
+
+    The message suggests the key of another section that `elsewhere` finds by that name, or else
+    the nearest key.
+    """
     for key in given:
         if key not in names:
+            other = elsewhere(str(key))
             close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+            if other != str(key):
+                hint = f"did you mean {other}?"
+            else:
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
             raise ValueError(f"{where}: unknown key {key!r}; {hint}")
 
 
@@ -31,9 +49,7 @@ def convert(where: str, value: Any, hint: Any) -> Any:
         return value
     if _is_int(value) and admits(hint, float(value)):
         return float(value)
-    name = getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
-    shown = hidden(value, where)
-    raise ValueError(f"{where}: {shown!r} is a {type(value).__name__}, expected {name}")
+    raise ValueError(f"{where}: {hidden(value, where)!r} is not {_words(hint)}")
 
 
 def filled(where: str, given: Any, cls: type) -> Any:
@@ -66,6 +82,19 @@ def admits(hint: Any, value: Any) -> bool:
     if hint is types.NoneType:
         return value is None
     return hint is Any or (dataclasses.is_dataclass(hint) and value is not None)
+
+
+def _words(hint: Any) -> str:
+    """Return what a value of an annotation is, for messages: "a number", "text or a list"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        told = [_words(a) for a in arguments if a is not types.NoneType]
+        return " or ".join(dict.fromkeys(told))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(str(member.value) for member in hint)
+    return _NAMES.get(origin or hint, "a mapping")
 
 
 def _is_int(value: Any) -> bool:

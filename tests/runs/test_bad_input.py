@@ -39,7 +39,7 @@ def refused(capsys, path, *arguments):
         (MINIMAL + "method: [dpo]", r"method: ['dpo'] is not one of"),
         (MINIMAL + "method: {a: b}", "is not one of"),
         (MINIMAL + "training: []", "training: expected keys and values, found []"),
-        (MINIMAL + "training: {seed: 2024-01-01}", "'2024-01-01' is a str, expected int"),
+        (MINIMAL + "training: {seed: 2024-01-01}", "'2024-01-01' is not a whole number"),
         (MINIMAL + "training: {1: 2}", "unknown key 1"),
         ("\xff\xfe".encode("latin-1"), "not valid YAML"),
     ],

@@ -40,6 +40,7 @@ def test_a_recipe_trains_and_leaves_a_model_and_a_report(tmp_path, recipe, capsy
     before, after = (state["summary"][f"eval_loss_{when}"] for when in ("before", "after"))
     assert after < before
     assert f"held-out loss  {before:.3f} before, {after:.3f} after" in printed
+    assert "training: 18 rows, 6 steps of 2, " in printed
     assert "tokens/s" in printed
     assert "GiB" in printed
     assert ("coverage:" in printed) == flag

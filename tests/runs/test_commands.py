@@ -1,6 +1,9 @@
 """The commands around training: shipped recipes, help, launching."""
 
 import argparse
+import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -50,6 +53,33 @@ def test_an_unknown_recipe_lists_near_names(capsys, words):
     assert "sft/qwen3-8b-lora" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show"], "which one? `liger-trainer recipes` lists the names"),
+        (["list", "sft/qwen3-8b-lora"], "takes no name: `liger-trainer recipes show sft/qwen3"),
+        (["show", "nothing"], "no recipe 'nothing'; `liger-trainer recipes` lists them"),
+    ],
+)
+def test_recipes_says_what_is_missing(capsys, words, message):
+    assert run("recipes", *words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "a", "--training.seed=3"], "without dashes: training.seed=VALUE)"),
+        (["train", "a", "--learning_rate", "1"], "without dashes: training.learning_rate=VALUE)"),
+        (["merge", "a", "--seed"], "unrecognized arguments: --seed\n"),
+    ],
+)
+def test_a_value_given_as_an_option_is_told_how_to_write(capsys, words, message):
+    with pytest.raises(SystemExit):
+        run(*words)
+    assert message in capsys.readouterr().err
+
+
 def test_version_and_module():
     command = [sys.executable, "-m", "liger_trainer", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -86,6 +116,8 @@ def test_the_shell_completes_commands_and_recipes():
 
     assert any(c.strip() == "merge" for c in completed("me"))
     assert any(c.strip() == "sft/qwen3-8b-lora" for c in completed("train", "sft/qw"))
+    assert any(c.strip() == "dpo/qwen3-8b-lora" for c in completed("recipes", "show", "dpo/qw"))
+    assert any(c.strip() == "zero3" for c in completed("launch", "a", "--accelerate", "ze"))
 
 
 # Several processes
@@ -103,9 +135,8 @@ def test_accelerate_understands_every_configuration(here, name, monkeypatch):
     known = load_config_from_file(str(path)).to_dict()
     assert {*yaml.safe_load(path.read_text())} <= {*known}
     monkeypatch.setattr(packages, "installed", lambda *names: True)
-    words = launch.command(options(accelerate=name))
-    assert words[1:3] == ["-m", "accelerate.commands.launch"]
-    parsed = launch_command_parser().parse_args(words[3:])
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    parsed = launch_command_parser().parse_args(launch.command(options(accelerate=name)))
     parsed, _, _ = _validate_launch_command(parsed)
     assert parsed.num_processes == 2
     assert (parsed.use_fsdp, parsed.use_deepspeed, parsed.multi_gpu) == {
@@ -116,7 +147,11 @@ def test_accelerate_understands_every_configuration(here, name, monkeypatch):
     }.get(name, (False, True, False))
     assert (parsed.training_script, parsed.module) == ("liger_trainer", True)
     script = ["train", "full.yaml", "training.seed=1", "--resume"]
-    assert parsed.training_script_args == script
+    assert parsed.training_script_args[:-2] == script
+    assert parsed.training_script_args[-2:] == [
+        "--command",
+        f"liger-trainer launch full.yaml training.seed=1 --processes 2 --accelerate {name}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -125,11 +160,54 @@ def test_accelerate_understands_every_configuration(here, name, monkeypatch):
         (["--processes", "0"], "--processes is 0"),
         (["--processes", "1", "--accelerate", "zero9"], "neither a file nor one of context_par"),
         (["--processes", "1", "training.lerning_rate=1"], "did you mean 'learning_rate'"),
+        (["--processes", "2", "--accelerate", "zero3"], "zero3 needs DeepSpeed: `pip install"),
+        (["--processes", "2", "--accelerate", "fsdp2"], "fsdp2 needs GPUs, and there are none"),
     ],
 )
-def test_launch_checks_first(here, capsys, words, message):
+def test_launch_checks_first(here, capsys, words, message, monkeypatch):
+    monkeypatch.setattr(packages, "installed", lambda *names: "deepspeed" not in names)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert run("launch", "full.yaml", *words) == 2
     assert message in capsys.readouterr().err
+
+
+def launched(folder, *words):
+    command = [sys.executable, "-m", "liger_trainer", "launch", *map(str, words)]
+    return subprocess.Popen(
+        [*command, "--processes", "2"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_processes_on_cpus_train_together_and_stop_together(tmp_path):
+    values = tiny.recipe_values(tmp_path, logging_steps=1, max_steps=500, disable_tqdm=False)
+    del values["training"]["use_cpu"]
+    path = tiny.write_recipe(tmp_path, values)
+    started = launched(tmp_path, path)
+    for line in started.stdout:
+        if line.startswith("step     2"):
+            os.killpg(started.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
+            break
+    told, errors = started.communicate(timeout=200)
+    assert started.returncode == 130
+    assert "Traceback" not in errors
+    assert errors.count("Stopping after this step") == 1
+    again = f"liger-trainer launch {path} --processes 2 --accelerate ddp --resume"
+    assert told.rstrip().endswith(again)
+    assert json.loads((tmp_path / "out/run.json").read_text())["processes"] == 2
+
+
+def test_what_fails_in_a_process_is_told_without_a_traceback(tmp_path):
+    path = tiny.write_recipe(tmp_path, tiny.recipe_values(tmp_path))
+    started = launched(tmp_path, path, "data.path=missing.jsonl")
+    errors = started.communicate(timeout=200)[1]
+    assert started.returncode == 2
+    assert "error: data.path: no file 'missing.jsonl'" in errors
+    assert "Traceback" not in errors
 
 
 # Rewards
@@ -149,3 +227,14 @@ def test_a_reward_beside_the_recipe_is_found(tmp_path, monkeypatch):
     rewards = load_rewards(load_recipe(path, [functions]))
     assert [reward([""]) for reward in rewards] == [[1.0], [2.0]]
     assert sys.path == before
+
+
+def test_a_dry_run_plans_what_is_trained(tmp_path, capsys):
+    pytest.importorskip("peft")
+    pytest.importorskip("trl")
+    recipe = tiny.write_recipe(tmp_path, tiny.recipe_values(tmp_path, use_liger_kernel=True))
+    assert run("train", recipe, "--dry-run", "peft={target_modules: all-linear}") == 0
+    assert "\nlora  " in capsys.readouterr().out
+    values = tiny.alignment_values(tmp_path, "reward", use_liger_kernel=True)
+    assert run("train", tiny.write_recipe(tmp_path, values), "--dry-run") == 0
+    assert "the model has no output embeddings" in capsys.readouterr().out

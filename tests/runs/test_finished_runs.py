@@ -1,6 +1,7 @@
 """Stages of training, and the commands that come after a run."""
 
 import argparse
+import functools
 import json
 import shutil
 from html import unescape
@@ -80,10 +81,18 @@ def test_what_no_stage_can_begin_from(here, capsys, words, message):
 # After training
 
 
-@pytest.mark.parametrize("command", AFTER)
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("nowhere", "there is no folder"), ("model", "holds no run"), ("cut", "not finished")],
+    ("command", "name", "message"),
+    [
+        (command, name, message)
+        for command in AFTER
+        for name, message in (
+            ("nowhere", "there is no folder"),
+            ("model", "holds no run"),
+            ("cut", "not finished"),
+        )
+        if (command, name) != ("chat", "model")  # any model can be talked to
+    ],
 )
 def test_there_must_be_a_finished_run(here, capsys, command, name, message):
     (here / "cut").mkdir(exist_ok=True)
@@ -201,11 +210,18 @@ def test_bad_prompts_are_told_in_one_line(here, tmp_path, capsys, text, message)
 def test_chat_answers_until_the_input_ends(here, capsys, monkeypatch):
     said = iter(["what is two ?", "/new", "", "the cat ?"])
     monkeypatch.setattr("builtins.input", lambda _: next(said, None) or end())
-
-    def end():
-        raise EOFError
-
     assert run("chat", "lora", "--new-tokens", "3") == 0
+
+
+def test_chat_takes_any_model(here, monkeypatch):
+    for model in (here / "model", str(here / "model").replace(str(here), ".")):
+        said = iter(["what is two ?"])
+        monkeypatch.setattr("builtins.input", lambda _, said=said: next(said, None) or end())
+        assert run("chat", model, "--new-tokens", "3") == 0
+
+
+def end():
+    raise EOFError
 
 
 class Hub:
@@ -251,6 +267,16 @@ def test_a_hub_that_refuses_is_told_in_one_line(here, capsys, monkeypatch):
     monkeypatch.setattr(hub, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("off")))
     assert run("push", "full", "--to", "me/model") == 2
     assert capsys.readouterr().err.strip().splitlines()[-1] == "error: push: off"
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(here, capsys, monkeypatch):
+    import huggingface_hub
+
+    nowhere = functools.partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9", token="none")
+    monkeypatch.setattr(huggingface_hub, "HfApi", nowhere)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    assert run("push", "full", "--to", "me/model") == 2
+    assert "error: push: the hub cannot be reached: " in capsys.readouterr().err
 
 
 def test_the_report_shows_completions_before_and_after(here):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from liger_trainer.runs import recipe as recipe_module
@@ -85,11 +86,18 @@ def test_nested_keys_can_be_set(minimal):
         ("peft.lora_alfa=1", "peft: unknown key 'lora_alfa'; did you mean 'lora_alpha'"),
         ("trainning.seed=1", "recipe: unknown key 'trainning'; did you mean 'training'"),
         ("training.liger_kernel_config.ropes=true", "'ropes'; did you mean 'rope'"),
-        ("training.learning_rate=fast", "training.learning_rate: 'fast' is a str, expected float"),
-        ("training.max_steps=1.5", "training.max_steps: 1.5 is a float, expected int"),
-        ("training.use_liger_kernel=1", "1 is a int, expected bool"),
+        ("training.learning_rate=fast", "training.learning_rate: 'fast' is not a number"),
+        ("training.max_steps=1.5", "training.max_steps: 1.5 is not a whole number"),
+        ("training.use_liger_kernel=1", "1 is not true or false"),
+        ("training.use_liger_kernel=yes", "'yes' is not true or false"),
+        ("data.columns=[a]", r"data.columns: \['a'\] is not a mapping"),
+        ("data.path=3", "data.path: 3 is not text or a list"),
+        ("learning_rate=1", "unknown key 'learning_rate'; did you mean training.learning_rate"),
+        ("training.max_length=1", "unknown key 'max_length'; did you mean data.max_length"),
+        ("training.lora_alpha=1", "unknown key 'lora_alpha'; did you mean peft.lora_alpha"),
+        ("data.path=$NOT_SET/x.jsonl", "data.path: the environment variable NOT_SET is not set"),
         ("training.seed", "not of the form"),
-        ("training.seed.x=1", "expected int"),
+        ("training.seed.x=1", "is not a whole number"),
         (
             "method=spo",
             "method: 'spo' is not one of sft, dpo, orpo, cpo, simpo, kto, reward, grpo,",
@@ -99,8 +107,31 @@ def test_nested_keys_can_be_set(minimal):
     ],
 )
 def test_wrong_keys_and_values_are_named(minimal, override, message):
-    with pytest.raises(ValueError, match="(?s)" + message.replace("[", r"\[")):
+    with pytest.raises(ValueError, match="(?s)" + message):
         load_recipe(minimal, [override])
+
+
+def test_a_section_given_as_a_whole_comes_from_the_command_line(minimal):
+    recipe = load_recipe(minimal, ["peft={r: 4, target_modules: all-linear}"])
+    assert recipe.sources["peft.r"] == recipe.sources["peft.target_modules"] == "command line"
+
+
+def test_bf16_without_a_gpu_names_what_to_write(minimal, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU here; `bf16: auto`"):
+        load_recipe(minimal, ["training.bf16=true"]).training_arguments()
+
+
+def test_paths_hold_environment_variables(minimal, monkeypatch):
+    monkeypatch.setenv("DATA", "/data")
+    monkeypatch.setenv("NAME", "run")
+    overrides = ["data.path=[$DATA/a.jsonl, '${DATA}/b.jsonl']", "training.output_dir=out/$NAME"]
+    overrides += ["model.name_or_path=$DATA/model"]
+    recipe = load_recipe(minimal, overrides)
+    assert recipe.data.path == ["/data/a.jsonl", "/data/b.jsonl"]
+    assert str(recipe.output_dir) == "out/run"
+    assert recipe.model.name_or_path == "/data/model"
+    assert load_recipe(minimal, ["training.run_name=$5"]).values["training"]["run_name"] == "$5"
 
 
 def test_values_that_transformers_refuses_name_the_section(minimal):

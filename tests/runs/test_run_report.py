@@ -81,6 +81,26 @@ def page(tmp_path):
     return path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("key", "label"),
+    [
+        ("kl", "nats"),
+        ("rewards/accuracies", "share"),
+        ("rewards/margins", "reward margin"),
+        ("completions/mean_length", "tokens"),
+        ("peak_memory_gib", "GiB"),
+        ("tokens_per_second", "tokens per second"),
+        ("loss", "nats per token"),
+    ],
+)
+def test_both_axes_have_a_label(key, label):
+    (figure,) = plots([{"step": step, key: 0.1} for step in (1, 2)])[:1]
+    texts = re.findall("<!-- (.*?) -->", figure)
+    ticks = texts[: texts.index("optimizer step")]
+    assert ticks == ["1", "2"]  # no half steps
+    assert label in texts
+
+
 def test_it_is_well_formed_and_loads_nothing_from_elsewhere(page):
     parsed = Parsed(page)
     assert parsed.tags == []

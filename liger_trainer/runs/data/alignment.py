@@ -97,21 +97,28 @@ def _with_own_keys(dataset: Dataset) -> Dataset:
 
     Arrow gives every row the keys of all other rows, with None, which TRL would pass to the
     template. Also, TRL unpacks `chat_template_kwargs` of every row, even of rows without them.
-    Strings of JSON are left unchanged, because TRL decodes them.
+    `tools` in JSON are left unchanged, because TRL decodes them, and only them.
     """
     present = [name for name in TEMPLATE_COLUMNS if name in dataset.column_names]
-    names = [name for name in present if not isinstance(dataset.features[name], Value)]
+    in_json = [name for name in present if isinstance(dataset.features[name], Value)]
+    names = [name for name in present if name != "tools" or name not in in_json]
     if not names:
         return dataset
 
-    def own(example: dict) -> dict:
-        found = Conversation.of(None, [], example)
-        values = dict(zip(TEMPLATE_COLUMNS, (found.tools, found.options), strict=True))
-        return {name: values[name] for name in names}
-
     features = dataset.features.copy()
     features.update(dict.fromkeys(names, Json()))
-    return dataset.map(own, features=features, desc="Arguments of the template")
+    return dataset.map(
+        lambda example: own_keys(example, names),
+        features=features,
+        desc="Arguments of the template",
+    )
+
+
+def own_keys(example: dict, names: Iterable[str]) -> dict:
+    """Return the columns `names` of `TEMPLATE_COLUMNS` with the keys of this row alone."""
+    found = Conversation.of(None, [], example)
+    values = dict(zip(TEMPLATE_COLUMNS, (found.tools, found.options), strict=True))
+    return {name: values[name] for name in names}
 
 
 def _with_texts(dataset: Dataset, names: list[str], sieve: Sieve, num_proc: int | None) -> Dataset:
@@ -143,16 +150,19 @@ def _with_prompt(dataset: Dataset, sieve: Sieve) -> Dataset:
     if has_prompt and all(len(chosen) <= 1 for chosen in dataset["chosen"]):
         return dataset  # only answers
 
-    def split(example: dict) -> dict:
-        chosen, rejected = (pruned(example[name]) for name in ("chosen", "rejected"))
-        if chosen[:-1] != rejected[:-1]:
-            raise RowError(
-                "`chosen` and `rejected` are conversations that differ before their last message; "
-                "give what they share as a column `prompt`"
-            )
-        return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    desc = "Finding prompts"
+    return converted(dataset, split_prompt, sieve, None, replaced=COLUMNS["pairs"], desc=desc)
 
-    return converted(dataset, split, sieve, None, replaced=COLUMNS["pairs"], desc="Finding prompts")
+
+def split_prompt(example: dict) -> dict:
+    """Return a pair of whole conversations with the beginning that they share as its prompt."""
+    chosen, rejected = (pruned(example[name]) for name in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1]:
+        raise RowError(
+            "`chosen` and `rejected` are conversations that differ before their last message; "
+            "give what they share as a column `prompt`"
+        )
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def _unmixed(dataset: Dataset, names: list[str]) -> Dataset:
@@ -161,11 +171,17 @@ def _unmixed(dataset: Dataset, names: list[str]) -> Dataset:
     if len(texts) in (0, len(names)):
         return dataset
 
-    def to_messages(example: dict) -> dict:
-        roles = {name: "user" if name == "prompt" else "assistant" for name in texts}
-        return {name: [{"role": roles[name], "content": example[name]}] for name in texts}
+    return dataset.map(
+        lambda example: as_messages(example, texts),
+        remove_columns=texts,
+        desc="Strings to messages",
+    )
 
-    return dataset.map(to_messages, remove_columns=texts, desc="Strings to messages")
+
+def as_messages(example: dict, names: Iterable[str]) -> dict:
+    """Return the columns `names`, which hold text, as messages of the user or the assistant."""
+    roles = {name: "user" if name == "prompt" else "assistant" for name in names}
+    return {name: [{"role": roles[name], "content": example[name]}] for name in names}
 
 
 def _unpaired(pairs: Dataset, seed: int) -> Dataset:
@@ -237,7 +253,7 @@ def sides(example: dict) -> list[dict]:
 def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None) -> Judge:
     """Return the function that checks a row of `kind`."""
     judge = {
-        "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
+        "pairs": lambda row: judge_pair(row, tokenizer, max_length),
         "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
         "prompts": lambda row: _judge_prompt(row, tokenizer),
     }[kind]
@@ -251,7 +267,9 @@ def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], None] 
     return with_check
 
 
-def _judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
+def judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
+    """Return the fields that the chat template leaves out of a pair. Raises RowError for one that
+    nothing can be learned from."""
     if not example["prompt"]:
         raise RowError("`prompt` is empty")
     if pruned(example["chosen"]) == pruned(example["rejected"]):

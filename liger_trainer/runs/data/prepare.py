@@ -13,6 +13,7 @@ from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.collate import PackedDataset
 from liger_trainer.runs.data.forms import TEXT_FORMS, Form, form_of
 from liger_trainer.runs.data.mixing import concatenated, mixed
+from liger_trainer.runs.data.pair_stream import stream_pairs
 from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.splits import Part, load_splits
 from liger_trainer.runs.data.text import stream, tokenized
@@ -155,6 +156,8 @@ def fit(
         if isinstance(rows, IterableDataset):
             return stream(rows, part.columns, data, tokenizer, form, sieve)
         return tokenized(rows, data, tokenizer, form, sieve)
+    if isinstance(rows, IterableDataset):
+        return stream_pairs(rows, part.source, part.columns, data, tokenizer, form, sieve)
     return prepare_examples(
         rows, data, tokenizer, form, sieve, needed=purpose.needed, check=check, seed=seed
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 from liger_trainer.runs.data.arguments import Source
 from liger_trainer.runs.data.builtin import LOADERS
 from liger_trainer.runs.data.rows import columns, numbered
+from liger_trainer.runs.errors import suggest_path
 
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # formats that `datasets` reads
@@ -88,17 +88,6 @@ def files_of(source: Source) -> list[Path]:
         else:
             raise FileNotFoundError(f"data.path: no file {path!r}{suggest_path(Path(path))}")
     return found
-
-
-def suggest_path(path: Path) -> str:
-    """Return the end of a message about a missing file: its folder, and similar names in it."""
-    path = path.absolute()
-    if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
-    names = sorted(p.name for p in path.parent.iterdir())
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    close = close or [n for n in names if n.endswith(path.suffix)][:5]
-    return f" in {path.parent}" + (f"; there is {', '.join(close)}" if close else "")
 
 
 def _opened(source: Source, streaming: bool) -> Dataset | IterableDataset:
