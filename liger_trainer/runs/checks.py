@@ -178,7 +178,7 @@ def check_data(recipe: Recipe) -> None:
     processor = processor_for([part for part, _ in loaded], data, purpose)
     for part, split in loaded:
         form = form_of(part.columns, purpose.examples, part.source.form)
-        sieve = Sieve(f"of the first {len(part.rows)} {split}", invalid=data.invalid)
+        sieve = Sieve(f"first {split}", invalid=data.invalid)
         fit(part, data, tokenizer, form, sieve, purpose, processor, recipe.data_seed)
 
 

@@ -9,6 +9,7 @@ from census import kept_bytes_per_token_and_layer
 from families import batch, tiny_model
 
 from liger_trainer import inject, restore
+from liger_trainer.injection.rules import activation_memory
 from liger_trainer.kernels import recompute
 
 HIDDEN, INTERMEDIATE = 64, 96
@@ -86,10 +87,17 @@ def test_stands_aside_for_other_saved_tensor_hooks(every_size):
         model(**batch()).loss.backward()
 
 
-def test_short_inputs_are_left_alone(monkeypatch):
+@pytest.mark.parametrize("short", [True, False])
+def test_short_inputs_are_left_alone(monkeypatch, short):
+    """By the elements of the hidden states, of which a configuration tells the width."""
     model = prepared("lean")
-    monkeypatch.setattr(recompute, "_pack", None)  # would fail
+    elements = batch()["input_ids"].numel() * HIDDEN
+    monkeypatch.setattr(activation_memory, "MIN_ELEMENTS", elements + HIDDEN * short)
+    packed = []
+    monkeypatch.setattr(recompute, "_pack", lambda t: packed.append(t) or t)
+    monkeypatch.setattr(recompute, "_unpack", lambda t: t)
     step(model)
+    assert bool(packed) is not short
 
 
 def test_where_torch_allows_no_hooks(every_size):

@@ -19,19 +19,21 @@ from liger_trainer.swap import Swapped
 logger = logging.getLogger(__name__)
 
 RULE = "activation_memory"
-# With fewer, the hooks (1 us per tensor that autograd saves) cost more than the memory is worth.
-MIN_TOKENS = 4096
+# Elements of the hidden states. With fewer, steps wait for the host, and the hooks take 1 to 3 us of
+# it for each tensor that autograd saves.
+MIN_ELEMENTS = 1 << 24
+_WIDTH = 4096  # of the hidden states of a model whose configuration does not tell
 
 
 class LeanModel(Swapped):
-    """A model whose forward runs within `kernels.recompute.recomputing`.
+    """A model whose forward runs within `kernels.recompute.recomputing`; key: its width.
 
     In compiled code, the compiler decides what to recompute.
     """
 
     @classmethod
-    def namespace(cls, base: type) -> dict[str, object]:
-        return {"forward": _lean(base.forward)}
+    def namespace(cls, base: type, width: int) -> dict[str, object]:
+        return {"forward": _lean(base.forward, width)}
 
 
 class BudgetedModel(Swapped):
@@ -42,7 +44,7 @@ class BudgetedModel(Swapped):
         return {"forward": _budgeted(base.forward, requested)}
 
 
-def _lean(original: Callable) -> Callable:
+def _lean(original: Callable, width: int) -> Callable:
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
         if not is_current(self):
@@ -51,7 +53,7 @@ def _lean(original: Callable) -> Callable:
             return original(self, *args, **kwargs)
         look_again(self)
         tokens = _first_input(args, kwargs)
-        if tokens is None or not pays(tokens, MIN_TOKENS):
+        if tokens is None or not pays(tokens, MIN_ELEMENTS // width):
             return original(self, *args, **kwargs)
         with recomputing():
             return original(self, *args, **kwargs)
@@ -126,6 +128,13 @@ def propose_for_model(search: Search, fused: set[str]) -> Iterator[Proposal]:
             yield Proposal.refused("", RULE, reason)
     if fused & {"rms_norm", "layer_norm", "swiglu", "geglu"}:
         reasons.append("norm outputs and gated products are computed again in backward")
-        swaps.append(Swap(search.model, LeanModel))
+        swaps.append(Swap(search.model, LeanModel, (_width_of(search.model),)))
     if swaps:
         yield Proposal.swapped("", RULE, "; ".join(reasons), *swaps)
+
+
+def _width_of(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(text, "hidden_size", None)
+    return width if isinstance(width, int) and width > 0 else _WIDTH

@@ -37,7 +37,7 @@ def stream_pairs(
     trained on raises ValueError when it is reached, or is left out.
     """
     head = first_rows(source, _FIRST, streaming=True)
-    first = Sieve(f"of the first {len(head)} {sieve.split}", sieve.dataset, sieve.invalid)
+    first = Sieve(f"first {sieve.split}", sieve.dataset, sieve.invalid)
     options = {"needed": (), "check": None, "seed": 0}  # none of which pairs have
     known = prepare_examples(head, data, tokenizer, form, first, **options)
     is_text = isinstance(known[0]["chosen"], str)
