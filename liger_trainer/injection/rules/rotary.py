@@ -70,21 +70,21 @@ class Layout(NamedTuple):
     heads: int
 
     def states(self, x: torch.Tensor) -> torch.Tensor:
-        """Return a view of `x` as [B, H, S, D]."""
-        return (x.unsqueeze(0) if self.rank == 3 else x).transpose(1, self._moved)
+        """Return `x` as [B, H, S, D]: itself or a view."""
+        if self == HEADS_FIRST:
+            return x
+        return (x.unsqueeze(0) if self.rank == 3 else x).transpose(1, 2)
 
     def back(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the opposite view."""
-        x = x.transpose(1, self._moved)
+        """Undo `states`."""
+        if self == HEADS_FIRST:
+            return x
+        x = x.transpose(1, 2)
         return x.squeeze(0) if self.rank == 3 else x
 
     def table(self, table: torch.Tensor) -> torch.Tensor:
         """Return a view of a table as [B, S, R]."""
         return table.unsqueeze(0) if self.rank == 3 else table
-
-    @property
-    def _moved(self) -> int:
-        return 1 if self == HEADS_FIRST else 2
 
 
 HEADS_FIRST, LENGTH_FIRST = Layout(4, 1), Layout(4, 2)  # [B, H, S, D] and [B, S, H, D]
