@@ -15,10 +15,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
+from transformers import PreTrainedModel
 
 from liger_trainer import inject, loss_scope
 from liger_trainer.deferred import logits as deferred
 from liger_trainer.runs.engine import leave_group
+
+# How `split` asks transformers for a model's plan; older releases have another way.
+IS_SUPPORTED = hasattr(PreTrainedModel, "_resolve_parallel_plans")
 
 IDS = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS, "labels": IDS.clone()}

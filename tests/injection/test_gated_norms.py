@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from families import batch, tiny_model
+from packaging.version import Version
 from torch import nn
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
@@ -52,6 +54,9 @@ def fused(monkeypatch):
 @pytest.mark.parametrize("form", NORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_form_is_recognised_and_equal(form, dtype, every_size, fused):
+    mamba2 = "silu(gate) before it, weight after the cast"
+    if form == mamba2 and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("Mamba-2's norm is written in another way there, and left plain")
     module = NORMS[form]().to(dtype)
     nn.init.normal_(module.weight)
     plain = copy.deepcopy(module)

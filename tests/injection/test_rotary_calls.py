@@ -5,7 +5,9 @@ import functools
 
 import pytest
 import torch
+import transformers
 from families import batch, tiny_model
+from packaging.version import Version
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss_rotary
@@ -234,7 +236,8 @@ INDEXED = {
 
 def test_a_model_that_rotates_queries_alone_trains():
     """Its indexer leaves the keys out."""
-    pytest.importorskip("transformers.models.qwen4_exp")  # older versions do not have it
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers has no such indexer yet")
     model = tiny_model("qwen4_exp_text", **INDEXED)
     plain = copy.deepcopy(model)
     assert inject(model).coverage["rope"] == (2, 2)
