@@ -1,7 +1,9 @@
 """Architectures of many kinds: with kernels, each trains as without. `architectures.py` has all."""
 
 import pytest
+import transformers
 from architectures import compare, names
+from packaging.version import Version
 
 CAUSAL = """
 afmoe apertus arcee bamba bloom cohere2 deepseek_v3 deepseek_v32 doge ernie4_5 exaone4 falcon
@@ -19,6 +21,8 @@ CASES = [("causal", name) for name in CAUSAL.split()] + [
 def test_trains_as_without_kernels(task, model_type):
     if model_type not in names(task):
         pytest.skip(f"this transformers has no {model_type}")
+    if model_type == "qwen4_exp_text" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers has no indexed attention yet")
     found = compare(task, model_type)
     assert found.images == (task == "image-text")
     assert found.equal, f"loss {found.loss:.1e}, gradients {found.gradient:.1e}\n{found.report}"
