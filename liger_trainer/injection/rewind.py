@@ -52,6 +52,7 @@ class ModuleState:
         self._modules = [
             (each, plain_attributes(each), {n: _Buffer.of(b) for n, b in each._buffers.items()})
             for each in module.modules()
+            if _may_change(each)
         ]
 
     @property
@@ -97,6 +98,19 @@ class ModuleState:
                 vars(module).update(attributes)
                 module._buffers.clear()
                 module._buffers.update(tensors)
+
+
+def _may_change(module: nn.Module) -> bool:
+    """Return whether a call of `module` may change it: torch's own classes change only buffers.
+
+    Most modules of a model with adapters are torch's, and there is a state in every step.
+    """
+    return bool(
+        module._buffers
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or not type(module).__module__.startswith("torch.nn.")
+    )
 
 
 def plain_attributes(owner: object) -> dict[str, object]:
