@@ -162,7 +162,7 @@ def _apply(x, weight, bias, y, adapters: Sequence[Adapter]) -> torch.Tensor:
     y_dtype = x.dtype if y is None else y.dtype
     settings, matrices = [], []
     for A, B, scale, dropout in adapters:
-        seed = None
+        seed, scale = None, float(scale)  # NumPy's numbers are no arguments of a kernel
         if dropout:
             seed, scale = _draw_seed(), scale / (1.0 - dropout) if dropout < 1.0 else 0.0
         settings.append((products_for(x, y_dtype, A, autocast), scale, dropout, seed))

@@ -9,7 +9,7 @@ import torch
 from ..runtime import next_power_of_2, use_triton
 
 MAX_H = 65536  # widest row
-MIN_ELEMENTS = 1 << 24  # below this, torch's fused norms take less time (H200, host included)
+MIN_ELEMENTS = 1 << 24  # below this, torch's fused norms take less of the host's time
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Largest BLOCK_H, elements of a tile (its rows are elements / BLOCK_H), warps.

@@ -1,5 +1,6 @@
 """A linear layer and its adapters as one operation: values, every gradient, and dropout."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ from liger_trainer.kernels.layers.lora_in_parts import _BLOCK, _gather_parts_ker
 from liger_trainer.kernels.layers.lora_linear import Adapter, add_adapters, lora_linear
 
 bf16, fp32 = torch.bfloat16, torch.float32
-pytestmark = pytest.mark.usefixtures("every_size")
 
 
 def operands(device, dtype, adapter_dtype, rows=(3, 17), width=48, out=40, rank=5):
@@ -76,6 +76,13 @@ def test_of_any_shape(kernel_device, monkeypatch, shape, adapter_dtype, large):
         operands(kernel_device, bf16, adapter_dtype, **shape),
         factor=16.0 if large else 4.0,  # tensor cores drop bits when they add up many products
     )
+
+
+def test_scale_by_a_number_of_numpy(kernel_device):
+    tensors = operands(kernel_device, bf16, fp32)
+    x, weight, A, B = (tensors[name] for name in ("x", "weight", "A", "B"))
+    given = [lora_linear(x, weight, None, [Adapter(A, B, s)]) for s in (0.5, np.float64(0.5))]
+    assert torch.equal(*given)
 
 
 def test_no_rows(kernel_device):

@@ -19,8 +19,8 @@ from liger_trainer.swap import Swapped
 logger = logging.getLogger(__name__)
 
 RULE = "activation_memory"
-# Elements of the hidden states. With fewer, a step waits for the host, which spends 1 to 3 us in
-# the hooks for each tensor that autograd saves.
+# Elements of the hidden states. With fewer, a step may wait for the host, which spends 1 us or more
+# in the hooks for each tensor that autograd saves.
 MIN_ELEMENTS = 1 << 24
 _WIDTH = 4096  # of the hidden states of a model whose configuration does not tell
 

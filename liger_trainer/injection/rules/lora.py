@@ -21,7 +21,7 @@ from liger_trainer.hooks import call_nested, is_hooked, only_gathered
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.lora_linear import Adapter, add_adapters, lora_linear
-from liger_trainer.kernels.runtime import every_size, is_looked_into
+from liger_trainer.kernels.runtime import is_looked_into
 from liger_trainer.swap import Swapped, note, swap
 
 RULE = "lora"
@@ -246,8 +246,7 @@ def prove(module: nn.Module, names: list[str], device: torch.device) -> probe.Ve
             expected = probe.evaluate(original, case)
         except Exception as error:  # third-party modules may raise anything
             return probe.Verdict(False, None, f"cannot be run on its own: {error}"[:100])
-        with every_size():
-            got = probe.evaluate(candidate, case)
+        got = probe.evaluate(candidate, case)
         worst = max(worst, *map(probe.relative_error, got, expected))
         if not worst <= _TOLERANCE_FP64:
             return probe.Verdict(False, worst, f"differs by {worst:.1e} for {case.label}")
