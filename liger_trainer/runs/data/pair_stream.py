@@ -15,7 +15,7 @@ from liger_trainer.runs.data.alignment import (
 from liger_trainer.runs.data.arguments import DataArguments, Source
 from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS
 from liger_trainer.runs.data.forms import Form
-from liger_trainer.runs.data.rows import ROW, RowError, Sieve, check_text
+from liger_trainer.runs.data.rows import RowError, Sieve, check_text, encoded_stream
 from liger_trainer.runs.data.sources import first_rows
 
 _FIRST = 100  # rows that are checked before training, and tell whether all are text or messages
@@ -47,11 +47,9 @@ def stream_pairs(
         try:
             return {**_pair(row, form, tokenizer, data.max_length, is_text, kept), "flaw": ""}
         except RowError as error:
-            sieve.refuse(f"row {row[ROW]} of the {sieve.examples} because {error}")
             return {**dict.fromkeys(kept), "flaw": str(error)}
 
-    found = rows.map(fitted, remove_columns=[*columns, ROW])
-    return found.filter(lambda row: not row["flaw"]).remove_columns("flaw")
+    return encoded_stream(rows, columns, fitted, sieve).remove_columns("flaw")
 
 
 def _pair(
@@ -73,6 +71,5 @@ def _pair(
         raise RowError(f"`chosen` is {kinds[1]}, in other rows {kinds[0]}")
     judge_pair(row, tokenizer, max_length)
     options = [name for name in TEMPLATE_COLUMNS if name in kept]
-    own = {n: row[n] for n in options if n == "tools" and isinstance(row[n], str)}  # JSON
-    own |= own_keys(row, [name for name in options if name not in own])
-    return {**{name: row[name] for name in COLUMNS["pairs"]}, **own}
+    decoded = [n for n in options if n != "tools" or not isinstance(row.get(n), str)]  # or JSON
+    return {name: row.get(name) for name in kept} | own_keys(row, decoded)

@@ -153,3 +153,26 @@ def without_flawed(dataset: Dataset, flaws: list[str], sieve: Sieve) -> Dataset:
     sieve.dropped += len(found)
     sieve.notes.append(f"left out {message}")
     return dataset.select([i for i, flaw in enumerate(flaws) if not flaw])
+
+
+def encoded_stream(
+    rows: IterableDataset,
+    columns: list[str],
+    encode: Callable[[dict], dict],
+    sieve: Sieve,
+    **options,
+) -> IterableDataset:
+    """Return what `encode` makes of each row of a stream, in place of `columns`.
+
+    A row for which its `flaw` is not empty raises ValueError when it is read, or is dropped.
+    `options` are those of `IterableDataset.map`.
+    """
+
+    def checked(row: dict) -> dict:
+        found = encode(row)
+        if found["flaw"]:
+            sieve.refuse(f"row {row[ROW]} of the {sieve.examples} because {found['flaw']}")
+        return found
+
+    found = rows.map(checked, remove_columns=[*columns, ROW], **options)
+    return found.filter(lambda row: not row["flaw"])

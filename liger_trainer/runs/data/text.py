@@ -13,6 +13,7 @@ from liger_trainer.runs.data.rows import (
     RowError,
     Sieve,
     check_text,
+    encoded_stream,
     note_unshown,
     without_flawed,
 )
@@ -60,15 +61,7 @@ def stream(
     A row that cannot be trained on raises ValueError when it is read, or is dropped.
     """
     encode = row_encoder(data, tokenizer, form)
-
-    def encoded(row: dict) -> dict:
-        found = encode(row)
-        if found["flaw"]:
-            sieve.refuse(f"row {row[ROW]} of the {sieve.examples} because {found['flaw']}")
-        return found
-
-    found = rows.map(encoded, remove_columns=[*columns, ROW], features=_ENCODED)
-    found = found.filter(lambda row: not row["flaw"])
+    found = encoded_stream(rows, columns, encode, sieve, features=_ENCODED)
     return found.select_columns(list(_TOKENS))
 
 
