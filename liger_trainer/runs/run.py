@@ -148,12 +148,10 @@ class _Run:
             self._train()
             if self.health.diverged is not None:
                 raise RunError(self._diverged())
-            state = self.trainer.state
-            interrupted = self.stop.stopping and state.global_step < state.max_steps
-            if not interrupted:
+            if not self.stop.stopped:
                 self._save()
                 self._evaluate()
-        return self._finish(interrupted)
+        return self._finish(self.stop.stopped)
 
     def _prepare(self) -> None:
         trainer, args, facts = self.trainer, self.args, self.facts
@@ -252,10 +250,12 @@ class _Run:
     def _evaluate(self) -> None:
         """Evaluate the trained model, unless that was just done; a signal interrupts it."""
         try:
-            self.stop.interrupt_at_once()
+            self.stop.interrupt_evaluation(self.args)
             if self.prepared.eval is not None and not _evaluated_now(self.trainer.state):
                 self.trainer.evaluate()
             for sample in self.samples:
+                if self.stop.signaled:
+                    raise KeyboardInterrupt
                 sample["after"] = self._complete(sample["ids"])
         except KeyboardInterrupt:
             self._say(["The final evaluation was interrupted; the trained model is saved."])

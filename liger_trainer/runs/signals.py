@@ -20,15 +20,15 @@ class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM, end training after the current step, with a checkpoint.
 
     A second signal interrupts at once, except that a save is finished first; a third one interrupts
-    that, too. If several processes train, all stop after the same step. `stopping` is True after a
-    signal.
+    that, too. If several processes train, all stop after the same step. `stopped` is True once
+    they have agreed to.
     """
 
     def __init__(self):
-        self.stopping = False
+        self.stopped = False
         self._count = 0
         self._saving = False
-        self._at_once = False
+        self._saved = False
 
     @contextmanager
     def watching(self) -> Iterator[StopOnSignal]:
@@ -47,26 +47,40 @@ class StopOnSignal(TrainerCallback):
         """Record that a save begins (True) or has ended (False)."""
         self._saving = begins
 
-    def interrupt_at_once(self) -> None:
-        """Make every further signal interrupt at once, because everything is saved."""
-        if self.stopping:
+    def interrupt_evaluation(self, args) -> None:
+        """Raise KeyboardInterrupt from the first signal on, because everything is saved.
+
+        The processes agree here, and after each batch of an evaluation.
+        """
+        self._saved = True
+        if in_any_process(self.signaled, args):
             raise KeyboardInterrupt
-        self._at_once = True
+
+    @property
+    def signaled(self) -> bool:
+        """Whether this process has received a signal."""
+        return self._count > 0
 
     def _handle(self, number, frame):
         self._count += 1
-        self.stopping = True
-        if self._at_once or self._count > 2 or (self._count == 2 and not self._saving):
+        if self._count > 2 or (self._count == 2 and not self._saving):
             raise KeyboardInterrupt
         message = "Saving; once more to stop without it."
         if self._count == 1:
             message = "Stopping after this step; once more to stop at once."
+        if self._saved:
+            message = "Stopping the evaluation; once more to stop at once."
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine tells
             print(f"\n{message}", file=sys.stderr, flush=True)
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self._saved:
+            self.interrupt_evaluation(args)
+
     def on_step_end(self, args, state, control, **kwargs):
-        self.stopping = in_any_process(self.stopping, args)
-        if self.stopping and state.global_step < state.max_steps:
+        # A signal may come while the processes agree: it counts after the next step, in all.
+        if in_any_process(self.signaled, args) and state.global_step < state.max_steps:
+            self.stopped = True
             control.should_save = True
             control.should_training_stop = True
             control.should_evaluate = False

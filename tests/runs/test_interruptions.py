@@ -10,7 +10,7 @@ import pytest
 from run_folders import at_step, state, train
 from safetensors.torch import load_file
 
-from liger_trainer.runs import checkpoints
+from liger_trainer.runs import checkpoints, signals
 
 
 def press(times):
@@ -34,6 +34,21 @@ def test_a_third_signal_ends_a_save_and_tells_what_is_left(finished, monkeypatch
     at_step(monkeypatch, "_save_optimizer_and_scheduler", 4, lambda: press(3))
     assert train("recipe.yaml") == 130
     assert "out/checkpoint-2 is complete. Continue with:" in capsys.readouterr().err
+
+
+def test_a_signal_while_the_processes_agree_counts_after_the_next_step(finished, monkeypatch):
+    shutil.rmtree(finished)
+    agreed = []
+
+    def in_any_process(found, args):
+        agreed.append(found)
+        press(len(agreed) == 1)
+        return found
+
+    monkeypatch.setattr(signals, "in_any_process", in_any_process)
+    assert train("recipe.yaml") == 130
+    assert agreed == [False, True]
+    assert state(finished)["summary"]["steps"] == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
