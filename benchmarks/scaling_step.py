@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from liger_trainer.runs.engine import leave_group
-from liger_trainer.runs.shapes import config_of
+from liger_trainer.runs.planning.shapes import config_of
 
 TINY = config_of("llama-1b") | {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from timing import environment, print_table
 
-from liger_trainer.runs.shapes import config_of
+from liger_trainer.runs.planning.shapes import config_of
 
 SHAPES = {
     "SmolLM2-135M": config_of("smollm2-135m"),

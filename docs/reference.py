@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from liger_trainer import cli
 from liger_trainer.runs import shipped
-from liger_trainer.runs.methods import METHODS, training_defaults
-from liger_trainer.runs.parse import parse
+from liger_trainer.runs.recipe.methods import METHODS, training_defaults
+from liger_trainer.runs.recipe.parse import parse
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "liger_trainer"
@@ -23,7 +23,7 @@ NOTE = "<!-- Written by docs/reference.py. Do not edit. -->"
 SECTIONS = {
     "model": ("runs/load.py", "ModelArguments"),
     "data": ("runs/data/arguments.py", "DataArguments"),
-    "reward": ("runs/rewards.py", "RewardArguments"),
+    "reward": ("runs/rewards/rewards.py", "RewardArguments"),
 }
 MIX = ("runs/data/arguments.py", "Source")
 KERNELS = ("config.py", "KernelConfig")
@@ -71,8 +71,9 @@ def keys(file: str, name: str) -> list[str]:
 
 def recipe_reference() -> str:
     """Return the page of everything that a recipe may hold."""
-    loaders, rewards = keys("runs/data/builtin.py", "LOADERS"), keys("runs/rewards.py", "REWARDS")
-    sandboxes = ast.literal_eval(constant("runs/sandbox.py", "SANDBOXES"))
+    loaders = keys("runs/data/builtin.py", "LOADERS")
+    rewards = keys("runs/rewards/rewards.py", "REWARDS")
+    sandboxes = ast.literal_eval(constant("runs/rewards/sandbox.py", "SANDBOXES"))
     return f"""# Recipe reference
 
 {NOTE}

@@ -29,7 +29,7 @@ def main(options: argparse.Namespace) -> int:
     from liger_trainer.runs.checks import require_for_model
     from liger_trainer.runs.data.conversation import prompt_ids
     from liger_trainer.runs.load import load_for_generation, load_tokenizer
-    from liger_trainer.runs.samples import complete
+    from liger_trainer.runs.report.samples import complete
 
     if options.new_tokens < 1:
         raise ValueError(f"--new-tokens is {options.new_tokens}; it must be at least 1")

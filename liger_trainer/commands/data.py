@@ -44,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
     from liger_trainer.runs.data.collate import unpacked
     from liger_trainer.runs.data.view import counts, sequences
     from liger_trainer.runs.load import load_tokenizer
-    from liger_trainer.runs.recipe import load_recipe
+    from liger_trainer.runs.recipe.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     require(recipe)

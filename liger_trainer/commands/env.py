@@ -35,8 +35,8 @@ def main(options: argparse.Namespace) -> int:
 
     from liger_trainer.commands.console import print_table
     from liger_trainer.runs.packages import installed
-    from liger_trainer.runs.recipe import native_bf16
-    from liger_trainer.runs.summary import machine, version_of
+    from liger_trainer.runs.recipe.recipe import native_bf16
+    from liger_trainer.runs.report.summary import machine, version_of
     from liger_trainer.symbols import missing
 
     facts = {"Platform": platform.platform(), **machine()}

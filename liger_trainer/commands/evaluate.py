@@ -27,7 +27,7 @@ def main(options: argparse.Namespace) -> int:
     from liger_trainer.runs.build import load_trained
     from liger_trainer.runs.checks import require
     from liger_trainer.runs.finished import open_run
-    from liger_trainer.runs.summary import held_out
+    from liger_trainer.runs.report.summary import held_out
 
     # Nothing is reported, and no step is taken.
     unused = ["training.report_to=none", "training.optim=adamw_torch"]

@@ -32,7 +32,7 @@ def main(options: argparse.Namespace) -> int:
     from liger_trainer.runs.checks import require_for_model
     from liger_trainer.runs.finished import open_run
     from liger_trainer.runs.load import load_tokenizer
-    from liger_trainer.runs.samples import shown
+    from liger_trainer.runs.report.samples import shown
 
     output = Path(options.output).expanduser() if options.output else None
     if output is not None and output.exists() and not output.is_file():
@@ -98,7 +98,7 @@ def read_prompts(path: Path) -> list[Any]:
 def _completions(arguments, tokenizer, prompts: list[Any], new_tokens: int) -> list[str]:
     from liger_trainer.runs.data.conversation import prompt_ids
     from liger_trainer.runs.load import load_for_generation
-    from liger_trainer.runs.samples import complete
+    from liger_trainer.runs.report.samples import complete
 
     model = load_for_generation(arguments)
     return [complete(model, tokenizer, prompt_ids(p, tokenizer), new_tokens) for p in prompts]

@@ -89,7 +89,7 @@ def command(options: argparse.Namespace) -> list[str]:
     import torch
 
     from liger_trainer.runs.checks import require
-    from liger_trainer.runs.recipe import load_recipe
+    from liger_trainer.runs.recipe.recipe import load_recipe
 
     if options.processes < 1:
         raise ValueError(f"--processes is {options.processes}; it must be at least 1")

@@ -6,8 +6,8 @@ import argparse
 import math
 
 from liger_trainer.commands import train
-from liger_trainer.runs.memory import ENGINES, GIB, Memory, Run, peak, usable
-from liger_trainer.runs.shapes import CONFIGS
+from liger_trainer.runs.planning.memory import ENGINES, GIB, Memory, Run, peak, usable
+from liger_trainer.runs.planning.shapes import CONFIGS
 
 HELP = "estimate memory and communication on N GPUs"
 EXAMPLES = """examples:
@@ -51,8 +51,8 @@ def main(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name} is {value}; it must be above 0")
-    from liger_trainer.runs.estimate import run_of
-    from liger_trainer.runs.recipe import load_recipe
+    from liger_trainer.runs.planning.estimate import run_of
+    from liger_trainer.runs.recipe.recipe import load_recipe
 
     engine = options.engine or ("fsdp2" if options.gpus > 1 else "ddp")
     run = run_of(
@@ -90,7 +90,7 @@ def _print_memory(run: Run, need: Memory) -> None:
 
 def _print_traffic(run: Run, bandwidth: float | None, tflops: float) -> None:
     from liger_trainer.commands.console import print_table
-    from liger_trainer.runs.traffic import flops, traffic
+    from liger_trainer.runs.planning.traffic import flops, traffic
 
     if run.gpus == 1:
         return
@@ -114,7 +114,7 @@ def _print_traffic(run: Run, bandwidth: float | None, tflops: float) -> None:
 
 
 def _print_verdict(run: Run, need: Memory) -> int:
-    from liger_trainer.runs.estimate import fits, ways_out
+    from liger_trainer.runs.planning.estimate import fits, ways_out
 
     numbers = f"{need.total / GIB:.1f} of {usable(run.memory) / GIB:.1f} GiB"
     print()

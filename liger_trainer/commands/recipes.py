@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _list(names: list[str]) -> int:
     from liger_trainer.commands.console import print_table
-    from liger_trainer.runs.parse import parse
+    from liger_trainer.runs.recipe.parse import parse
     from liger_trainer.runs.shipped import header, shipped
 
     rows = []

@@ -12,7 +12,7 @@ from liger_trainer.runs.errors import ReportedElsewhere
 from liger_trainer.runs.secrets import hidden_override
 
 if TYPE_CHECKING:
-    from liger_trainer.runs.recipe import Recipe
+    from liger_trainer.runs.recipe.recipe import Recipe
     from liger_trainer.runs.run import RunResult
 
 
@@ -95,7 +95,7 @@ def _command(options: argparse.Namespace) -> str:
 def _recipe(options: argparse.Namespace) -> Recipe:
     """Return the checked recipe; only the first process of a machine reports what is wrong."""
     from liger_trainer.runs.checks import require
-    from liger_trainer.runs.recipe import load_recipe
+    from liger_trainer.runs.recipe.recipe import load_recipe
 
     try:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -145,7 +145,7 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
     from liger_trainer.runs import checks
     from liger_trainer.runs import folder as run_folder
     from liger_trainer.runs.load import meta_model
-    from liger_trainer.runs.resolved import resolved_yaml
+    from liger_trainer.runs.recipe.resolved import resolved_yaml
 
     print(f"# {recipe.path}, resolved\n{resolved_yaml(recipe)}\n\n# Injection plan")
     found = [*checks.problems(recipe), *checks.conflicts(recipe)]
@@ -174,7 +174,7 @@ def _dry_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> int:
 
 def _summary(result: RunResult) -> str:
     """Return the closing lines of a run."""
-    from liger_trainer.runs.summary import headline_metrics
+    from liger_trainer.runs.report.summary import headline_metrics
 
     numbers = result.summary
     lines = [

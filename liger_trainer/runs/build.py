@@ -18,9 +18,9 @@ from liger_trainer.runs.data.collate import Collator
 from liger_trainer.runs.data.prepare import Prepared, Purpose, prepare
 from liger_trainer.runs.data.vision import VisionCollator
 from liger_trainer.runs.load import load_model, load_processor, load_tokenizer, one_line
-from liger_trainer.runs.methods import trainer_class
-from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.rewards import columns_of, guarded, row_check
+from liger_trainer.runs.recipe.methods import trainer_class
+from liger_trainer.runs.recipe.recipe import Recipe
+from liger_trainer.runs.rewards.rewards import columns_of, guarded, row_check
 from liger_trainer.runs.throughput import Progress, Throughput, count_tokens
 from liger_trainer.trl.checks import ranks_of_a_row
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import yaml
 
 from liger_trainer.runs.finished import FinishedRun
-from liger_trainer.runs.summary import headline_metrics, machine
+from liger_trainer.runs.report.summary import headline_metrics, machine
 
 
 def model_card(run: FinishedRun) -> str:

@@ -16,7 +16,7 @@ from liger_trainer.runs.data.sources import first_rows, is_file_name
 from liger_trainer.runs.data.splits import part_of
 from liger_trainer.runs.load import ModelArguments, load_config, load_tokenizer, meta_model
 from liger_trainer.runs.packages import Need, missing, needed_by_model
-from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.recipe.recipe import Recipe
 
 _ROWS = 100  # rows per data set that a dry run checks
 _AT_LEAST = {

@@ -11,7 +11,7 @@ from typing import Any
 from liger_trainer.runs import folder as run_folder
 from liger_trainer.runs.adapters import LOCATION, located
 from liger_trainer.runs.load import ModelArguments
-from liger_trainer.runs.recipe import Recipe, recipe_of
+from liger_trainer.runs.recipe.recipe import Recipe, recipe_of
 from liger_trainer.runs.secrets import HIDDEN
 
 

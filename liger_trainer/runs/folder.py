@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 
 from liger_trainer.runs import checkpoints
 from liger_trainer.runs.adapters import MODEL_FILES
-from liger_trainer.runs.compare import differences
-from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.recipe.compare import differences
+from liger_trainer.runs.recipe.recipe import Recipe
 
 RUN_FILE = "run.json"
 _LOCK, _STAGING = ".lock", ".model"

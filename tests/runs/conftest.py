@@ -7,8 +7,8 @@ import run_folders
 import tiny
 
 from liger_trainer import cli
-from liger_trainer.runs import html
-from liger_trainer.runs.sandbox import find_sandbox
+from liger_trainer.runs.report import html
+from liger_trainer.runs.rewards.sandbox import find_sandbox
 
 
 @pytest.fixture(scope="session")

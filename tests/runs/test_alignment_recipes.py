@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from liger_trainer import cli
-from liger_trainer.runs import methods
 from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.data.prepare import Purpose, prepare
 from liger_trainer.runs.load import load_tokenizer
-from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.recipe import methods
+from liger_trainer.runs.recipe.recipe import load_recipe
 from liger_trainer.runs.throughput import Throughput
 
 pytest.importorskip("trl")

@@ -9,7 +9,7 @@ import tiny
 from liger_trainer import cli
 from liger_trainer.runs import checks, packages
 from liger_trainer.runs.load import ModelArguments, load_model
-from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.recipe.recipe import load_recipe
 
 MINIMAL = "model: {name_or_path: m}\ndata: {path: d}\n"
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from liger_trainer.runs import checkpoints
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.recipe.recipe import load_recipe
 
 
 def damage(checkpoint, how):

@@ -13,7 +13,7 @@ from liger_trainer import cli
 from liger_trainer.runs import folder as run_folder
 from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.load import load_tokenizer
-from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.recipe.recipe import load_recipe
 from liger_trainer.runs.run import run as run_recipe
 from liger_trainer.runs.throughput import Throughput
 

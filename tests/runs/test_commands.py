@@ -17,7 +17,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from liger_trainer import __version__, cli
 from liger_trainer.commands import launch
 from liger_trainer.runs import packages, shipped
-from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.recipe.recipe import load_recipe
 
 
 def run(*words):

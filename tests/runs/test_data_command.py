@@ -8,7 +8,7 @@ import tiny
 from liger_trainer import cli
 from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
-from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.recipe.recipe import load_recipe
 
 
 def run(recipe, *arguments):

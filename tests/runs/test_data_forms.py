@@ -9,7 +9,7 @@ from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.forms import form_of
 from liger_trainer.runs.data.prepare import Purpose, prepare
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
-from liger_trainer.runs.methods import METHODS
+from liger_trainer.runs.recipe.methods import METHODS
 
 # As Qwen3 and its like: tools in a system turn, reasoning of the answers to the last user turn.
 TOOLS = (

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 from judged import TESTS, WRONG, rewards
 
-from liger_trainer.runs import sandbox
 from liger_trainer.runs.data.rows import RowError
-from liger_trainer.runs.rewards import PassesTests, RewardArguments, row_check
-from liger_trainer.runs.sandbox import Job, find_sandbox, judge
+from liger_trainer.runs.rewards import sandbox
+from liger_trainer.runs.rewards.rewards import PassesTests, RewardArguments, row_check
+from liger_trainer.runs.rewards.sandbox import Job, find_sandbox, judge
 
 
 @pytest.mark.parametrize("choice", ["auto", *sandbox.SANDBOXES])
@@ -78,7 +78,7 @@ def test_what_tests_may_do(safe):
     ],
 )
 def test_what_cannot_be_checked_is_told(safe, tests, body, note, caplog, monkeypatch):
-    monkeypatch.setattr("liger_trainer.runs.rewards._warned", Counter())
+    monkeypatch.setattr("liger_trainer.runs.rewards.rewards._warned", Counter())
     with caplog.at_level(logging.WARNING):
         assert rewards(safe, *[f"    {body}\n"] * 10, tests=tests)[0] < 1
     messages = [record.getMessage() for record in caplog.records]

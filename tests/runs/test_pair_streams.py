@@ -11,9 +11,9 @@ from datasets import IterableDataset
 from safetensors.torch import load_file
 
 from liger_trainer import cli
-from liger_trainer.runs import html
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.report import html
 from liger_trainer.runs.throughput import Throughput
 
 

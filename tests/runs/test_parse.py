@@ -2,7 +2,7 @@
 
 import pytest
 
-from liger_trainer.runs.parse import parse
+from liger_trainer.runs.recipe.parse import parse
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import tiny
 
 from liger_trainer import cli
 from liger_trainer.runs import shipped
-from liger_trainer.runs.estimate import fits, run_of, ways_out
-from liger_trainer.runs.memory import GIB, usable
-from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.planning.estimate import fits, run_of, ways_out
+from liger_trainer.runs.planning.memory import GIB, usable
+from liger_trainer.runs.recipe.recipe import load_recipe
 
 FULL = ["plan", "sft/llama-3.1-8b-full", "--shape", "llama-8b", "--memory", "80"]
 

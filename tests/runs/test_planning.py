@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from liger_trainer import inject
 from liger_trainer.kernels.linear import workspace as kernel_workspace
-from liger_trainer.runs.counts import shape_of, weights_of
-from liger_trainer.runs.memory import GIB, Run, head_memory, kept_per_token, peak, states
-from liger_trainer.runs.shapes import config_of
-from liger_trainer.runs.traffic import flops, traffic
+from liger_trainer.runs.planning.counts import shape_of, weights_of
+from liger_trainer.runs.planning.memory import GIB, Run, head_memory, kept_per_token, peak, states
+from liger_trainer.runs.planning.shapes import config_of
+from liger_trainer.runs.planning.traffic import flops, traffic
 
 bf16, fp32 = torch.bfloat16, torch.float32
 KEEP, CHECKPOINTED = {"lean": False}, {"checkpointing": True}

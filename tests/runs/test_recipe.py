@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from liger_trainer.runs import recipe as recipe_module
-from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.recipe import recipe as recipe_module
+from liger_trainer.runs.recipe.recipe import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 RECIPES = sorted(p for p in FOLDER.rglob("*.yaml") if p.parent.name != "accelerate")

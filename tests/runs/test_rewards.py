@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from liger_trainer.runs.data.builtin import load_humaneval_prompts
-from liger_trainer.runs.rewards import (
+from liger_trainer.runs.rewards.rewards import (
     RewardArguments,
     columns_of,
     defines_function,
@@ -17,7 +17,7 @@ from liger_trainer.runs.rewards import (
     parses,
     passes_tests,
 )
-from liger_trainer.runs.sandbox import Job, judge
+from liger_trainer.runs.rewards.sandbox import Job, judge
 
 DATA = Path(__file__).parents[2] / "recipes" / "data"
 SOURCE = 'from typing import List\n\n\ndef twice(x: int) -> int:\n    """Two times x."""\n'

@@ -10,7 +10,7 @@ import pytest
 from run_folders import at_step, state, train
 
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.recipe import load_recipe
+from liger_trainer.runs.recipe.recipe import load_recipe
 
 
 def contents(folder):

@@ -7,10 +7,10 @@ import pytest
 from run_folders import state
 
 from liger_trainer.report import InjectionReport, Row, Status
-from liger_trainer.runs import plots as plots_module
-from liger_trainer.runs.html import write_report
-from liger_trainer.runs.plots import plots
-from liger_trainer.runs.summary import headline_metrics, summarize
+from liger_trainer.runs.report import plots as plots_module
+from liger_trainer.runs.report.html import write_report
+from liger_trainer.runs.report.plots import plots
+from liger_trainer.runs.report.summary import headline_metrics, summarize
 
 LOG = [
     {"step": 0, "eval_loss": 2.0},

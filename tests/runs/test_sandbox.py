@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from judged import TESTS, WRONG, rewards
 
-from liger_trainer.runs.sandbox import Job, find_sandbox, judge
+from liger_trainer.runs.rewards.sandbox import Job, find_sandbox, judge
 
 TWICE = "def twice(x):\n    return 2 * x\n"
 
@@ -191,7 +191,7 @@ def test_the_sandbox_ends_with_the_run(safe):
     """Also where the run is killed."""
     program = "def f(x):\n    import time\n    time.sleep(77)\n"
     run = (
-        "from liger_trainer.runs.sandbox import *\n"
+        "from liger_trainer.runs.rewards.sandbox import *\n"
         f"print(judge([Job({program!r}, '', {TESTS!r}, 'f')], sandbox={safe!r}, seconds=60))"
     )
     before = _judging()
@@ -234,7 +234,11 @@ def _processes() -> dict[int, str]:
 
 def _judging() -> set[int]:
     """Ids of the processes in which something is judged."""
-    return {pid for pid, command in _processes().items() if "liger_trainer.runs.judge" in command}
+    return {
+        pid
+        for pid, command in _processes().items()
+        if "liger_trainer.runs.rewards.judge" in command
+    }
 
 
 def _state(pid: int) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from liger_trainer.runs.judge import wire
+from liger_trainer.runs.rewards.judge import wire
 
 VALUES = [
     None, True, 0, -1, 10**400, 0.1, float("inf"), 1j, "\ud800é", b"\0", bytearray(b"x"), [],

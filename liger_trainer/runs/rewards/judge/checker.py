@@ -13,8 +13,8 @@ import signal
 import socket
 import warnings
 
-from liger_trainer.runs.judge.limits import limit
-from liger_trainer.runs.judge.wire import encode, receive, send
+from liger_trainer.runs.rewards.judge.limits import limit
+from liger_trainer.runs.rewards.judge.wire import encode, receive, send
 
 _IN_PLACE = "in_place"
 
@@ -25,7 +25,7 @@ def main(seconds: str, memory_mib: str, filter_: str) -> None:
     requests = socket.socket(fileno=os.dup(0))
     os.dup2(1, 0)
     if filter_:
-        from liger_trainer.runs.judge.namespaces import install_filter
+        from liger_trainer.runs.rewards.judge.namespaces import install_filter
     while True:
         _, connections, _, _ = socket.recv_fds(requests, 1, 2)
         if not connections:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from liger_trainer.runs.recipe import Recipe
+from liger_trainer.runs.recipe.recipe import Recipe
 from liger_trainer.runs.secrets import hidden
 
 

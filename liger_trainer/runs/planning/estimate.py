@@ -10,11 +10,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from liger_trainer.config import KernelConfig
 from liger_trainer.runs.adapters import located
-from liger_trainer.runs.counts import shape_of, weights_of
 from liger_trainer.runs.load import load_config
-from liger_trainer.runs.memory import Run, peak, usable
-from liger_trainer.runs.recipe import Recipe, defaults
-from liger_trainer.runs.shapes import CONFIGS, config_of
+from liger_trainer.runs.planning.counts import shape_of, weights_of
+from liger_trainer.runs.planning.memory import Run, peak, usable
+from liger_trainer.runs.planning.shapes import CONFIGS, config_of
+from liger_trainer.runs.recipe.recipe import Recipe, defaults
 
 _METHODS = {"sft": 1, "dpo": 2, "orpo": 2, "cpo": 2, "simpo": 2}  # sequences per example
 # Bytes of optimizer states per trained element; None: two values of the weight's own dtype.

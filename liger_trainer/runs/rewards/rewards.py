@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from liger_trainer.runs.data.rows import RowError
-from liger_trainer.runs.judge.checker import compile_tests
-from liger_trainer.runs.sandbox import SANDBOXES, Job, find_sandbox, judge
+from liger_trainer.runs.rewards.judge.checker import compile_tests
+from liger_trainer.runs.rewards.sandbox import SANDBOXES, Job, find_sandbox, judge
 
 logger = logging.getLogger(__name__)
 

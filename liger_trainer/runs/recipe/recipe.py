@@ -25,7 +25,7 @@ from liger_trainer.request import CONFIG, FLAG
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.errors import suggest_path
 from liger_trainer.runs.load import ModelArguments
-from liger_trainer.runs.methods import (
+from liger_trainer.runs.recipe.methods import (
     METHODS,
     Method,
     arguments_class,
@@ -33,8 +33,8 @@ from liger_trainer.runs.methods import (
     refuse_unused,
     training_defaults,
 )
-from liger_trainer.runs.parse import parse
-from liger_trainer.runs.rewards import RewardArguments
+from liger_trainer.runs.recipe.parse import parse
+from liger_trainer.runs.rewards.rewards import RewardArguments
 from liger_trainer.runs.secrets import hidden, hidden_override
 from liger_trainer.runs.shipped import recipe_names, shipped
 from liger_trainer.runs.typed import admits, convert, known

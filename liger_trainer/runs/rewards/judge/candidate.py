@@ -6,8 +6,8 @@ process, which the checking process decodes as plain data or rejects.
 
 import os
 
-from liger_trainer.runs.judge.limits import limit
-from liger_trainer.runs.judge.wire import items_of, receive, send
+from liger_trainer.runs.rewards.judge.limits import limit
+from liger_trainer.runs.rewards.judge.wire import items_of, receive, send
 
 
 def main(seconds: str, memory_mib: str, filter_: str) -> None:
@@ -19,7 +19,7 @@ def main(seconds: str, memory_mib: str, filter_: str) -> None:
     os.dup2(1, 0)  # so that the program cannot read the socket as its standard input
     limit(int(seconds), int(memory_mib))
     if filter_:
-        from liger_trainer.runs.judge.namespaces import install_filter
+        from liger_trainer.runs.rewards.judge.namespaces import install_filter
 
         install_filter(bytes.fromhex(filter_))
     try:

@@ -6,7 +6,7 @@ all-reduce twice that. Pure arithmetic; `docs/planning.md` derives it.
 
 from __future__ import annotations
 
-from liger_trainer.runs.memory import Run
+from liger_trainer.runs.planning.memory import Run
 
 
 def traffic(run: Run) -> dict[str, float]:

@@ -9,9 +9,9 @@ import jinja2
 import yaml
 
 from liger_trainer.report import InjectionReport, Row
-from liger_trainer.runs.plots import plots
-from liger_trainer.runs.samples import NEW_TOKENS
-from liger_trainer.runs.summary import headline_metrics
+from liger_trainer.runs.report.plots import plots
+from liger_trainer.runs.report.samples import NEW_TOKENS
+from liger_trainer.runs.report.summary import headline_metrics
 
 _PAGE = """<!doctype html>
 <html lang=en>

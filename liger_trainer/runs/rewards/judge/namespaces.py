@@ -11,7 +11,7 @@ import importlib
 import os
 import signal
 
-from liger_trainer.runs.judge.wire import decode
+from liger_trainer.runs.rewards.judge.wire import decode
 
 _NEW = 0x00020000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x20000000 | 0x40000000  # NS UTS IPC ...
 _READ_ONLY, _NO_SETUID, _NO_DEVICES, _REMOUNT, _BIND = 1, 2, 4, 32, 4096
@@ -44,7 +44,7 @@ def main(view: str, module: str, *arguments: str) -> None:
         os.dup2(1, 0)  # close the socket here, so that its other end notices when process 1 exits
         os._exit(os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) & 0xFF)
     _call("prctl", _SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    run = importlib.import_module(f"liger_trainer.runs.judge.{module}").main
+    run = importlib.import_module(f"liger_trainer.runs.rewards.judge.{module}").main
     _change_root(decode(os.fsencode(view)))
     _drop_privileges()
     run(*arguments)

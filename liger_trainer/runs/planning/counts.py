@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from liger_trainer.runs.memory import Shape, Weights
+from liger_trainer.runs.planning.memory import Shape, Weights
 
 
 def shape_of(model: nn.Module) -> Shape:

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from liger_trainer.runs.judge import limits, wire
+from liger_trainer.runs.rewards.judge import limits, wire
 
 SANDBOXES = ("bubblewrap", "namespaces", "process")
 _JUDGE = Path(__file__).parent / "judge"
@@ -39,7 +39,7 @@ _MAX_ANSWER = 65536
 _MEMORY_MIB = 1024  # the limit of a program
 _BOOT = (
     "import sys; sys.path.append(sys.argv[1]); "
-    "from liger_trainer.runs.judge.{module} import main; main(*sys.argv[2:])"
+    "from liger_trainer.runs.rewards.judge.{module} import main; main(*sys.argv[2:])"
 )
 _LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "/lib64")
 _STORES = ("/nix/store", "/gnu/store", "/etc/ld.so.cache")
@@ -196,12 +196,12 @@ def _command(
     boot = _BOOT.replace("{module}", entry)
     python = [os.path.realpath(sys.executable), "-s", "-S", "-P", "-c", boot]
     if sandbox == "process":
-        return [*python, str(_JUDGE.parents[2]), *arguments, ""], None
+        return [*python, str(_JUDGE.parents[3]), *arguments, ""], None
     filter_ = limits.system_call_filter()
     if sandbox == "namespaces":
         view = os.fsdecode(wire.encode(_view()))
         arguments = (view, module, *arguments, filter_.hex())
-        return [*python, str(_JUDGE.parents[2]), *arguments], None
+        return [*python, str(_JUDGE.parents[3]), *arguments], None
     options = [f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts")]
     options += ["--uid", "65534", "--gid", "65534", "--new-session", "--die-with-parent"]
     for operation, *paths in _view():
@@ -233,7 +233,7 @@ def _view() -> list[tuple[str, ...]]:
             bound.append(path)
     for path in sorted({p for b in bound for p in glob.glob(f"{b}/python3*/*-packages")}):
         view.append(("tmpfs", path))
-    view.append(("ro-bind", str(_JUDGE), f"{_INSIDE}/liger_trainer/runs/judge"))
+    view.append(("ro-bind", str(_JUDGE), f"{_INSIDE}/liger_trainer/runs/rewards/judge"))
     return view
 
 

@@ -1,0 +1,1 @@
+"""Whether a recipe fits on N GPUs, and what a step costs, by formula."""

@@ -1,0 +1,1 @@
+"""Rewards for GRPO, and the sandbox in which untrusted programs are judged."""
