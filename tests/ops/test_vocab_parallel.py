@@ -25,7 +25,7 @@ class Ranks:
 
     def __init__(self, number: int):
         self.number, self.numbers_sent = number, 0
-        self.barrier, self.sent = threading.Barrier(number, timeout=20), [None] * number
+        self.barrier, self.sent = threading.Barrier(number, timeout=300), [None] * number
 
     def all_reduce(self, rank: int, values, op):
         self.sent[rank] = values.clone()
