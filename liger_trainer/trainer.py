@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
@@ -18,16 +17,13 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from liger_trainer.deferred import loss_scope
-from liger_trainer.injection.memory_budget import repeated
-from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.injection.walk import inject, restore_for
-from liger_trainer.report import InjectionReport
+from liger_trainer.kernel_trainer import KernelTrainer
 from liger_trainer.request import FLAG, Request, config_of
-from liger_trainer.trainer_hook import handled_for, without_skip_logits
+from liger_trainer.trainer_hook import handled_for
 
 
-class LigerTrainer(Trainer):
+class LigerTrainer(KernelTrainer, Trainer):
     """A drop-in replacement for `transformers.Trainer`.
 
     Args:
@@ -46,8 +42,6 @@ class LigerTrainer(Trainer):
     Raises ValueError for an unknown key in `liger_kernel_config`, and for `model_init_kwargs` with
     a model that is loaded already.
     """
-
-    injection_report: InjectionReport | None = None
 
     def __init__(
         self,
@@ -89,18 +83,17 @@ class LigerTrainer(Trainer):
             if self.label_smoother is not None:
                 self.label_smoother = FusedLabelSmoother(self.label_smoother.epsilon)
         else:
-            restore_for(self.model, self)
+            self._set_kernels()
 
     def _inject(self) -> None:
         self.injection_report = inject(self.model, config_of(self))
 
-    def training_step(self, model, inputs, *args, **kwargs):
-        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
-        return repeated(self, model, step)
-
-    def train(self, *args, **kwargs):
+    def _set_kernels(self) -> None:
         if config_of(self) is None:
             restore_for(self.model, self)
+
+    def train(self, *args, **kwargs):
+        self._set_kernels()
         # Trainer.train calls its hook for another kernel package, after a possible model_init.
         with handled_for(self, self._inject):
             return super().train(*args, **kwargs)
@@ -111,25 +104,6 @@ class LigerTrainer(Trainer):
         if config is not None and not getattr(self.args, FLAG, False):  # the hook is not called
             self.injection_report = inject(model, config)
         return model
-
-    def evaluation_loop(self, *args, **kwargs):
-        if config_of(self) is None:
-            restore_for(self.model, self)
-        return super().evaluation_loop(*args, **kwargs)
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if config_of(self) is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        if self.args.torch_compile:
-            note_full(inputs.get("attention_mask"))
-        with loss_scope():  # label smoothing and compute_loss_func remove the labels
-            return super().compute_loss(model, without_skip_logits(inputs), *args, **kwargs)
-
-    def _get_num_items_in_batch(self, *args, **kwargs):
-        number = super()._get_num_items_in_batch(*args, **kwargs)
-        if config_of(self) is not None and torch.is_tensor(number):
-            return number.clamp(min=1)  # without any label in the batch, the loss is 0 / 1, not NaN
-        return number
 
 
 class FusedLabelSmoother(LabelSmoother):

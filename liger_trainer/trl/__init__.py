@@ -21,14 +21,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from liger_trainer.config import KernelConfig
-from liger_trainer.deferred import loss_scope
-from liger_trainer.injection.memory_budget import repeated
 from liger_trainer.injection.rules.head import defers_logits
-from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.injection.walk import inject, injected_config, restore_for
+from liger_trainer.kernel_trainer import KernelTrainer
 from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.request import FLAG, Request, config_of, hidden, requested
-from liger_trainer.trainer_hook import handled_for, without_skip_logits
+from liger_trainer.trainer_hook import handled_for
 from liger_trainer.trl.checks import check_examples, check_options, check_ranks, check_reference
 from liger_trainer.trl.fused_head import attach_fused_head, check_adapter
 from liger_trainer.trl.overrides import override_rows, overrides
@@ -78,15 +76,13 @@ def fused(trainer: type[Trainer]) -> type[Trainer]:
     return type(trainer.__name__, (FusedTrainer, trainer), names | overrides(trainer))
 
 
-class FusedTrainer:
+class FusedTrainer(KernelTrainer):
     """The first base of every class that `fused` returns.
 
     `liger_kernel_config=True`, or switches, requests the kernels even without the flag in the
     training arguments; False refuses them whatever the flag is. `injection_report` states what was
     swapped in the policy; it is None without kernels.
     """
-
-    injection_report: InjectionReport | None = None
 
     def __init__(self, *args, liger_kernel_config: Request = None, **kwargs):
         given = _training_arguments(args, kwargs)
@@ -111,7 +107,6 @@ class FusedTrainer:
         check_examples(self)
 
     def _set_kernels(self) -> None:
-        """Inject or restore the models according to this trainer's flag and config."""
         for name in ("model", "ref_model", "teacher_model"):
             model = getattr(self, name, None)
             if not isinstance(model, nn.Module):
@@ -177,29 +172,13 @@ class FusedTrainer:
         it."""
         from trl.trainer.sft_trainer import SFTTrainer
 
-        own = super().compute_loss.__func__ is SFTTrainer.compute_loss
+        own = super(KernelTrainer, self).compute_loss.__func__ is SFTTrainer.compute_loss
         return _WEIGHTING.get(getattr(args, "loss_type", None)) if own else None
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
-        return repeated(self, model, step)
 
     def train(self, *args, **kwargs):
         self._set_kernels()
         with handled_for(self, lambda: None):  # the kernels are injected already
             return super().train(*args, **kwargs)
-
-    def evaluation_loop(self, *args, **kwargs):
-        self._set_kernels()
-        return super().evaluation_loop(*args, **kwargs)
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if config_of(self) is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        if self.args.torch_compile:
-            note_full(inputs.get("attention_mask"))
-        with loss_scope():
-            return super().compute_loss(model, without_skip_logits(inputs), *args, **kwargs)
 
 
 def _head_row(attached: bool, deferred: bool, cast_to_fp32: bool) -> Row:

@@ -14,6 +14,7 @@ LAYERS = [
     ["hooks", "swap", "request"],
     ["deferred"],
     ["injection", "trainer_hook"],
+    ["kernel_trainer"],
     ["trainer", "trl"],
     ["stock"],
     ["runs"],

@@ -1,0 +1,49 @@
+"""What a trainer does in each step if its model runs on this package's kernels."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from liger_trainer.deferred import loss_scope
+from liger_trainer.injection.memory_budget import repeated
+from liger_trainer.injection.rules.masks import note_full
+from liger_trainer.report import InjectionReport
+from liger_trainer.request import config_of
+from liger_trainer.trainer_hook import without_skip_logits
+
+
+class KernelTrainer:
+    """The first base of every trainer of this package; the second is transformers' or TRL's.
+
+    Without kernels, each method is exactly the second base's.
+    """
+
+    injection_report: InjectionReport | None = None
+
+    def _set_kernels(self) -> None:
+        """Inject or restore the models, according to the trainer's flag and config."""
+        raise NotImplementedError
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
+        return repeated(self, model, step)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._set_kernels()
+        return super().evaluation_loop(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if config_of(self) is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.args.torch_compile:
+            note_full(inputs.get("attention_mask"))
+        with loss_scope():  # label smoothing and compute_loss_func remove the labels
+            return super().compute_loss(model, without_skip_logits(inputs), *args, **kwargs)
+
+    def _get_num_items_in_batch(self, *args, **kwargs):
+        number = super()._get_num_items_in_batch(*args, **kwargs)
+        if config_of(self) is not None and torch.is_tensor(number):
+            return number.clamp(min=1)  # without any label in the batch, the loss is 0 / 1, not NaN
+        return number
