@@ -17,6 +17,7 @@ from liger_trainer.runs.adapters import located
 from liger_trainer.runs.data.collate import Collator
 from liger_trainer.runs.data.prepare import Prepared, Purpose, prepare
 from liger_trainer.runs.data.vision import VisionCollator
+from liger_trainer.runs.engine import is_same_in_all_processes
 from liger_trainer.runs.load import load_model, load_processor, load_tokenizer, one_line
 from liger_trainer.runs.methods import trainer_class
 from liger_trainer.runs.recipe import Recipe
@@ -33,6 +34,10 @@ def build_trainer(recipe: Recipe, args):
     tokenizer, rewards = load_tokenizer(recipe.model), load_rewards(recipe)
     with args.main_process_first(desc="data"):
         prepared = load_data(recipe, tokenizer, rewards)
+    if not is_same_in_all_processes((prepared.digest, prepared.size), args):
+        raise ValueError(  # they would do different numbers of steps, and wait for each other
+            "data: the processes read different rows; give every machine the same files"
+        )
     for note in prepared.notes if args.process_index == 0 else ():
         print(f"data: {note}", flush=True)
     if recipe.data.streaming:

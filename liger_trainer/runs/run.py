@@ -20,14 +20,14 @@ from liger_trainer.runs.adapters import location
 from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, resume_hint
 from liger_trainer.runs.checks import require
-from liger_trainer.runs.engine import engine_of, save_whole_model
-from liger_trainer.runs.errors import ReportedElsewhere, RunError
+from liger_trainer.runs.engine import engine_of, in_any_process, save_whole_model
+from liger_trainer.runs.errors import RunError
 from liger_trainer.runs.folder import RunFolder
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.html import write_report
 from liger_trainer.runs.recipe import Recipe
 from liger_trainer.runs.samples import complete, samples_of
-from liger_trainer.runs.signals import StopOnSignal
+from liger_trainer.runs.signals import EvaluationInterrupted, StopOnSignal
 from liger_trainer.runs.summary import engine_told, machine, summarize
 from liger_trainer.runs.throughput import Outline, peak_memory_gib
 
@@ -92,11 +92,17 @@ def _locked_folder(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder 
             except (ValueError, OSError) as error:
                 if args.world_size == 1:
                     raise
-                outcome = [error]
+                outcome = [ValueError(str(error))]
         if args.world_size > 1:
             broadcast_object_list(outcome)
         if isinstance(outcome[0], Exception):
-            raise outcome[0] if args.process_index == 0 else ReportedElsewhere
+            raise outcome[0]
+        checkpoint = outcome[0].checkpoint
+        if in_any_process(checkpoint is not None and not Path(checkpoint).is_dir(), args):
+            raise ValueError(
+                f"--resume: not every machine has {checkpoint}; training.output_dir must be a "
+                "folder that they share"
+            )
         yield folder, outcome[0]
 
 
@@ -219,8 +225,9 @@ class _Run:
             trainer.train(resume_from_checkpoint=self.facts.checkpoint)
         except _NoStepsLeft:
             trainer.is_in_train = False
-        except KeyboardInterrupt:
-            if trainer.state.global_step < trainer.state.max_steps or not trainer.state.max_steps:
+        except KeyboardInterrupt:  # in the evaluation after the last step, one process can go on
+            state = trainer.state
+            if self.args.world_size > 1 or not 0 < state.max_steps <= state.global_step:
                 raise
         self.health.check(trainer.model, self.args, trainer.state.global_step)
 
@@ -249,16 +256,21 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Evaluate the trained model, unless that was just done; a signal interrupts it."""
+        saved = "The final evaluation was interrupted; the trained model is saved."
         try:
             self.stop.interrupt_evaluation(self.args)
             if self.prepared.eval is not None and not _evaluated_now(self.trainer.state):
                 self.trainer.evaluate()
             for sample in self.samples:
                 if self.stop.signaled:
-                    raise KeyboardInterrupt
+                    raise EvaluationInterrupted
                 sample["after"] = self._complete(sample["ids"])
-        except KeyboardInterrupt:
-            self._say(["The final evaluation was interrupted; the trained model is saved."])
+        except EvaluationInterrupted:
+            self._say([saved])
+        except KeyboardInterrupt as interrupt:
+            if self.args.world_size > 1:
+                raise KeyboardInterrupt(saved) from interrupt
+            self._say([saved])
 
     def _finish(self, interrupted: bool) -> RunResult:
         state, report = self.trainer.state, None

@@ -16,12 +16,17 @@ from liger_trainer.runs.engine import in_any_process
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class EvaluationInterrupted(Exception):  # noqa: N818 (it is not an error)
+    """All processes have agreed to end the evaluation of a trained and saved model."""
+
+
 class StopOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM, end training after the current step, with a checkpoint.
 
     A second signal interrupts at once, except that a save is finished first; a third one interrupts
     that, too. If several processes train, all stop after the same step. `stopped` is True once
-    they have agreed to.
+    they have agreed to. KeyboardInterrupt, which a second signal raises, comes to each process at
+    its own place: nothing may follow it that the processes do together.
     """
 
     def __init__(self):
@@ -48,13 +53,13 @@ class StopOnSignal(TrainerCallback):
         self._saving = begins
 
     def interrupt_evaluation(self, args) -> None:
-        """Raise KeyboardInterrupt from the first signal on, because everything is saved.
+        """Raise EvaluationInterrupted from the first signal on, because everything is saved.
 
         The processes agree here, and after each batch of an evaluation.
         """
         self._saved = True
         if in_any_process(self.signaled, args):
-            raise KeyboardInterrupt
+            raise EvaluationInterrupted
 
     @property
     def signaled(self) -> bool:

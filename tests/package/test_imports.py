@@ -45,7 +45,7 @@ FOLDERS = {
             "judge",
         ],
         ["memory", "shapes", "shipped", "typed"],
-        ["checkpoints", "data", "methods", "plots", "sandbox", "throughput"],
+        ["checkpoints", "data", "methods", "plots", "sandbox", "throughput", "voice"],
         ["counts", "traffic"],
         ["html", "load", "rewards", "samples", "summary"],
         ["recipe"],
