@@ -31,6 +31,7 @@ def build_trainer(recipe: Recipe, args):
 
     Raises ValueError for data and models that the method cannot use.
     """
+    check_batches(args)
     tokenizer, rewards = load_tokenizer(recipe.model), load_rewards(recipe)
     with args.main_process_first(desc="data"):
         prepared = load_data(recipe, tokenizer, rewards)
@@ -180,6 +181,16 @@ def _require_separation(model, args) -> None:
         raise ValueError(
             "data.packing: with training.use_cache packed examples would see each other. "
             "Set one of the two to false"
+        )
+
+
+def check_batches(args) -> None:
+    """Raise ValueError if each process would choose its own batch size."""
+    if args.world_size > 1 and args.auto_find_batch_size:
+        raise ValueError(
+            "training.auto_find_batch_size: a process that runs out of memory would take smaller "
+            "batches than the others, and they would wait for each other; set "
+            "training.per_device_train_batch_size"
         )
 
 

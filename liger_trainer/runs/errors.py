@@ -31,16 +31,28 @@ def report(error: BaseException, *, debug: bool) -> int:
     A message of KeyboardInterrupt is printed in place of the usual one.
     """
     code = exit_code(error)
-    is_expected = code == WRONG_INPUT or isinstance(error, RunError)
+    is_expected = code == WRONG_INPUT or isinstance(error, RunError) or _is_lost_connection(error)
     if code == INTERRUPTED:
         usual = "Interrupted: nothing was begun that could be lost."
         print(f"\n{str(error) or usual}", file=sys.stderr)
     elif debug or not is_expected:
         traceback.print_exception(error)
     if is_expected:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(reason(error).split())}", file=sys.stderr)
     sys.stderr.flush()
     return code
+
+
+def reason(error: BaseException) -> str:
+    """Return the message of an error, and of a lost connection what it means."""
+    if _is_lost_connection(error):
+        return "another process of the run has ended"
+    return str(error)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Return whether gloo lost a process. (NCCL waits for it, until the launcher ends the wait.)"""
+    return type(error) is RuntimeError and "gloo/transport" in str(error)
 
 
 def exit_code(error: BaseException) -> int:

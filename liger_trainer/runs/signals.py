@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from transformers import TrainerCallback
@@ -90,3 +91,29 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
             control.should_evaluate = False
         return control
+
+
+def shield_workers(trainer) -> None:
+    """Keep signals from the processes that load batches: the current step still needs theirs.
+
+    Terminals and torchrun send a signal to a whole process group, so each gets a group of its own.
+    """
+    for name in ("get_train_dataloader", "get_eval_dataloader"):
+        setattr(trainer, name, _shielded(getattr(trainer, name)))
+
+
+def _shielded(loader_of: Callable) -> Callable:
+    @functools.wraps(loader_of)
+    def wrapper(*args, **kwargs):
+        loader = loader_of(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's loaders are wrappers
+        inner.worker_init_fn = functools.partial(_in_own_group, inner.worker_init_fn)
+        return loader
+
+    return wrapper
+
+
+def _in_own_group(init: Callable | None, worker: int) -> None:
+    os.setpgrp()
+    if init is not None:
+        init(worker)

@@ -20,7 +20,7 @@ import torch
 from liger_trainer.runs.engine import leave_group
 from liger_trainer.runs.errors import FAILED, Reported, RunError, exit_code, report
 
-_PATIENCE = 10.0  # seconds for another process to print its error
+_PATIENCE = 5.0  # seconds for another process to print its error
 _MOMENT = 1.0  # seconds in which the launcher, or another process, tells of a process that ended
 
 
