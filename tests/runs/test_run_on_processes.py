@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import engine_cli
 import pytest
+import slow_end
 import tiny
 import torch
 from run_folders import state
 from safetensors.torch import load_file
 
 from liger_trainer.runs import checkpoints
+from liger_trainer.runs.build import check_batches
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +67,16 @@ def test_what_could_not_go_on_is_refused(told, attempt, message):
     assert sentence.count(message) == 1
 
 
+def test_processes_do_not_choose_their_batches_alone():
+    with pytest.raises(ValueError, match="auto_find_batch_size"):
+        check_batches(SimpleNamespace(world_size=2, auto_find_batch_size=True))
+
+
 def test_two_processes_share_a_run_and_one_speaks(finished):
     shutil.rmtree(finished)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "liger_trainer.cli", "train", "recipe.yaml", "training.max_steps=200"]
+    # The launcher ends the first process as soon as the other has left.
+    command += [slow_end.__file__, "train", "recipe.yaml", "training.max_steps=200"]
     command += ["training.save_steps=1000", "training.logging_steps=1", "data.eval_fraction=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
         while not (finished / "run.json").exists() and running.poll() is None:
