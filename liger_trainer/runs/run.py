@@ -195,7 +195,7 @@ class _Run:
         self.health.check(trainer.model, self.args, trainer.state.global_step)
 
     def _save(self) -> None:
-        self.stop.saving(True)
+        self.stop.saving(True, model=True)
         try:
             with contextlib.ExitStack() as stack:
                 staging = [None]

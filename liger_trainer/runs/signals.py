@@ -34,6 +34,7 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
         self._count = 0
         self._saving = False
+        self._saves_model = False
         self._saved = False
 
     @contextmanager
@@ -49,9 +50,9 @@ class StopOnSignal(TrainerCallback):
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def saving(self, begins: bool) -> None:
-        """Record that a save begins (True) or has ended (False)."""
-        self._saving = begins
+    def saving(self, begins: bool, *, model: bool = False) -> None:
+        """Record that a save, of a checkpoint or the trained model, begins (True) or has ended."""
+        self._saving, self._saves_model = begins, model
 
     def interrupt_evaluation(self, args) -> None:
         """Raise EvaluationInterrupted from the first signal on, because everything is saved.
@@ -71,13 +72,18 @@ class StopOnSignal(TrainerCallback):
         self._count += 1
         if self._count > 2 or (self._count == 2 and not self._saving):
             raise KeyboardInterrupt
-        message = "Saving; once more to stop without it."
-        if self._count == 1:
-            message = "Stopping after this step; once more to stop at once."
-        if self._saved:
-            message = "Stopping the evaluation; once more to stop at once."
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine tells
-            print(f"\n{message}", file=sys.stderr, flush=True)
+            print(f"\n{self._answer()}", file=sys.stderr, flush=True)
+
+    def _answer(self) -> str:
+        """Return what the signal just received leads to, and what another one would."""
+        if self._saved:
+            return "Stopping the evaluation; once more to stop at once."
+        if self._count > 1:
+            return "Saving; once more to stop without it."
+        if self._saves_model:
+            return "Stopping when the model is saved."
+        return "Stopping after this step; once more to stop at once."
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if self._saved:

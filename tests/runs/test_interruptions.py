@@ -1,6 +1,7 @@
 """Signals, a kill, a full disk: whatever ends a run early leaves the checkpoint before."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -52,6 +53,15 @@ def test_a_signal_while_the_processes_agree_counts_after_the_next_step(finished,
     assert train("recipe.yaml") == 130
     assert agreed == [False, True]
     assert state(finished)["summary"]["steps"] == 2
+
+
+def test_a_signal_in_the_final_save_ends_after_it(finished, monkeypatch, capsys):
+    shutil.rmtree(finished)
+    at_step(monkeypatch, "save_model", 1, lambda: press(1))
+    assert train("recipe.yaml", "training.max_steps=1", "training.save_strategy=no") == 0
+    told = capsys.readouterr()
+    assert "Stopping when the model is saved." in told.err
+    assert re.search(r"held-out loss +[\d.]+ before, - after", told.out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
