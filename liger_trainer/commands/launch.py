@@ -78,10 +78,10 @@ def main(options: argparse.Namespace) -> int:
     except subprocess.CalledProcessError as error:  # one process, or DeepSpeed's launcher
         return _ended(0, error.returncode)
     except SignalException:
-        return INTERRUPTED
-    finally:
         for left in psutil.Process().children(recursive=True):
             left.kill()  # a third signal has interrupted torch, too, while it waited for them
+        return INTERRUPTED
+    finally:
         signal.signal(signal.SIGINT, before)
     return 0
 

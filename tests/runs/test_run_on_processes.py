@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import engine_cli
 import pytest
-import slow_end
 import tiny
 import torch
 from run_folders import state
@@ -75,8 +74,7 @@ def test_processes_do_not_choose_their_batches_alone():
 def test_two_processes_share_a_run_and_one_speaks(finished):
     shutil.rmtree(finished)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    # The launcher ends the first process as soon as the other has left.
-    command += [slow_end.__file__, "train", "recipe.yaml", "training.max_steps=200"]
+    command += ["-m", "liger_trainer.cli", "train", "recipe.yaml", "training.max_steps=200"]
     command += ["training.save_steps=1000", "training.logging_steps=1", "data.eval_fraction=0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
         while not (finished / "run.json").exists() and running.poll() is None:

@@ -122,6 +122,17 @@ def test_alone_sigterm_interrupts_and_other_handlers_come_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_none_leaves_before_all_have_come_to_the_end(launched, monkeypatch):
+    """The launcher ends the others if one exits with a code, as of a run with bad losses."""
+    found = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: found.append("all are there"))
+    monkeypatch.setattr(voice, "leave_group", lambda failed: found.append("left"))
+    with one_voice(debug=False):
+        found.append("report written")
+    assert found == ["report written", "all are there", "left"]
+
+
 @pytest.mark.parametrize(("failed", "left"), [(False, [True]), (True, [])])
 def test_after_a_failure_nccl_is_not_waited_for(monkeypatch, failed, left):
     found = []
