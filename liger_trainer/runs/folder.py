@@ -154,7 +154,8 @@ def shared(recipe: Recipe, args, **options: bool) -> Iterator[tuple[RunFolder | 
     All processes raise ValueError if it cannot be locked, or if a machine lacks its checkpoint.
     """
     with ExitStack() as stack:
-        folder, outcome = None, [None]
+        folder = None
+        outcome: list[Any] = [None]
         if args.process_index == 0:
             try:
                 folder = stack.enter_context(locked(recipe, processes=args.world_size, **options))
