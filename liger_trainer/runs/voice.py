@@ -42,41 +42,44 @@ def one_voice(*, debug: bool) -> Iterator[None]:
         except BaseException as error:
             if not together:
                 raise
-            raise Reported(_reported(error, debug)) from error
+            raise Reported(_reported(error, debug, ended=_sigterm_noted())) from error
         finally:
             if together:
-                _ignore_sigterm()  # this process is about to end
+                _sigterm_noted()
             leave_group(failed=failed)
 
 
-def _reported(error: BaseException, debug: bool) -> int:
-    """Print `error`, unless another process has printed one; return the exit code of the first."""
+def _reported(error: BaseException, debug: bool, ended: threading.Event) -> int:
+    """Print `error`, unless another process has printed one; return the exit code of the first.
+
+    `ended` is set when the launcher tells this process to end.
+    """
     try:
         store = _store()
         if store is not None:
-            return _first_reported(store, error, debug)
+            return _first_reported(store, error, debug, ended)
     except torch.distributed.DistError:
         pass  # the process that hosted the store has ended
-    _ignore_sigterm()
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return report(error, debug=debug)
     return exit_code(error)
 
 
-def _first_reported(store: torch.distributed.Store, error: BaseException, debug: bool) -> int:
+def _first_reported(
+    store: torch.distributed.Store, error: BaseException, debug: bool, ended: threading.Event
+) -> int:
     key = f"liger_trainer/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if isinstance(error, RuntimeError) and not isinstance(error, RunError):
-        # It may be the lost connection to a process that has failed or was killed.
-        try:
-            _wait_for(store, key, _MOMENT)
-        except KeyboardInterrupt:  # from the launcher, which tells of the process that was killed
+        # It may be the lost connection to a process that has failed or was killed. The launcher
+        # then ends this one, too, and tells of a kill.
+        if not _wait_for(store, key, _MOMENT, ended) and ended.is_set():
             return FAILED
-    _ignore_sigterm()
     if store.add(f"{key}/count", 1) == 1:
         code = report(error, debug=debug)
         store.set(key, str(code))
         return code
-    return int(store.get(key)) if _wait_for(store, key, _PATIENCE) else exit_code(error)
+    printed = _wait_for(store, key, _PATIENCE, threading.Event())
+    return int(store.get(key)) if printed else exit_code(error)
 
 
 def _store() -> torch.distributed.Store | None:
@@ -93,13 +96,15 @@ def _store() -> torch.distributed.Store | None:
     )
 
 
-def _wait_for(store: torch.distributed.Store, key: str, seconds: float) -> bool:
-    """Wait until `store` has `key`, no longer than `seconds`, and return whether it has."""
+def _wait_for(
+    store: torch.distributed.Store, key: str, seconds: float, ended: threading.Event
+) -> bool:
+    """Wait until `store` has `key`, some seconds have passed, or `ended` is set; return whether it
+    has."""
     end = time.monotonic() + seconds
     while not store.check([key]):
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
+        if time.monotonic() > end or ended.wait(0.02):
+            return store.check([key])
     return True
 
 
@@ -116,6 +121,9 @@ def _interrupted_by_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
-def _ignore_sigterm() -> None:
+def _sigterm_noted() -> threading.Event:
+    """Make SIGTERM set an event, which is returned, and do nothing else: this process is ending."""
+    noted = threading.Event()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: noted.set())
+    return noted

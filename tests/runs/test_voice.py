@@ -84,6 +84,19 @@ def test_what_the_launcher_ends_after_a_kill_says_nothing(launched, monkeypatch,
     assert capsys.readouterr().err == ""
 
 
+def test_who_is_ended_while_it_reports_says_nothing(launched, monkeypatch, capsys):
+    assert ended(OSError("no such file"), 0, monkeypatch) == 2
+    plain = voice._store
+
+    def store():
+        signal.raise_signal(signal.SIGTERM)
+        return plain()
+
+    monkeypatch.setattr(voice, "_store", store)
+    assert ended(RunError("not saved"), 1, monkeypatch) == 2
+    assert capsys.readouterr().err == "error: no such file\n"
+
+
 def test_none_ends_before_the_reason_is_printed(launched, monkeypatch, capsys):
     order = []
 
@@ -93,11 +106,13 @@ def test_none_ends_before_the_reason_is_printed(launched, monkeypatch, capsys):
         return 2
 
     monkeypatch.setattr(voice, "report", slowly)
-    other = threading.Thread(target=lambda: voice._reported(ValueError("a"), False))
+    other = threading.Thread(
+        target=lambda: voice._reported(ValueError("a"), False, threading.Event())
+    )
     other.start()
     while launched.add("liger_trainer/error/0/count", 0) == 0:
         time.sleep(0.01)
-    assert voice._reported(ValueError("a"), False) == 2
+    assert voice._reported(ValueError("a"), False, threading.Event()) == 2
     assert order == ["printed"]
     other.join()
 
