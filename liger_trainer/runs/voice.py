@@ -69,11 +69,11 @@ def _first_reported(
     store: torch.distributed.Store, error: BaseException, debug: bool, ended: threading.Event
 ) -> int:
     key = f"liger_trainer/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if isinstance(error, RuntimeError) and not isinstance(error, RunError):
-        # It may be the lost connection to a process that has failed or was killed. The launcher
-        # then ends this one, too, and tells of a kill.
-        if not _wait_for(store, key, _MOMENT, ended) and ended.is_set():
-            return FAILED
+    # It may be the lost connection to a process that has failed, or was killed, of which the
+    # launcher tells; it then ends this process, too.
+    may_be_lost = isinstance(error, RuntimeError) and not isinstance(error, RunError)
+    if may_be_lost and not _wait_for(store, key, _MOMENT, ended) and ended.is_set():
+        return FAILED
     if store.add(f"{key}/count", 1) == 1:
         code = report(error, debug=debug)
         store.set(key, str(code))

@@ -112,7 +112,7 @@ def test_none_ends_before_the_reason_is_printed(launched, monkeypatch, capsys):
     other.start()
     while launched.add("liger_trainer/error/0/count", 0) == 0:
         time.sleep(0.01)
-    assert voice._reported(ValueError("a"), False, threading.Event()) == 2
+    assert voice._reported(*arguments) == 2
     assert order == ["printed"]
     other.join()
 
