@@ -106,9 +106,8 @@ def test_none_ends_before_the_reason_is_printed(launched, monkeypatch, capsys):
         return 2
 
     monkeypatch.setattr(voice, "report", slowly)
-    other = threading.Thread(
-        target=lambda: voice._reported(ValueError("a"), False, threading.Event())
-    )
+    arguments = (ValueError("a"), False, threading.Event())
+    other = threading.Thread(target=voice._reported, args=arguments)
     other.start()
     while launched.add("liger_trainer/error/0/count", 0) == 0:
         time.sleep(0.01)
