@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 
 import liger_trainer
 from liger_trainer.commands import (
@@ -22,10 +21,9 @@ from liger_trainer.commands import (
     recipes,
     train,
 )
-from liger_trainer.runs.errors import ReportedElsewhere, RunError
+from liger_trainer.runs.errors import Reported, RunError, report
 
 COMMANDS = (train, launch, recipes, data, inspect, plan, env, evaluate, generate, chat, merge, push)
-FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,15 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         options.overrides += rest  # overrides that follow an option
     try:
         return options.main(options)
-    except (ValueError, OSError) as error:
-        return _failed(error, WRONG_INPUT, options)
-    except RunError as error:
-        return _failed(error, FAILED, options)
-    except ReportedElsewhere:
-        return WRONG_INPUT
-    except KeyboardInterrupt:
-        print("\nInterrupted: nothing was begun that could be lost.", file=sys.stderr)
-        return INTERRUPTED
+    except Reported as reported:
+        return reported.code
+    except (ValueError, OSError, RunError, KeyboardInterrupt) as error:
+        return report(error, debug=options.debug)
 
 
 def _as_override(rest: list[str], options: argparse.Namespace) -> str:
@@ -96,13 +89,6 @@ def _complete(parser: argparse.ArgumentParser) -> None:
     except ImportError:
         return
     argcomplete.autocomplete(parser)
-
-
-def _failed(error: Exception, code: int, options: argparse.Namespace) -> int:
-    if options.debug:
-        traceback.print_exc()
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

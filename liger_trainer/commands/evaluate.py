@@ -42,7 +42,8 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(now, indent=2))
         return 0
-    then = {k: v[-1] for k, v in run.record["summary"]["held_out"].items()}
+    recorded = run.record["summary"]["held_out"]
+    then = {name: last for name, (_, last) in recorded.items() if last is not None}
     print_table(
         ["held out", "now", "after training"],
         [

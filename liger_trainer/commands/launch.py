@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -10,8 +11,11 @@ import subprocess
 import sys
 
 from liger_trainer.commands import train
-from liger_trainer.runs.errors import RunError
+from liger_trainer.runs.errors import INTERRUPTED, RunError
 from liger_trainer.runs.secrets import hidden_override
+
+# Seconds that a signal leaves the processes to finish a step and save; torch's own limit is 30.
+_LAST_SAVE = 600
 
 HELP = "train in several processes, through accelerate"
 EXAMPLES = """examples:
@@ -53,6 +57,7 @@ def main(options: argparse.Namespace) -> int:
     if options.dry_run:
         return train.main(options)
     words = command(options)
+    import psutil
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -61,6 +66,10 @@ def main(options: argparse.Namespace) -> int:
     sys.stderr.flush()
     # Ctrl-C reaches the processes too, which save a checkpoint: this one waits for them.
     before = signal.signal(signal.SIGINT, lambda *_: None)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_LAST_SAVE))
+    # The processes say themselves what has happened to them.
+    for part in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{part}").setLevel(logging.CRITICAL)
     try:
         launch_command(launch_command_parser().parse_args(words))
     except ChildFailedError as error:
@@ -69,7 +78,9 @@ def main(options: argparse.Namespace) -> int:
     except subprocess.CalledProcessError as error:  # one process, or DeepSpeed's launcher
         return _ended(0, error.returncode)
     except SignalException:
-        return 130
+        for left in psutil.Process().children(recursive=True):
+            left.kill()  # a third signal has interrupted torch, too, while it waited for them
+        return INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, before)
     return 0

@@ -8,7 +8,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING
 
-from liger_trainer.runs.errors import ReportedElsewhere
+from liger_trainer.runs.errors import INTERRUPTED
 from liger_trainer.runs.secrets import hidden_override
 
 if TYPE_CHECKING:
@@ -65,23 +65,29 @@ def _recipes(prefix: str, **_) -> list[str]:
 
 def main(options: argparse.Namespace) -> int:
     """Train, or say what would be done."""
-    if options.dry_run:
-        return _dry_run(_recipe(options), resume=options.resume, overwrite=options.overwrite)
-    recipe = _recipe(options)
-    from liger_trainer.runs.checks import conflicts
-    from liger_trainer.runs.engine import leave_group
+    from liger_trainer.runs.voice import one_voice
+
+    with one_voice(debug=options.debug):
+        return _main(options)
+
+
+def _main(options: argparse.Namespace) -> int:
+    from liger_trainer.runs.checks import conflicts, require
+    from liger_trainer.runs.recipe.recipe import load_recipe
     from liger_trainer.runs.run import run
 
-    for conflict in conflicts(recipe) if _local_rank() == 0 else ():
+    recipe = load_recipe(options.recipe, options.overrides)
+    if options.dry_run:
+        return _dry_run(recipe, resume=options.resume, overwrite=options.overwrite)
+    require(recipe)
+    for conflict in conflicts(recipe) if os.environ.get("LOCAL_RANK", "0") == "0" else ():
         print(f"warning: {conflict}", file=sys.stderr)
     command = options.command or _command(options)
     try:
         result = run(recipe, resume=options.resume, overwrite=options.overwrite, command=command)
-    except KeyboardInterrupt:
-        print(f"\n{_interrupted_message(recipe, command)}", file=sys.stderr)
-        return 130
-    finally:
-        leave_group()
+    except KeyboardInterrupt as interrupt:
+        message = str(interrupt) or _interrupted_message(recipe, command)
+        raise KeyboardInterrupt(message) from interrupt
     return _print_result(result, command)
 
 
@@ -92,36 +98,16 @@ def _command(options: argparse.Namespace) -> str:
     return f"{'... -m liger_trainer' if 'LOCAL_RANK' in os.environ else 'liger-trainer'} {words}"
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    """Return the checked recipe; only the first process of a machine reports what is wrong."""
-    from liger_trainer.runs.checks import require
-    from liger_trainer.runs.recipe.recipe import load_recipe
-
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        if not options.dry_run:
-            require(recipe)
-    except (ValueError, OSError):
-        if _local_rank() != 0:
-            raise ReportedElsewhere from None
-        raise
-    return recipe
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def _print_result(result: RunResult, command: str) -> int:
     """Print the result of a run, and return the exit code."""
     if not result.is_main:
-        return 130 if result.interrupted else bool(result.warnings)
+        return INTERRUPTED if result.interrupted else bool(result.warnings)
     if result.interrupted:
         print(
             f"Interrupted after step {result.summary['steps']}, with a checkpoint. Continue with:"
             f"\n  {command} --resume"
         )
-        return 130
+        return INTERRUPTED
     print(_summary(result))
     for warning in result.warnings:
         print(f"error: {warning}", file=sys.stderr)

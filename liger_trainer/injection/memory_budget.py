@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
@@ -212,6 +213,9 @@ def why_not(model: nn.Module) -> str | None:
         return "its weights are sharded, and every process would choose for itself"
     if len({p.device for p in parameters}) != 1:
         return "its weights lie on several devices"
+    parallel = getattr(AcceleratorState(), "parallelism_config", None) if is_initialized() else None
+    if getattr(parallel, "sp_size", 1) > 1:
+        return "processes share its rows, and every process would choose for itself"
     return None
 
 

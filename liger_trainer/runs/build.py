@@ -17,6 +17,7 @@ from liger_trainer.runs.adapters import located
 from liger_trainer.runs.data.collate import Collator
 from liger_trainer.runs.data.prepare import Prepared, Purpose, prepare
 from liger_trainer.runs.data.vision import VisionCollator
+from liger_trainer.runs.engine import is_same_in_all_processes
 from liger_trainer.runs.load import load_model, load_processor, load_tokenizer, one_line
 from liger_trainer.runs.recipe.methods import trainer_class
 from liger_trainer.runs.recipe.recipe import Recipe
@@ -30,9 +31,14 @@ def build_trainer(recipe: Recipe, args):
 
     Raises ValueError for data and models that the method cannot use.
     """
+    check_batches(args)
     tokenizer, rewards = load_tokenizer(recipe.model), load_rewards(recipe)
     with args.main_process_first(desc="data"):
         prepared = load_data(recipe, tokenizer, rewards)
+    if not is_same_in_all_processes((prepared.digest, prepared.size), args):
+        raise ValueError(  # they would do different numbers of steps, and wait for each other
+            "data: the processes read different rows; give every machine the same files"
+        )
     for note in prepared.notes if args.process_index == 0 else ():
         print(f"data: {note}", flush=True)
     if recipe.data.streaming:
@@ -175,6 +181,16 @@ def _require_separation(model, args) -> None:
         raise ValueError(
             "data.packing: with training.use_cache packed examples would see each other. "
             "Set one of the two to false"
+        )
+
+
+def check_batches(args) -> None:
+    """Raise ValueError if each process would choose its own batch size."""
+    if args.world_size > 1 and args.auto_find_batch_size:
+        raise ValueError(
+            "training.auto_find_batch_size: a process that runs out of memory would take smaller "
+            "batches than the others, and they would wait for each other; set "
+            "training.per_device_train_batch_size"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
-from liger_trainer.runs.errors import RunError
+from liger_trainer.runs.errors import RunError, reason
 
 MANIFEST = "complete.json"
 _BEGUN = "incomplete.json"  # names the run of a folder while it is being filled
@@ -176,7 +176,7 @@ def guard_saves(trainer, run: str, *, saving: Callable[[bool], None], healthy) -
         except SAVE_ERRORS as error:
             remove(checkpoint)
             hint = resume_hint(folder, run)
-            raise RunError(f"{checkpoint} could not be saved: {error}. {hint}") from error
+            raise RunError(f"{checkpoint} could not be saved: {reason(error)}. {hint}") from error
         finally:
             saving(False)
 

@@ -7,6 +7,7 @@ import time
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 
 def engine_of(accelerator: Accelerator) -> str:
@@ -39,8 +40,16 @@ def in_any_process(found: bool, args) -> bool:
     return bool(flag)
 
 
-def leave_group() -> None:
+def is_same_in_all_processes(value: object, args) -> bool:
+    """Return whether `value` is the same in all processes of the run, which must all call this."""
+    return len(set(gather_object([value]))) == 1 if args.world_size > 1 else True
+
+
+def leave_group(*, failed: bool = False) -> None:
     """Leave the process group, if there is one, so that the process can exit.
+
+    After a failure, NCCL would wait for collectives that the other processes never join; there the
+    group ends with the process.
 
     A gloo thread holds the tensors of the last collective for a moment after it has finished, and
     needs the interpreter to release them. If the interpreter shuts down first, it ends the thread
@@ -48,7 +57,9 @@ def leave_group() -> None:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    uses_gloo = "gloo" in torch.distributed.get_backend_config()
+    backends = torch.distributed.get_backend_config()
+    if failed and "nccl" in backends:
+        return
     torch.distributed.destroy_process_group()
-    if uses_gloo:
+    if "gloo" in backends:
         time.sleep(0.2)

@@ -12,16 +12,18 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from liger_trainer.runs import checkpoints
 from liger_trainer.runs.adapters import MODEL_FILES
+from liger_trainer.runs.engine import in_any_process
 from liger_trainer.runs.recipe.compare import differences
 from liger_trainer.runs.recipe.recipe import Recipe
 
@@ -134,6 +136,46 @@ def locked(
             (path / _LOCK).unlink(missing_ok=True)
         lock.release()
         checkpoints.remove_if_empty(path)
+
+
+@dataclass
+class Facts:
+    """What all processes need to know about the folder, which the first process locks."""
+
+    checkpoint: str | None
+    run: str
+    earlier: dict[str, Any]  # run.json of the run that is resumed
+
+
+@contextmanager
+def shared(recipe: Recipe, args, **options: bool) -> Iterator[tuple[RunFolder | None, Facts]]:
+    """Yield the folder, which the first process locks, and None in all others; and its facts.
+
+    All processes raise ValueError if it cannot be locked, or if a machine lacks its checkpoint.
+    """
+    with ExitStack() as stack:
+        folder = None
+        outcome: list[Any] = [None]
+        if args.process_index == 0:
+            try:
+                folder = stack.enter_context(locked(recipe, processes=args.world_size, **options))
+                checkpoint = str(folder.checkpoint) if folder.checkpoint else None
+                outcome = [Facts(checkpoint, folder.id, folder.resumed)]
+            except (ValueError, OSError) as error:
+                if args.world_size == 1:
+                    raise
+                outcome = [ValueError(str(error))]
+        if args.world_size > 1:
+            broadcast_object_list(outcome)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        checkpoint = outcome[0].checkpoint
+        if in_any_process(checkpoint is not None and not os.path.isdir(checkpoint), args):
+            raise ValueError(
+                f"--resume: not every machine has {checkpoint}; training.output_dir must be a "
+                "folder that they share"
+            )
+        yield folder, outcome[0]
 
 
 def refusal(

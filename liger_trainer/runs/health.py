@@ -39,10 +39,10 @@ class Health(TrainerCallback):
         logs = logs or {}
         bad = bool(self._bad) or not _finite(logs.get("eval_loss"))
         self._bad = torch.tensor(False)
+        if not in_any_process(bad or not _finite(logs.get("grad_norm")), args):
+            return control
         if in_any_process(bad, args):
             self.bad_losses.append(state.global_step)
-        elif _finite(logs.get("grad_norm")):
-            return control
         if not self.check(model, args, state.global_step):
             control.should_training_stop = True
             control.should_evaluate = control.should_save = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,14 @@ from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, resume_hint
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.engine import engine_of, save_whole_model
-from liger_trainer.runs.errors import ReportedElsewhere, RunError
-from liger_trainer.runs.folder import RunFolder
+from liger_trainer.runs.errors import RunError, reason
+from liger_trainer.runs.folder import Facts, RunFolder
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.recipe.recipe import Recipe
 from liger_trainer.runs.report.html import write_report
 from liger_trainer.runs.report.samples import complete, samples_of
 from liger_trainer.runs.report.summary import engine_told, machine, summarize
-from liger_trainer.runs.signals import StopOnSignal
+from liger_trainer.runs.signals import EvaluationInterrupted, StopOnSignal, shield_workers
 from liger_trainer.runs.throughput import Outline, peak_memory_gib
 
 
@@ -65,39 +64,8 @@ def run(
     """
     require(recipe)
     args = recipe.training_arguments()
-    with _locked_folder(recipe, args, resume=resume, overwrite=overwrite) as (folder, facts):
+    with run_folder.shared(recipe, args, resume=resume, overwrite=overwrite) as (folder, facts):
         return _Run(recipe, args, folder, facts, command).go()
-
-
-@dataclass
-class _Facts:
-    """What all processes need to know about the folder, which the first process locks."""
-
-    checkpoint: str | None
-    run: str
-    earlier: dict[str, Any]  # run.json of the run that is resumed
-
-
-@contextlib.contextmanager
-def _locked_folder(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None, Any]]:
-    """Lock the folder in the first process; if that fails, all processes stop."""
-    with contextlib.ExitStack() as stack:
-        folder, outcome = None, [None]
-        if args.process_index == 0:
-            try:
-                locked = run_folder.locked(recipe, processes=args.world_size, **options)
-                folder = stack.enter_context(locked)
-                checkpoint = str(folder.checkpoint) if folder.checkpoint else None
-                outcome = [_Facts(checkpoint, folder.id, folder.resumed)]
-            except (ValueError, OSError) as error:
-                if args.world_size == 1:
-                    raise
-                outcome = [error]
-        if args.world_size > 1:
-            broadcast_object_list(outcome)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0] if args.process_index == 0 else ReportedElsewhere
-        yield folder, outcome[0]
 
 
 class _NoStepsLeft(Exception):  # noqa: N818 (it is not an error)
@@ -107,7 +75,7 @@ class _NoStepsLeft(Exception):  # noqa: N818 (it is not an error)
 class _Start(TrainerCallback):
     """Refuse to train if no steps are left, and take over the folder after the first step."""
 
-    def __init__(self, folder: RunFolder | None, facts: _Facts):
+    def __init__(self, folder: RunFolder | None, facts: Facts):
         self.folder, self.facts = folder, facts
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -131,7 +99,7 @@ class _Start(TrainerCallback):
 class _Run:
     """One run, from the data to the report. `folder` is None except in the first process."""
 
-    def __init__(self, recipe, args, folder: RunFolder | None, facts: _Facts, command: str):
+    def __init__(self, recipe, args, folder: RunFolder | None, facts: Facts, command: str):
         self.recipe, self.args, self.folder, self.facts = recipe, args, folder, facts
         self.command = command
         self.started = time.perf_counter()
@@ -175,6 +143,7 @@ class _Run:
         for callback in (_Start(self.folder, facts), outline, self.health, self.stop):
             trainer.add_callback(callback)
         self.health.watch(trainer)
+        shield_workers(trainer)
         guard_saves(
             trainer,
             facts.run,
@@ -219,13 +188,14 @@ class _Run:
             trainer.train(resume_from_checkpoint=self.facts.checkpoint)
         except _NoStepsLeft:
             trainer.is_in_train = False
-        except KeyboardInterrupt:
-            if trainer.state.global_step < trainer.state.max_steps or not trainer.state.max_steps:
+        except KeyboardInterrupt:  # in the evaluation after the last step, one process can go on
+            state = trainer.state
+            if self.args.world_size > 1 or not 0 < state.max_steps <= state.global_step:
                 raise
         self.health.check(trainer.model, self.args, trainer.state.global_step)
 
     def _save(self) -> None:
-        self.stop.saving(True)
+        self.stop.saving(True, model=True)
         try:
             with contextlib.ExitStack() as stack:
                 staging = [None]
@@ -241,7 +211,7 @@ class _Run:
                     self.folder.publish(Path(staging[0]))
         except SAVE_ERRORS as error:
             raise RunError(
-                f"the model could not be saved in {self.recipe.output_dir}: {error}. "
+                f"the model could not be saved in {self.recipe.output_dir}: {reason(error)}. "
                 + resume_hint(self.recipe.output_dir, self.facts.run)
             ) from error
         finally:
@@ -249,16 +219,21 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Evaluate the trained model, unless that was just done; a signal interrupts it."""
+        saved = "The final evaluation was interrupted; the trained model is saved."
         try:
             self.stop.interrupt_evaluation(self.args)
             if self.prepared.eval is not None and not _evaluated_now(self.trainer.state):
                 self.trainer.evaluate()
             for sample in self.samples:
                 if self.stop.signaled:
-                    raise KeyboardInterrupt
+                    raise EvaluationInterrupted
                 sample["after"] = self._complete(sample["ids"])
-        except KeyboardInterrupt:
-            self._say(["The final evaluation was interrupted; the trained model is saved."])
+        except EvaluationInterrupted:
+            self._say([saved])
+        except KeyboardInterrupt as interrupt:
+            if self.args.world_size > 1:
+                raise KeyboardInterrupt(saved) from interrupt
+            self._say([saved])
 
     def _finish(self, interrupted: bool) -> RunResult:
         state, report = self.trainer.state, None

@@ -2,7 +2,8 @@
 
 One process is killed in the middle of the fourth step. The run is to go on from its checkpoint to
 the model that an uninterrupted run leaves, and to be refused where it could not. Another run shares
-every row among both. Prints what each attempt came to, as JSON.
+every row among both. Prints what each attempt came to, as JSON; `{rank}` in an option becomes that
+of each process.
 """
 
 from __future__ import annotations
@@ -52,12 +53,12 @@ def train(environment: dict, kill: bool, words: list[str], out: str) -> None:
         contextlib.redirect_stderr(told),
         contextlib.redirect_stdout(told),
     ):
-        code = cli.main(["train", *words])
+        code = cli.main(["train", *(word.format(rank=os.environ["RANK"]) for word in words)])
     raise SystemExit(code)
 
 
 def attempt(folder: Path, name: str, *options: str, world=2, kill=False, more=SHARDED):
-    """Return the last line of the first process's output."""
+    """Return how it ended, and the last lines of both processes' output."""
     out = folder / f"{name}.told"
     words = [str(folder / "recipe.yaml"), f"training.output_dir={folder / 'out'}", *options]
     try:
@@ -65,8 +66,8 @@ def attempt(folder: Path, name: str, *options: str, world=2, kill=False, more=SH
         code = "finished"
     except SystemExit as ended:
         code = str(ended)
-    lines = Path(f"{out}.0").read_text().strip().splitlines()
-    return code, (lines or [""])[-1]
+    lines = [Path(f"{out}.{rank}").read_text().strip().splitlines() for rank in range(world)]
+    return code, "".join(said[-1] for said in lines if said)
 
 
 def main(folder: Path) -> dict:
@@ -78,6 +79,8 @@ def main(folder: Path) -> dict:
     )  # fmt: skip
     values["data"]["eval_fraction"] = 0
     tiny.write_recipe(folder, values)
+    for rank in range(2):
+        tiny.chat_file(folder / f"chat{rank}.jsonl", count=24 + rank)
     found = {"whole": attempt(folder, "whole")}
     (folder / "out").rename(folder / "whole")
     found["killed"] = attempt(folder, "killed", kill=True)
@@ -88,6 +91,8 @@ def main(folder: Path) -> dict:
     shared = FULL | SHARED_ROWS
     found["packed"] = attempt(folder, "packed", "data.packing=true", more=shared)
     found["shared"] = attempt(folder, "shared", more=shared)
+    other = (f"data.path={folder}/chat{{rank}}.jsonl", f"training.output_dir={folder}/never")
+    found["other rows"] = attempt(folder, "other", *other)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,13 @@ def test_where_every_process_would_choose_for_itself_all_layers_are_checkpointed
     assert all(map(torch.equal, got, expected))
     assert len(runs) == 2 * LAYERS
     assert "every layer is checkpointed: its weights are sharded" in caplog.text
+
+
+def test_processes_that_share_rows_checkpoint_the_same_layers(monkeypatch):
+    shared = SimpleNamespace(parallelism_config=SimpleNamespace(sp_size=2))
+    monkeypatch.setattr(memory_budget, "is_initialized", lambda: True)
+    monkeypatch.setattr(memory_budget, "AcceleratorState", lambda: shared)
+    assert memory_budget.why_not(model_with_dropout()).startswith("processes share its rows")
 
 
 WIDE = {

@@ -36,7 +36,7 @@ FOLDERS = {
     "runs": [
         ["adapters", "engine", "errors", "health", "packages", "secrets", "signals"],
         ["shipped", "typed"],
-        ["checkpoints", "data", "throughput"],
+        ["checkpoints", "data", "throughput", "voice"],
         ["load", "report", "rewards"],
         ["recipe"],
         ["build", "planning"],

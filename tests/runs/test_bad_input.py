@@ -63,6 +63,7 @@ def test_null_means_the_default(tmp_path, section):
         ("training.resume_from_checkpoint=x", "use --resume"),
         ("training.do_train=false", "a recipe trains"),
         ("training.do_predict=true", "there is no test set"),
+        ("training.enable_jit_checkpoint=true", "SIGTERM saves a checkpoint anyway"),
         ("training.push_to_hub=true", "use `liger-trainer push`"),
         ("training.hub_token=abc", "use `liger-trainer push`"),
         (

@@ -1,16 +1,20 @@
 """Signals, a kill, a full disk: whatever ends a run early leaves the checkpoint before."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from run_folders import at_step, state, train
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset
 
 from liger_trainer.runs import checkpoints, signals
+from liger_trainer.runs import run as runs
 
 
 def press(times):
@@ -51,6 +55,15 @@ def test_a_signal_while_the_processes_agree_counts_after_the_next_step(finished,
     assert state(finished)["summary"]["steps"] == 2
 
 
+def test_a_signal_in_the_final_save_ends_after_it(finished, monkeypatch, capsys):
+    shutil.rmtree(finished)
+    at_step(monkeypatch, "save_model", 1, lambda: press(1))
+    assert train("recipe.yaml", "training.max_steps=1", "training.save_strategy=no") == 0
+    told = capsys.readouterr()
+    assert "Stopping when the model is saved." in told.err
+    assert re.search(r"held-out loss +[\d.]+ before, - after", told.out)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_final_evaluation_keeps_the_model(finished, monkeypatch, capsys, number):
     shutil.rmtree(finished)
@@ -59,6 +72,55 @@ def test_a_signal_in_the_final_evaluation_keeps_the_model(finished, monkeypatch,
     assert "the trained model is saved" in capsys.readouterr().out
     assert state(finished)["state"] == "finished"
     assert load_file(finished / "model.safetensors")
+
+
+def evaluated(processes):
+    """Interrupt the final evaluation in one of some processes, as a second signal does."""
+
+    def evaluate():
+        raise KeyboardInterrupt
+
+    run = object.__new__(runs._Run)
+    run.args = SimpleNamespace(world_size=processes, process_index=0)
+    run.stop = SimpleNamespace(interrupt_evaluation=lambda args: None)
+    run.prepared = SimpleNamespace(eval=[0])
+    run.trainer = SimpleNamespace(state=SimpleNamespace(log_history=[]), evaluate=evaluate)
+    run._evaluate()
+
+
+def test_a_second_signal_in_the_final_evaluation(capsys):
+    evaluated(processes=1)
+    assert "the trained model is saved" in capsys.readouterr().out
+    # Each of several processes leaves at its own place, after which they share no collective.
+    with pytest.raises(KeyboardInterrupt, match="the trained model is saved"):
+        evaluated(processes=2)
+
+
+def test_a_signal_to_the_process_group_spares_those_that_load_batches():
+    def loader():
+        wrapped = DataLoader(Groups(), num_workers=1, worker_init_fn=seed, collate_fn=list)
+        return SimpleNamespace(base_dataloader=wrapped)  # as accelerate does
+
+    trainer = SimpleNamespace(get_train_dataloader=loader, get_eval_dataloader=loader)
+    signals.shield_workers(trainer)
+    for make in (trainer.get_train_dataloader, trainer.get_eval_dataloader):
+        [[(group, seeded)]] = make().base_dataloader
+        assert group != os.getpgrp()
+        assert seeded == "0"
+
+
+def seed(worker):
+    os.environ["SEED"] = str(worker)
+
+
+class Groups(Dataset):
+    """One row: the process group in which it is loaded, and what `seed` left there."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return os.getpgrp(), os.environ.get("SEED")
 
 
 def test_a_kill_during_a_save_leaves_the_checkpoint_before(finished):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import engine_cli
 import pytest
@@ -15,6 +16,7 @@ from run_folders import state
 from safetensors.torch import load_file
 
 from liger_trainer.runs import checkpoints
+from liger_trainer.runs.build import check_batches
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +57,18 @@ def test_rows_of_any_length_are_shared(folder, told):
         ("one process", "had 2 processes, this one has 1, which would see other batches"),
         ("packed", "data.packing: processes that share a row"),
         ("full state", "was FSDP, SHARDED_STATE_DICT, this one is FSDP, FULL_STATE_DICT"),
+        ("other rows", "data: the processes read different rows; give every machine the same"),
     ],
 )
 def test_what_could_not_go_on_is_refused(told, attempt, message):
     code, sentence = told[attempt]
     assert code.startswith("exit codes [2")
-    assert message in sentence
+    assert sentence.count(message) == 1
+
+
+def test_processes_do_not_choose_their_batches_alone():
+    with pytest.raises(ValueError, match="auto_find_batch_size"):
+        check_batches(SimpleNamespace(world_size=2, auto_find_batch_size=True))
 
 
 def test_two_processes_share_a_run_and_one_speaks(finished):

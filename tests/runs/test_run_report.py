@@ -191,6 +191,13 @@ def test_held_out_metrics_are_kept_first_and_last_without_timing():
     assert held_out == {key: list(values) for key, values in PREFERENCE.items()}
 
 
+def test_an_evaluation_that_did_not_happen_has_no_value():
+    log = logged(loss=(2.0, 1.0))
+    before, after = summarize(log[:-1]), summarize(log[1:])
+    assert headline_metrics(before) == [("loss", "2.000", "-")]
+    assert headline_metrics(after) == [("loss", "-", "1.000")]
+
+
 def test_what_tells_most_of_a_preference_run():
     assert headline_metrics(summarize(logged(**PREFERENCE))) == [
         ("loss", "0.690", "0.500"),

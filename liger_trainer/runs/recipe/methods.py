@@ -86,6 +86,7 @@ _NO_EFFECT = {
     "resume_from_checkpoint": (bool, "use --resume, which finds the newest complete checkpoint"),
     "do_train": (lambda value: not value, "a recipe trains; use `liger-trainer evaluate`"),
     "do_eval": (lambda value: not value, "remove data.eval_fraction, eval_split and eval_path"),
+    "enable_jit_checkpoint": (bool, "remove the key: SIGTERM saves a checkpoint anyway"),
     "do_predict": (bool, "there is no test set; use `liger-trainer evaluate`"),
     **dict.fromkeys(
         ("push_to_hub", "hub_token", "hub_model_id", "hub_private_repo", "hub_revision"),

@@ -87,23 +87,35 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def held_out(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Return the first and last value of each evaluation metric, without `eval_`."""
-    found: dict[str, list[float]] = {}
+def held_out(log_history: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    """Return the first and last value of each evaluation metric, without `eval_`.
+
+    Of a single evaluation, one of the two is None: the last if it was before training.
+    """
+    found: dict[str, list[tuple[int | None, float]]] = {}
     for entry in log_history:
         for key, value in entry.items():
             name = key.removeprefix("eval_")
             if name != key and name not in _NOT_METRICS and isinstance(value, (int, float)):
-                found.setdefault(name, []).append(value)
-    return {name: [values[0], values[-1]] for name, values in found.items()}
+                found.setdefault(name, []).append((entry.get("step"), value))
+    return {name: _ends(values) for name, values in found.items()}
+
+
+def _ends(values: list[tuple[int | None, float]]) -> list[float | None]:
+    """Return the first and last of values that were measured after some steps."""
+    (step, first), (_, last) = values[0], values[-1]
+    if len(values) == 1:
+        return [first, None] if step == 0 else [None, last]
+    return [first, last]
 
 
 def headline_metrics(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return name, first and last value of the headline held-out metrics, formatted."""
+    """Return name, first and last value of the headline held-out metrics, formatted; "-" if it was
+    not measured."""
     held_out, found = summary["held_out"], []
     for key, name, text in _HEADLINE_METRICS:
         # If there is a reward, the loss is a policy gradient's, which is near 0 at any quality.
         if key in held_out and not (key == "loss" and "reward" in held_out):
-            first, last = held_out[key]
-            found.append((name, text.format(first), text.format(last)))
+            first, last = ("-" if v is None else text.format(v) for v in held_out[key])
+            found.append((name, first, last))
     return found
