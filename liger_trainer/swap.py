@@ -16,7 +16,7 @@ from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 import torch
 from torch import nn
 
-from liger_trainer.report import Site
+from liger_trainer.report import Site, Status
 
 
 class _SwappedType(type):
@@ -163,11 +163,11 @@ def has_foreign_forward(module: nn.Module) -> bool:
     return "forward" in own and not placed and not _is_own(own["forward"], module)
 
 
-def note(module: Swapped, reason: str | None) -> None:
+def note(module: Swapped, reason: str | None, status: Status = Status.REFUSED) -> None:
     """Record in the report why `module` runs as in the plain model, or None if it runs fused."""
     site = module._liger_site
     if site is not None and site.reason != reason:
-        site.runs(reason)
+        site.runs(reason, status)
 
 
 def is_swapped(module: nn.Module) -> bool:
