@@ -308,7 +308,7 @@ def is_gated(module: nn.Module, name: str) -> bool | None:
                 twin(x, *[x if given else None] * others)
         except Exception:  # the wrong width, or a forward that cannot run on the meta device
             continue
-        if activation.called:
+        if activation.called or given:
             return activation.multiplied
     return None
 
