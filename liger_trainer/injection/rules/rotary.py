@@ -34,7 +34,8 @@ from liger_trainer.injection.rules.rotary_forms import (
 )
 from liger_trainer.kernels.layers.rope import MIN_ELEMENTS, rope, rope_reference, why_not
 from liger_trainer.kernels.runtime import all_plain, is_looked_into, pays
-from liger_trainer.swap import Swapped, rebind, referenced_globals
+from liger_trainer.source import rebind, referenced_globals
+from liger_trainer.swap import Swapped, while_current
 
 
 class Rotary(NamedTuple):
@@ -59,7 +60,7 @@ class FusedRotary(Swapped):
             if caller is not None:
                 old, new = caller, rebind(caller, old, new)
             forward = rebind(forward, old, new)
-        return {"forward": forward}
+        return {"forward": while_current(base, forward)}
 
 
 @functools.cache
@@ -186,7 +187,11 @@ def identify(function: Callable, device: torch.device) -> tuple[Rotary | None, p
             return Rotary(function, call, form), verdict
         verdicts.append(verdict)
     # One of a layout that it takes says more than that it does not take the others.
-    return None, next((v for v in verdicts if v.max_error is not None), verdicts[0])
+    taken = next((v for v in verdicts if v.max_error is not None), None)
+    if taken is not None:
+        return None, taken
+    reason = f"{function.__name__} takes no known layout of heads ({verdicts[0].reason})"
+    return None, dataclasses.replace(verdicts[0], reason=reason)
 
 
 def _form_in(function, call, layout, device) -> tuple[RotaryForm | None, probe.Verdict]:
