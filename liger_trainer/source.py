@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 from collections.abc import Iterator
 from types import CellType, FunctionType
@@ -22,25 +21,25 @@ class Source:
     def __init__(self, cls: type):
         self._cls = cls
         methods, scopes = _names_read_by(cls)
-        self._reads = [(self._cls, operator.attrgetter(*methods))]
-        self._reads += [(scope, operator.itemgetter(*names)) for scope, names in scopes]
-        self._values = tuple(read(owner) for owner, read in self._reads)
+        reads = [(cls, operator.attrgetter(*methods))]
+        reads += [(scope, operator.itemgetter(*names)) for scope, names in scopes]
+        self._reads = [(owner, read, read(owner)) for owner, read in reads]
 
     @property
     def is_current(self) -> bool:
         """Whether the code is still that; takes half a microsecond."""
         try:
-            return all(
-                all(map(operator.is_, read(owner), values))
-                for (owner, read), values in zip(self._reads, self._values, strict=True)
-            )
+            for owner, read, values in self._reads:
+                if not all(map(operator.is_, read(owner), values)):
+                    return False
         except (AttributeError, KeyError):  # a name is gone
             return False
+        return True
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Source) or self._cls is not other._cls:
             return False
-        ours, theirs = (tuple(map(id, itertools.chain(*s._values))) for s in (self, other))
+        ours, theirs = ([id(v) for *_, values in s._reads for v in values] for s in (self, other))
         return ours == theirs
 
     def __hash__(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers.models.llama.modeling_llama as source
 from families import batch, tiny_model
-from lives import assert_equal_steps, step
+from lives import adapted, assert_equal_steps, step
 from torch import nn
 
 from liger_trainer import inject, restore
@@ -113,6 +113,19 @@ def test_a_part_of_a_layer_that_is_called_directly(monkeypatch):
     monkeypatch.setattr(nn.SiLU, "forward", scaled(nn.SiLU.forward))
     mlps = [each.model.layers[0].mlp for each in (model, plain)]
     torch.testing.assert_close(*[mlp(x) for mlp in mlps])
+
+
+def test_an_adapter_that_is_called_directly(monkeypatch):
+    model = adapted(tiny_model("llama", num_hidden_layers=1), target_modules=["q_proj"])
+    plain = copy.deepcopy(model)
+    inject(model)
+    x = torch.randn(2, 5, 64)
+    layers = [each.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+              for each in (model, plain)]  # fmt: skip
+    assert is_swapped(layers[0])
+    cls = type(layers[1])
+    monkeypatch.setattr(cls, "forward", scaled(cls.forward))
+    torch.testing.assert_close(layers[0](x), layers[1](x))
 
 
 def test_a_function_that_a_rotary_function_calls_is_part_of_its_code(monkeypatch):
