@@ -63,6 +63,13 @@ class Routed(Mlp):
         return activated * self.up(picked) if self.gated else self.up(activated)
 
 
+class Recurrent(Mlp):
+    """As RecurrentGemma's block: given a tensor for its positions, it makes another shape."""
+
+    def forward(self, x, positions):
+        return self.act(self.gate(x)) * torch.where(positions[..., None] == 0, 0.5, self.up(x))
+
+
 class PlainRouted(Routed):
     gated = False
 
@@ -108,6 +115,14 @@ def test_a_gate_that_is_sometimes_read_alone_stays_fused_elsewhere(monkeypatch):
     products.clear()
     assert_equal_steps(model[0], plain[0], torch.randn(3, 8), rows)
     assert products
+
+
+def test_a_gate_beside_inputs_of_another_kind():
+    model = nn.Sequential(Recurrent(nn.GELU()))
+    plain = copy.deepcopy(model)
+    report = inject(model)
+    assert_equal_steps(model[0], plain[0], torch.randn(2, 3, 8), torch.arange(3).expand(2, -1))
+    assert row_of(report).status is Status.SWAPPED
 
 
 @pytest.mark.parametrize("kind", [Routed, PlainRouted])

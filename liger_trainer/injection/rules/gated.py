@@ -301,15 +301,18 @@ def is_gated(module: nn.Module, name: str) -> bool | None:
     widths = dict.fromkeys(n for t in tensors if t.dim() <= 2 for n in reversed(t.shape))
     others = _number_of_inputs(twin) - 1
     for width, given in itertools.product(widths, (True, False)[: 1 + (others > 0)]):
-        activation.called = activation.multiplied = False
+        activation.read = activation.multiplied = activation.broadcast = False
         x = torch.empty(4, 4, width, device="meta", dtype=tensors[0].dtype)
         try:
             with torch.no_grad():
                 twin(x, *[x if given else None] * others)
         except Exception:  # the wrong width, or a forward that cannot run on the meta device
             continue
-        if activation.called or given:
+        if activation.multiplied or not others:
             return activation.multiplied
+        # Other inputs than it gets from a model may have made other shapes.
+        if activation.read and not activation.broadcast:
+            return False
     return None
 
 
@@ -322,7 +325,6 @@ class _Recorder(Swapped):
     """A stand-in for the activation on the meta device, which records how its result is used."""
 
     def forward(self, x):
-        self.called = True
         deferred = _Recorded(x.shape, x.dtype, x.device)
         deferred._gate, deferred._owner = x, self
         return deferred
@@ -332,13 +334,16 @@ class _Recorded(Deferred):
     handlers: ClassVar[dict[Callable, Callable]] = {}
 
     def compute(self):
+        self._owner.read = True
         return torch.empty_like(self._gate)
 
 
 def _record_product(a, b, **kwargs):
     recorded, other = (a, b) if isinstance(a, _Recorded) else (b, a)
-    recorded._owner.multiplied |= torch.is_tensor(other) and other.shape == recorded.shape
-    return torch.empty_like(recorded._gate)
+    if torch.is_tensor(other):
+        recorded._owner.multiplied |= other.shape == recorded.shape
+        recorded._owner.broadcast |= other.shape != recorded.shape
+    return torch.empty_like(recorded._gate) * other
 
 
 _Recorded.handlers |= dict.fromkeys(_PRODUCTS, _record_product)
