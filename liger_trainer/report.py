@@ -23,6 +23,14 @@ class Status(enum.Enum):
     OFF = "off"  # switched off by liger_kernel_config or an option of the trainer
 
 
+_SWAPPED = {
+    Status.SWAPPED: "yes",
+    Status.REFUSED: "no",
+    Status.NOT_APPLICABLE: "n/a",
+    Status.OFF: "off",
+}  # in the table
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One site in the model that a rule examined.
@@ -115,13 +123,13 @@ class InjectionReport:
         groups = defaultdict(list)
         for row in self.rows:
             pattern = re.sub(r"\d+", "*", row.site)
-            groups[(row.rule, pattern, row.swapped, row.reason)].append(row)
+            groups[(row.rule, pattern, row.status, row.reason)].append(row)
         lines = [["rule", "site", "count", "swapped", "max error", "reason"]]
-        for (rule, pattern, swapped, reason), rows in groups.items():
+        for (rule, pattern, status, reason), rows in groups.items():
             errors = [row.max_error for row in rows if row.max_error is not None]
             error = f"{max(errors):.1e}" if errors else ""
             site = rows[0].site if len(rows) == 1 else pattern
-            lines.append([rule, site, str(len(rows)), "yes" if swapped else "no", error, reason])
+            lines.append([rule, site, str(len(rows)), _SWAPPED[status], error, reason])
         return lines
 
     def __str__(self) -> str:
@@ -143,11 +151,14 @@ class Site:
     row: Row
     reason: str | None = None  # why it currently runs as in the plain model
 
-    def runs(self, reason: str | None) -> None:
-        """Record that the module runs as in the plain model for `reason`, or fused if None."""
+    def runs(self, reason: str | None, status: Status = Status.REFUSED) -> None:
+        """Record that the module runs as in the plain model for `reason`, or fused if None.
+
+        `status` tells whether the rule applies to it all the same.
+        """
         if reason != self.reason:
             self.reason = reason
             row = self.row
             if reason is not None:
-                row = dataclasses.replace(row, status=Status.REFUSED, reason=reason)
+                row = dataclasses.replace(row, status=status, reason=reason)
             self.report.amend(row)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+from collections.abc import Callable
+from types import BuiltinFunctionType, FunctionType, MethodType
 
 import torch
 from torch import nn
 
-from liger_trainer.report import Site
+from liger_trainer.report import Site, Status
+from liger_trainer.source import Source
 
 
 class _SwappedType(type):
@@ -43,6 +44,8 @@ class Swapped(metaclass=_SwappedType):
         while "_liger_base" in vars(cls):
             swaps.append((cls._liger_mixin, *cls._liger_key))
             cls = cls._liger_base
+        if not self._liger_source.is_current:  # no swap holds for what the copy's class computes
+            swaps = []
         return _new_instance, (cls, *reversed(swaps)), *rest
 
 
@@ -55,7 +58,7 @@ def _new_instance(cls: type, *swaps: tuple):
 
 def swapped_class(base: type, mixin: type[Swapped], *key) -> type:
     """Return the subclass of `base` with `mixin` first; it keeps the name, which HF reads."""
-    return _swapped_class(base, mixin, Source(base), *key)
+    return _swapped_class(base, mixin, Source(_below_swaps(base)), *key)
 
 
 @functools.cache
@@ -76,36 +79,20 @@ def _swapped_class(base: type, mixin: type[Swapped], source: Source, *key) -> ty
     )
 
 
-class Source:
-    """The code of a class's forward: its function, and what the global names in it stand for.
+PATCHED = "its code was patched after the injection; call inject(model) again"
 
-    A swap is made of it or proven against it, and holds no longer if somebody patches either.
-    """
 
-    def __init__(self, cls: type):
-        self._cls = _below_swaps(cls)
-        self._forward = getattr(self._cls, "forward", None)
-        is_python = isinstance(self._forward, FunctionType)
-        self._names = tuple(
-            (scope, name, scope[name])
-            for scope, name in (_global_names(self._forward) if is_python else ())
-        )
+def while_current(base: type, forward: Callable) -> Callable:
+    """Return `forward`, made of that of `base`, as long as the code of `base` stays as it is."""
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the code is still that; takes a microsecond or two."""
-        return getattr(self._cls, "forward", None) is self._forward and all(
-            scope.get(name, _MISSING) is value for scope, name, value in self._names
-        )
+    @functools.wraps(base.forward)
+    def run(self, *args, **kwargs):
+        if torch.compiler.is_compiling() or type(self)._liger_source.is_current:
+            return forward(self, *args, **kwargs)
+        note(self, PATCHED)
+        return base.forward(self, *args, **kwargs)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Source) or other._forward is not self._forward:
-            return False
-        ours, theirs = ([value for *_, value in s._names] for s in (self, other))
-        return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs, strict=True))
-
-    def __hash__(self) -> int:
-        return hash(id(self._forward))
+    return run
 
 
 def _below_swaps(cls: type) -> type:
@@ -163,11 +150,11 @@ def has_foreign_forward(module: nn.Module) -> bool:
     return "forward" in own and not placed and not _is_own(own["forward"], module)
 
 
-def note(module: Swapped, reason: str | None) -> None:
+def note(module: Swapped, reason: str | None, status: Status = Status.REFUSED) -> None:
     """Record in the report why `module` runs as in the plain model, or None if it runs fused."""
     site = module._liger_site
     if site is not None and site.reason != reason:
-        site.runs(reason)
+        site.runs(reason, status)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -224,83 +211,14 @@ _MISSING = object()
 
 
 def holds(module: Swapped, proven: Proven) -> bool:
-    """Return whether `module` is still in the verified state; if not, record that in the report."""
-    if proven.holds(module):
-        return True
-    note(module, "its attributes or parameters were changed after the injection")
-    return False
+    """Return whether `module` and its class's code are still as they were verified.
 
-
-def rebind(function: FunctionType, old: object, new: object) -> FunctionType | None:
-    """Return a copy of `function` in which global names for `old` refer to `new`, or None.
-
-    None means that it has no such name. The code object is shared, and the original is not changed.
-    Decorated functions are followed into their closures.
+    If not, record that in the report.
     """
-    return _rebind(function, old, new, visited=set())
-
-
-def _rebind(function, old, new, visited: set[int]) -> FunctionType | None:
-    if id(function) in visited:  # a closure that refers to itself
-        return None
-    visited.add(id(function))
-    names = [n for n in _names(function.__code__) if function.__globals__.get(n) is old]
-    cells = [_rebind_cell(cell, old, new, visited) for cell in function.__closure__ or ()]
-    if not names and not any(changed for _, changed in cells):
-        return None
-    scope = function.__globals__
-    if names:
-        scope = {**scope, **dict.fromkeys(names, new)}
-        # torch.compile would look up the globals of a named module in that module.
-        scope.pop("__name__", None)
-    copy = FunctionType(
-        function.__code__,
-        scope,
-        function.__name__,
-        function.__defaults__,
-        tuple(cell for cell, _ in cells) or None,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(copy, function)
-    return copy
-
-
-def _names(code) -> set[str]:
-    """Return the global names in the code and in the functions that it defines."""
-    nested = (c for c in code.co_consts if hasattr(c, "co_names"))
-    return set(code.co_names).union(*map(_names, nested))
-
-
-def _rebind_cell(cell: CellType, old, new, visited) -> tuple[CellType, bool]:
-    content = _content(cell)
-    if isinstance(content, FunctionType):
-        copy = _rebind(content, old, new, visited)
-        if copy is not None:
-            return CellType(copy), True
-    return cell, False
-
-
-def _content(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # still empty
-        return None
-
-
-def referenced_globals(function: FunctionType) -> list[object]:
-    """Return the objects that the global names of the function and its closures refer to."""
-    return [scope[name] for scope, name in _global_names(function)]
-
-
-def _global_names(function: FunctionType) -> Iterator[tuple[dict[str, object], str]]:
-    """Yield the global names of the function and its closures, each with the scope it is in."""
-    queue, visited = [function], set()
-    while queue:
-        current = queue.pop()
-        if id(current) in visited:
-            continue
-        visited.add(id(current))
-        scope = current.__globals__
-        yield from ((scope, n) for n in sorted(_names(current.__code__)) if n in scope)
-        contents = map(_content, current.__closure__ or ())
-        queue += [content for content in contents if isinstance(content, FunctionType)]
+    if not proven.holds(module):
+        note(module, "its attributes or parameters were changed after the injection")
+        return False
+    if not type(module)._liger_source.is_current:
+        note(module, PATCHED)
+        return False
+    return True

@@ -7,7 +7,8 @@
     backward:     dx_a = dy_a cos_a + dy_b sin_b,   dx_b = dy_b cos_b - dy_a sin_a
 
 The backward, for a pair (a, b), is the transpose for any table: cos_a and cos_b may differ.
-Channels R..D pass through (partial rotary). Arithmetic is in fp32, rounded once.
+The other D - R channels, behind these or before them, pass through (partial rotary). Arithmetic is
+in fp32, rounded once.
 
 Shapes: B batch, S sequence, D head dimension, R <= D rotated channels, Hq and Hk heads;
 q [B, Hq, S, D], k [B, Hk, S, D], cos and sin [B or 1, S, R].
@@ -35,7 +36,7 @@ _ELEMENTS_PER_WARP = 1024
 
 def rope_reference(
     q, k, cos, sin, interleaved=False, split=False, half_table=False, narrow_table=False,
-    inverse=False, keep_dtype=False,
+    inverse=False, trailing=False, keep_dtype=False,
 ):  # fmt: skip
     """Compute `rope` in plain torch: differentiable in all four tensors, in any dtype."""
     if half_table and not narrow_table:
@@ -50,12 +51,13 @@ def rope_reference(
         dtype, R = x.dtype, cos.shape[-1]
         if keep_dtype:
             x = x.to(torch.promote_types(dtype, torch.float32))
-        pairs = x[..., :R]
+        start = x.shape[-1] - R if trailing else 0
+        pairs = x[..., start : start + R]
         if split:
             pairs = torch.cat([pairs[..., ::2], pairs[..., 1::2]], dim=-1)
         y = pairs * cos + _partner(pairs, interleaved and not split) * sin
         if x.shape[-1] > R:
-            y = torch.cat([y, x[..., R:]], dim=-1)
+            y = torch.cat([x[..., :start], y, x[..., start + R :]], dim=-1)
         return y.to(dtype) if keep_dtype else y
 
     return rotate(q), rotate(k)
@@ -125,11 +127,13 @@ def _load_table(
 
 
 @triton.jit
-def _copy_rest(x_row, y_row, row_mask, R: tl.constexpr, REST: tl.constexpr, REST_P: tl.constexpr):
+def _copy_rest(
+    x_row, y_row, row_mask, START: tl.constexpr, REST: tl.constexpr, REST_P: tl.constexpr
+):
     cols = tl.arange(0, REST_P)[None, :]
     mask = row_mask & (cols < REST)
-    x = tl.load(x_row + R + cols, mask=mask)
-    tl.store(y_row + R + cols, x.to(y_row.dtype.element_ty), mask=mask)
+    x = tl.load(x_row + START + cols, mask=mask)
+    tl.store(y_row + START + cols, x.to(y_row.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -146,7 +150,8 @@ def _rope_kernel(
     BLOCK_HQ: tl.constexpr, BLOCK_HK: tl.constexpr,
     # Whether pairs are neighbors where they come from, where they go, and in the table.
     FROM_NEIGHBORS: tl.constexpr, TO_NEIGHBORS: tl.constexpr, TABLE_NEIGHBORS: tl.constexpr,
-    HALF_TABLE: tl.constexpr, INVERSE: tl.constexpr, BACKWARD: tl.constexpr,
+    HALF_TABLE: tl.constexpr, INVERSE: tl.constexpr, TRAILING: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """Rotate, in program (i, j), the j-th share of the query and key heads at position i."""
     b, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
@@ -161,8 +166,9 @@ def _rope_kernel(
     sin_row = sin_ptr + b * sin_stride_b + s * sin_stride_s
 
     # Every load before the first store: the compiler may not move a load above a store.
-    qa, qb = _load_pairs(q_row, q_mask, BLOCK_HQ, HALF, P, FROM_NEIGHBORS)
-    ka, kb = _load_pairs(k_row, k_mask, BLOCK_HK, HALF, P, FROM_NEIGHBORS)
+    START: tl.constexpr = REST if TRAILING else 0
+    qa, qb = _load_pairs(q_row + START, q_mask, BLOCK_HQ, HALF, P, FROM_NEIGHBORS)
+    ka, kb = _load_pairs(k_row + START, k_mask, BLOCK_HK, HALF, P, FROM_NEIGHBORS)
     cos_a, cos_b = _load_table(cos_row, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
     sin_a, sin_b = _load_table(sin_row, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
     if INVERSE:
@@ -172,11 +178,12 @@ def _rope_kernel(
 
     qa, qb = qa * cos_a - qb * sin_a, qb * cos_b + qa * sin_b
     ka, kb = ka * cos_a - kb * sin_a, kb * cos_b + ka * sin_b
-    _store_pairs(q_out_row, q_mask, qa, qb, BLOCK_HQ, HALF, P, TO_NEIGHBORS)
-    _store_pairs(k_out_row, k_mask, ka, kb, BLOCK_HK, HALF, P, TO_NEIGHBORS)
+    _store_pairs(q_out_row + START, q_mask, qa, qb, BLOCK_HQ, HALF, P, TO_NEIGHBORS)
+    _store_pairs(k_out_row + START, k_mask, ka, kb, BLOCK_HK, HALF, P, TO_NEIGHBORS)
     if REST > 0:
-        _copy_rest(q_row, q_out_row, q_mask, 2 * HALF, REST, REST_P)
-        _copy_rest(k_row, k_out_row, k_mask, 2 * HALF, REST, REST_P)
+        PASSED: tl.constexpr = 0 if TRAILING else 2 * HALF
+        _copy_rest(q_row, q_out_row, q_mask, PASSED, REST, REST_P)
+        _copy_rest(k_row, k_out_row, k_mask, PASSED, REST, REST_P)
 
 
 @functools.lru_cache(maxsize=256)
@@ -208,7 +215,7 @@ def _fake(q, k, cos, sin, q_dtype, k_dtype, heads_inner, *options):
 
 def _launch(
     q, k, cos, sin, q_dtype, k_dtype, heads_inner,
-    interleaved, split, half_table, narrow_table, inverse, backward,
+    interleaved, split, half_table, narrow_table, inverse, trailing, backward,
 ):  # fmt: skip
     q_out, k_out = _empty(q, q_dtype, heads_inner), _empty(k, k_dtype, heads_inner)
     B, Hq, S, D = q.shape
@@ -227,7 +234,8 @@ def _launch(
         FROM_NEIGHBORS=result if backward else interleaved,
         TO_NEIGHBORS=interleaved if backward else result,
         TABLE_NEIGHBORS=result,
-        HALF_TABLE=half_table or narrow_table, INVERSE=inverse, BACKWARD=backward,
+        HALF_TABLE=half_table or narrow_table, INVERSE=inverse, TRAILING=trailing,
+        BACKWARD=backward,
     )  # fmt: skip
     return q_out, k_out
 
@@ -235,7 +243,7 @@ def _launch(
 _rope_op = register_op(
     "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, ScalarType q_dtype, ScalarType k_dtype, "
     "bool heads_inner, bool interleaved, bool split, bool half_table, bool narrow_table, "
-    "bool inverse, bool backward) -> (Tensor, Tensor)",
+    "bool inverse, bool trailing, bool backward) -> (Tensor, Tensor)",
     _launch,
     _fake,
 )
@@ -252,15 +260,13 @@ def _reference_of(ctx):
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, q, k, cos, sin, interleaved, split, half_table, narrow_table, inverse, keep_dtype
-    ):
+    def forward(ctx, q, k, cos, sin, *options):
         ctx.save_for_backward(cos, sin)
+        *pairs, keep_dtype = options
         ctx.dtypes, ctx.shapes, ctx.keep_dtype = (q.dtype, k.dtype), (q.shape, k.shape), keep_dtype
         # Gradients get q's layout too, whatever layout attention returns, so that the projection's
         # backward can view them instead of copying.
-        options = interleaved, split, half_table, narrow_table, inverse
-        ctx.options = q.stride(1) <= q.stride(2), *options
+        ctx.options = q.stride(1) <= q.stride(2), *pairs
         dtypes = [d if keep_dtype else torch.promote_types(d, cos.dtype) for d in ctx.dtypes]
         return _rope_op(q, k, cos, sin, *dtypes, *ctx.options, False)
 
@@ -268,7 +274,7 @@ class _Rope(torch.autograd.Function):
     @twice_differentiable(_reference_of)
     def backward(ctx, dq, dk):
         grads = _rope_op(dq, dk, *ctx.saved_tensors, *ctx.dtypes, *ctx.options, True)
-        return *grads, None, None, None, None, None, None, None, None
+        return *grads, *[None] * 9
 
 
 def _rotated(cos: torch.Tensor, narrow_table: bool) -> int:
@@ -312,13 +318,14 @@ def rope(
     half_table: bool = False,
     narrow_table: bool = False,
     inverse: bool = False,
+    trailing: bool = False,
     keep_dtype: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the first R channels of each query and key head by the angles of its position.
+    """Rotate R channels of each query and key head by the angles of its position.
 
     Args:
         q: [B, Hq, S, D], any strides; usually a transposed view of [B, S, Hq, D].
-        k: [B, Hk, S, D].
+        k: [B, Hk, S, D]; Hk may be 0, to rotate q alone.
         cos, sin: [B or 1, S, R] with R even and R <= D, already gathered by position.
         interleaved: pairs are (2j, 2j+1) (Cohere, GLM) instead of (j, j + R/2) (Llama).
         split: takes interleaved pairs, and returns them, and takes the table, as if they were not
@@ -326,6 +333,7 @@ def rope(
         half_table: pair j uses entry j for both members; only the first R/2 columns are read (GLM).
         narrow_table: the same with tables that have only these R/2 columns (gpt-oss).
         inverse: rotate by the negative angle.
+        trailing: the last R channels are rotated (DeepSeek V4) instead of the first.
         keep_dtype: return the dtypes of q and k (Cohere, OLMo2, which compute in fp32 and cast
             back) instead of promote_types(q.dtype, cos.dtype), the dtype of `q * cos`.
 
@@ -338,7 +346,7 @@ def rope(
         problem = "split is for interleaved pairs: set interleaved, too."
     if problem is not None:
         raise ValueError(f"rope: {problem}")
-    options = interleaved, split, half_table, narrow_table, inverse, keep_dtype
+    options = interleaved, split, half_table, narrow_table, inverse, trailing, keep_dtype
     if (
         torch.float64 in (q.dtype, k.dtype, cos.dtype)
         or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad))

@@ -24,7 +24,8 @@ from liger_trainer.injection.rules import (
 )
 from liger_trainer.injection.rules.proposal import OVERRIDDEN, Proposal, Search
 from liger_trainer.report import InjectionReport, Row, Site, Status
-from liger_trainer.swap import Source, has_foreign_forward, is_swapped, note, swap, unswap
+from liger_trainer.source import Source
+from liger_trainer.swap import PATCHED, has_foreign_forward, is_swapped, note, swap, unswap
 
 _ALWAYS, _EVERY = 8, 64  # a watch looks in the first 8 forwards, then in every 64th
 
@@ -197,7 +198,7 @@ class Watch:
         self.sources = None
         for module in model.modules():
             if is_swapped(module) and not type(module)._liger_source.is_current:
-                note(module, "its code was patched after the injection; call inject(model) again")
+                note(module, PATCHED)
                 unswap(module)
 
     def look(self, model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from liger_trainer.deferred.token_scores import divergence, fusable, token_score
 from liger_trainer.injection.rules.head import defers_logits
 from liger_trainer.report import Row, Status
 from liger_trainer.request import config_of
-from liger_trainer.swap import rebind
+from liger_trainer.source import rebind
 
 
 def overrides(trainer: type) -> dict[str, object]:

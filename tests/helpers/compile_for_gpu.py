@@ -93,9 +93,10 @@ def calls(rows: int, width: int):
     yield "swiglu", lambda: swiglu(x, leaf(rows, width))
     for kind in ("tanh", "none"):
         yield f"geglu, {kind}", lambda kind=kind: geglu(x, leaf(rows, width), approximate=kind)
-    for pairs in ((), ("interleaved",), ("interleaved", "split", "half_table")):
+    latent = ("interleaved", "split", "half_table")
+    for pairs in ((), ("interleaved",), latent, ("interleaved", "narrow_table", "trailing")):
         heads = (leaf(1, width, rows, 2 * width), leaf(1, 1, rows, 2 * width))
-        table = torch.randn(1, rows, 2 * width)
+        table = torch.randn(1, rows, width if "trailing" in pairs else 2 * width)
         yield (
             f"rope, {' '.join(pairs)}",
             lambda p=pairs, h=heads, t=table: rope(*h, t, t, **dict.fromkeys(p, True)),

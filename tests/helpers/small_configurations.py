@@ -84,10 +84,14 @@ _CHANGES = {
     },
     "emu3_vqgan": {"base_channels": 32, "hidden_size": 128},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n": {"vision_soft_tokens_per_image": 16},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified_text": {"global_head_dim": 16},
     "glm5_next_text": {"index_kpool": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
+    "inkling_vision": {"n_layers": 6},  # with fewer layers than scales, it needs scipy
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": _LINEAR_AND_FULL,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
@@ -103,6 +107,7 @@ _CHANGES = {
     "musicgen_melody_decoder": {"num_codebooks": 1},
     "nemotron": {"num_key_value_heads": 2},
     "paddleocr_vl_text": {"rope_parameters": _ROPE | {"mrope_section": [3, 3, 2]}},
+    "perception_lm": {"vision_use_cls_token": False},
     "qwen2_5_omni_thinker": _START_TOKENS,
     "qwen3_omni_moe_thinker": _START_TOKENS,
     "qwen3_5_text": _LINEAR_AND_FULL,
@@ -138,6 +143,41 @@ _CHANGES = {
         "attention_head_dim": 32,
     },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "attention_hidden_size": 128},
+}
+
+_VIT = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+# In place of vision towers that need timm.
+TOWERS = {
+    "fast_vlm": {
+        "model_type": "convnext",
+        "hidden_sizes": [16, 32, 48, 64],
+        "depths": [1, 1, 1, 1],
+        "hidden_size": 64,
+        "image_size": 64,
+        "patch_size": 4,
+    },
+    "gemma3n": _VIT | {"vocab_size": 8, "vocab_offset": 64, "rms_norm_eps": 1e-6},
+    "perception_lm": _VIT | {"model_args": {"embed_dim": 64}},
+}
+
+# Where the defaults are no valid configuration: all layers of such a model read another's keys.
+_DRAFTS = {
+    "num_hidden_layers": 2,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+}
+DEFAULTS = {
+    name: {"text_config": _DRAFTS} for name in ("gemma4_assistant", "gemma4_unified_assistant")
 }
 
 

@@ -54,12 +54,14 @@ def _images(config: PretrainedConfig) -> Iterator[dict[str, torch.Tensor]]:
         _noise(_IMAGES * _SIDE**2, pixels * frames),
         _noise(_IMAGES * _SIDE**2, channels, patch, patch),
         _noise(_IMAGES * _SIDE**2, 2 * patch, 2 * patch, channels),
+        _noise(_IMAGES * _SIDE**2, frames, patch, patch, channels),
     ]
     for form in forms:
         patches = {"pixel_values": form}
         yield patches | grid | merged
         yield patches | grid
         yield patches | {"image_grid_hw": area}
+        yield patches
     patches = _noise(_IMAGES, _SIDE**2, pixels)
     mask = torch.ones(patches.shape[:2], dtype=torch.bool)
     places = torch.cartesian_prod(torch.arange(_SIDE), torch.arange(_SIDE)).repeat(_IMAGES, 1, 1)
@@ -151,7 +153,21 @@ def _beside(ids: torch.Tensor, config: PretrainedConfig) -> dict[str, torch.Tens
         "image_embeds_position_mask": kinds,
         "image_attention_mask": torch.ones(*ids.shape, 1, dtype=torch.long),
     }
+    if hasattr(config, "backbone_hidden_size"):  # it drafts from the states of another model
+        more |= _of_another_model(ids, config)
     if hasattr(config, "max_action_dim"):
         more["state"] = _noise(len(ids), config.max_state_dim)
         more["actions"] = _noise(len(ids), config.chunk_size, config.max_action_dim)
     return more
+
+
+def _of_another_model(ids: torch.Tensor, config: PretrainedConfig) -> dict[str, object]:
+    """Return hidden states, and keys and values of a layer of each type, as small as `config`'s."""
+    rows, length = ids.shape
+    heads, size = 2, 16  # of a small configuration
+    layer = _noise(rows, heads, length, size), _noise(rows, heads, length, size)
+    return {
+        "inputs_embeds": _noise(rows, length, 2 * config.backbone_hidden_size),
+        "shared_kv_states": {"sliding_attention": layer, "full_attention": layer},
+        "position_ids": torch.arange(length).expand(rows, -1),
+    }

@@ -193,7 +193,7 @@ def test_instances_that_differ_in_a_private_attribute_are_judged_one_by_one():
     assert [row.swapped for row in rows] == [True, False]
 
 
-def single_state(x, cos, sin):
+def without_heads(x, cos, sin):
     return x * cos + x.flip(-1) * sin
 
 
@@ -208,7 +208,7 @@ def no_angles(q, k, cost, using):
 @pytest.mark.parametrize(
     ("function", "statuses"),
     [
-        (single_state, [Status.NOT_APPLICABLE]),
+        (without_heads, [Status.REFUSED]),
         (with_sections, [Status.NOT_APPLICABLE]),
         (no_angles, []),
     ],

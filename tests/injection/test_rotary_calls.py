@@ -9,14 +9,16 @@ import transformers
 from families import batch, tiny_model
 from packaging.version import Version
 from torch import nn
+from transformers.models.codegen.modeling_codegen import apply_rotary_pos_emb as codegen_rotary
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+from transformers.models.gemma3n.modeling_gemma3n import apply_rotary_pos_emb as gemma_rotary
 from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss_rotary
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 from transformers.models.llama.modeling_llama import rotate_half
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from liger_trainer import inject
-from liger_trainer.report import InjectionReport
+from liger_trainer.report import InjectionReport, Status
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
@@ -68,6 +70,18 @@ def neighbors_apart(q, k, cos, sin):
     return rotate(q), rotate(k)
 
 
+def last_channels(x, cos, sin, unsqueeze_dim=1):
+    """As DeepSeek V4's, which rotates neighbors in the last channels of a head."""
+    cos, sin = (t.repeat_interleave(2, -1).unsqueeze(unsqueeze_dim) for t in (cos, sin))
+    passed, pairs = x[..., : -cos.shape[-1]], x[..., -cos.shape[-1] :].float()
+    partner = torch.stack([-pairs[..., 1::2], pairs[..., ::2]], -1).flatten(-2)
+    return torch.cat([passed, (pairs * cos + partner * sin).to(x.dtype)], -1)
+
+
+def tables_first_of_one(sin, cos, x):
+    return gemma_rotary(x, cos, sin)
+
+
 def without_batch(q, k, cos, sin):
     """As a vision tower calls it: the patches of all images in one row."""
     return apply_rotary_pos_emb_vision(q, k, cos, sin)
@@ -105,6 +119,7 @@ def states(heads=1, length=5):
 q, k, cos, sin = states()
 q2, k2, _, _ = states(heads=2)
 half = cos[..., :8], sin[..., :8]
+quarter = cos[..., :4], sin[..., :4]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +155,21 @@ half = cos[..., :8], sin[..., :8]
         (without_batch, (q2[0], k2[0], cos[0], sin[0]), {}, True),
         (without_batch, (q2, k2, cos, sin), {}, True),
         (without_batch, (q2, k2, cos[0], sin[0]), {}, False),  # one table for all
+        (gemma_rotary, (q, cos, sin), {}, True),
+        (gemma_rotary, (q.bfloat16(), cos, sin), {}, True),
+        (gemma_rotary, (q2, cos, sin, 2), {}, True),
+        (gemma_rotary, (), {"sin": sin, "unsqueeze_dim": 2, "cos": cos, "x": k2}, True),
+        (gemma_rotary, (q, cos[:1], sin[:1]), {}, True),
+        (gemma_rotary, (q[0], cos, sin), {}, False),  # no batch
+        (gemma_rotary, (q[:, 0], cos, sin, 0), {}, False),  # no heads
+        (gemma_rotary, (q[:, :, :1], cos, sin), {}, False),  # a broadcast over length
+        (last_channels, (q, *half), {}, True),
+        (last_channels, (q, *quarter), {}, True),
+        (last_channels, (q2, *quarter, 2), {}, True),
+        (codegen_rotary, (q2, *half), {}, True),
+        (codegen_rotary, (q2[..., :8], *quarter), {}, True),
+        (codegen_rotary, (q2.transpose(1, 2)[:, :5, :4], half[0][:, :4], half[1][:, :4]), {}, True),
+        (tables_first_of_one, (cos, sin, q), {}, True),
         (only_heads_first, (q, k, cos, sin), {}, True),
         (only_heads_first, (q, k, cos, sin, 2), {}, False),
     ],
@@ -190,6 +220,40 @@ def test_a_forward_that_may_call_an_unknown_function_is_refused():
     assert report.coverage["rope"] == (0, 1)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_function_that_rotates_a_part_of_the_channels_by_each_axis(heads):
+    """As Gemma 4's vision tower has it: the function inside is swapped, for this model alone."""
+    scope = {"rotary": counted(gemma_rotary), "torch": torch}
+    exec(
+        "def by_axes(x, cos, sin, positions, unsqueeze_dim=2):\n"
+        "    parts = [t.chunk(positions.shape[-1], -1) for t in (x, cos, sin)]\n"
+        "    return torch.cat([rotary(*part, unsqueeze_dim) for part in zip(*parts)], -1)\n"
+        "def forward(self, *args):\n"
+        "    return by_axes(*args)",
+        scope,
+    )
+    model = nn.Sequential(type("Attention", (nn.Module,), {"forward": scope["forward"]})())
+    report = inject(model)
+    assert report.coverage["rope"] == (1, 1)
+    args = (states(heads)[0], cos, sin, torch.zeros(2, 5, 2), heads)
+    expected = scope["by_axes"](*args)
+    CALLS.clear()
+    torch.testing.assert_close(model[0](*args), expected)
+    assert not CALLS
+
+
+def one_in_a_list(x, cos, sin):
+    return [gemma_rotary(x, cos, sin)]
+
+
+def one_in_place(x, cos, sin):
+    return x.mul_(cos[:, None])
+
+
+def two_in_a_list(q, k, cos, sin):
+    return list(llama_rotary(q, k, cos, sin))
+
+
 def with_norms(q, k, cos, sin):
     return *llama_rotary(q, k, cos, sin), q.norm(dim=-1)
 
@@ -200,13 +264,36 @@ def never_pleased(q, k, cos, sin):
 
 @pytest.mark.parametrize(
     ("function", "reason"),
-    [(with_norms, "returns 3 tensors"), (never_pleased, "no tensor of mine")],
+    [
+        (with_norms, "returns 3 tensors"),
+        (never_pleased, "no tensor of mine"),
+        (one_in_a_list, "returns a list for 1 states"),
+        (two_in_a_list, "returns a list for 2 states"),
+        (one_in_place, "in-place"),
+    ],
 )
 def test_a_function_of_another_kind_is_refused(function, reason):
     _, report = attention(function)
     (row,) = [row for row in report.rows if row.rule == "rope"]
     assert not row.swapped
     assert reason in row.reason
+
+
+def of_three(q, k, v, cos, sin):
+    return q * cos[:, None], k * sin[:, None], v
+
+
+def and_positions(x, cos, sin, positions):
+    return x * cos[:, positions] + rotate_half(x) * sin[:, positions]
+
+
+@pytest.mark.parametrize("function", [of_three, and_positions])
+def test_the_rule_does_not_apply_to_a_function_of_other_arguments(function):
+    _, report = attention(function)
+    assert report.coverage["rope"] == (0, 0)
+    (row,) = [row for row in report.rows if row.rule == "rope"]
+    assert row.status is Status.NOT_APPLICABLE
+    assert row.reason.endswith("other arguments than one or two states, cosine and sine")
 
 
 def test_a_function_that_rotates_nothing_is_refused():

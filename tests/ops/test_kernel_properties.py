@@ -138,7 +138,7 @@ def test_gated_linear_units(path, data):
 @given(data=st.data())
 def test_rope(path, data):
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 5))
-    heads, kv_heads = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
+    heads, kv_heads = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 3))
     rotated = 2 * data.draw(st.integers(1, 9))
     width = rotated + data.draw(st.sampled_from([0, 1, 6]))
     narrow = data.draw(st.booleans())
@@ -157,6 +157,7 @@ def test_rope(path, data):
         "half_table": data.draw(st.booleans()),
         "narrow_table": narrow,
         "inverse": data.draw(st.booleans()),
+        "trailing": data.draw(st.booleans()),
         "keep_dtype": data.draw(st.booleans()),
     }
 

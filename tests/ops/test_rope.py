@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ OPTIONS = [
     {"interleaved": True, "inverse": True},
     {"keep_dtype": True},
     {"interleaved": True, "keep_dtype": True},
+    {"trailing": True},
+    {"interleaved": True, "narrow_table": True, "trailing": True, "keep_dtype": True},
+    {"interleaved": True, "split": True, "inverse": True, "trailing": True},
 ]
 
 
@@ -69,14 +73,15 @@ def test_options_match_torch(kernel_device, dtype, options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=name_options)
-def test_channels_beyond_the_table_pass_through(kernel_device, options):
+def test_channels_outside_the_rotation_pass_through(kernel_device, options):
     dtype = torch.bfloat16
     q = transposed(1, 4, 2, 14, dtype, kernel_device)
     k = transposed(1, 2, 2, 14, dtype, kernel_device)
     narrow = options.get("narrow_table", False)
     cos, sin = random_tables(1, 2, 10, torch.float32, kernel_device, narrow)
     assert_rope_matches(q, k, cos, sin, **options)
-    assert torch.equal(rope(q, k, cos, sin, **options)[0][..., 10:], q[..., 10:])
+    passed = slice(0, 4) if options.get("trailing") else slice(10, 14)
+    assert torch.equal(rope(q, k, cos, sin, **options)[0][..., passed], q[..., passed])
 
 
 @pytest.mark.parametrize(
@@ -94,6 +99,17 @@ def test_q_and_k_may_differ_in_dtype(kernel_device):
     q = transposed(1, 2, 3, 8, torch.float32, kernel_device)
     k = transposed(1, 2, 3, 8, torch.bfloat16, kernel_device)
     assert_rope_matches(q, k, *random_tables(1, 3, 8, torch.bfloat16, kernel_device))
+
+
+def test_q_may_come_alone(kernel_device):
+    q = transposed(2, 3, 5, 12, torch.float32, kernel_device)
+    none = q.detach()[:, :0]
+    cos, sin = random_tables(2, 5, 8, torch.float32, kernel_device)
+    assert_matches(
+        lambda q: rope(q, none, cos, sin)[0],
+        lambda q: rope_reference(q, q, *(t.to(q.dtype) for t in (cos, sin)))[0],
+        {"q": q},
+    )
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -233,6 +249,7 @@ def test_nothing_but_the_tables_is_saved(kernel_device):
     assert {t.data_ptr() for t in saved} == {cos.data_ptr(), sin.data_ptr()}
 
 
+DEEPSEEK_V4 = {"interleaved": True, "narrow_table": True, "trailing": True, "keep_dtype": True}
 THEIRS = [
     ("llama", 8, {}),
     ("phi3", 6, {}),
@@ -242,6 +259,9 @@ THEIRS = [
     ("glm4", 4, {"interleaved": True, "half_table": True}),
     ("deepseek_v3", 8, {"interleaved": True, "split": True, "half_table": True}),
     ("gpt_oss", 8, {"narrow_table": True}),
+    ("gemma3n", 8, {}),
+    ("deepseek_v4", 8, DEEPSEEK_V4),
+    ("deepseek_v4", 6, DEEPSEEK_V4),
 ]
 
 
@@ -265,13 +285,18 @@ def test_reference_is_bitwise_the_function_of_transformers(model, R, options, dt
     def ours(q, k):
         return rope(q, k, cos, sin, **options)
 
+    function = getattr(modeling, name)
+
     def theirs(q, k):
-        return getattr(modeling, name)(q, k, cos, sin)
+        if "k" in inspect.signature(function).parameters:
+            return function(q, k, cos, sin)
+        return function(q, cos, sin), function(k, cos, sin)
 
     want, want_grads, seeds = run(theirs, tensors)
     got, got_grads, _ = run(ours, tensors, seeds)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
-    if model == "olmo2":  # its backward rounds both products of the sum, ours the sum
+    # The backward of these rounds both products of the sum, ours the sum.
+    if model in ("olmo2", "deepseek_v4"):
         assert_matches(ours, theirs, tensors)
     else:
         torch.testing.assert_close(got_grads, want_grads, rtol=0, atol=0)
@@ -302,7 +327,7 @@ def test_op_is_what_its_fake_says(device, heads_inner, backward):
     q = transposed(2, 4, 3, 8, torch.bfloat16, device)
     k = transposed(2, 2, 3, 8, torch.bfloat16, device)
     tables = random_tables(1, 3, 8, torch.float32, device)
-    flags = (heads_inner, False, False, False, False, False, backward)
+    flags = (heads_inner, False, False, False, False, False, False, backward)
     with runtime.interpreted():
         torch.library.opcheck(
             rope_module._rope_op.op,

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Lower layers first; a module imports from lower layers, or from its own.
 LAYERS = [
-    ["kernels", "report", "config", "symbols"],
+    ["kernels", "report", "config", "symbols", "source"],
     ["hooks", "swap", "request"],
     ["deferred"],
     ["injection", "trainer_hook"],

@@ -29,7 +29,8 @@ from liger_trainer.kernels.layers.packed_attention import (
     packed_attention_reference,
     runs_here,
 )
-from liger_trainer.swap import Swapped, rebind, referenced_globals
+from liger_trainer.source import rebind, referenced_globals
+from liger_trainer.swap import Swapped, while_current
 
 # Arguments of an attention function that request more than a masked softmax.
 _UNSUPPORTED = ("position_bias", "softcap", "s_aux", "cache")
@@ -51,7 +52,8 @@ class PackedAttention(Swapped):
     @classmethod
     def namespace(cls, base: type, heads: Heads) -> dict[str, object]:
         original = _interface(base.forward)
-        return {"forward": rebind(base.forward, original, Interface(original, heads))}
+        forward = rebind(base.forward, original, Interface(original, heads))
+        return {"forward": while_current(base, forward)}
 
 
 class Interface:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -26,6 +28,7 @@ from liger_trainer.injection import probe
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, fingerprint
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
 from liger_trainer.kernels.runtime import PLAIN, is_looked_into, pays
+from liger_trainer.report import Status
 from liger_trainer.swap import Proven, Swapped, holds, note, swap
 
 
@@ -48,6 +51,12 @@ class Gate:
 _GATES = (Gate("swiglu"), Gate("geglu", "tanh"), Gate("geglu", "none"))
 
 
+_CHANGED = (
+    "The input of a deferred activation was changed in place before its result was used. "
+    "Switch it off: liger_kernel_config={'swiglu': False, 'geglu': False}"
+)
+
+
 class DeferredActivation(Deferred):
     """activation(gate), computed on any use other than a multiplication."""
 
@@ -55,16 +64,13 @@ class DeferredActivation(Deferred):
     _gate: torch.Tensor
     _gate_version: int
     _form: Gate
-    _owner: nn.Module
+    _owner: FusedActivation
 
     @property
     def gate(self) -> torch.Tensor:
         """The activation's input, as it was when the activation was called."""
         if self._gate._version != self._gate_version:
-            raise RuntimeError(
-                "The input of a deferred activation was changed in place before its result was "
-                "used. Switch it off: liger_kernel_config={'swiglu': False, 'geglu': False}"
-            )
+            raise RuntimeError(_CHANGED)
         return self._gate
 
     def __mul__(self, other):
@@ -75,9 +81,10 @@ class DeferredActivation(Deferred):
     __rmul__ = __mul__  # torch's multiplication commutes, bit for bit
 
     def compute(self) -> torch.Tensor:
-        self._owner._liger_unfused = True  # not gated after all: do not defer again
-        note(self._owner, "what it returns is not multiplied with a projection of its shape")
-        return self._form.activation(self.gate)
+        _note_use(self._owner)
+        # The class's own forward saves what it saves where nothing is deferred: a checkpointed
+        # layer, which is run again in backward, must save the same tensors then.
+        return type(self._owner).forward(self._owner, self.gate)
 
 
 def _multiply(a, b, **kwargs):
@@ -88,7 +95,26 @@ def _multiply(a, b, **kwargs):
     gate = activation.gate  # has the activation's shape, dtype and device, and is faster to read
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:
         return NotImplemented
+    if not activation._owner._liger_multiplied:
+        activation._owner._liger_multiplied = True
     return activation._form.product(gate, up)
+
+
+def _note_use(owner: FusedActivation) -> None:
+    """Record that what `owner` returned is used in another way than in a product."""
+    is_known = owner._liger_key[2]
+    if owner._liger_multiplied:  # elsewhere
+        note(owner, "its result is not only multiplied with another projection")
+    elif is_known:
+        note(owner, "its result is not multiplied with a projection of its shape")
+    else:
+        note(owner, _no_gate(owner), Status.NOT_APPLICABLE)
+    if not owner._liger_multiplied:
+        owner._liger_unfused = True  # do not defer again
+
+
+def _no_gate(activation: nn.Module) -> str:
+    return f"{type(activation).__name__} has no gate"
 
 
 _PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply,
@@ -118,10 +144,12 @@ class FusedActivation(Swapped):
     there are such hooks, inputs of every size are deferred, because processes whose rows have
     different lengths must call the same modules in the same order.
 
-    Key: the gate, and the state of the module for which it was verified. Without gradients nothing
-    is deferred, because the caller may then change x in place.
+    Key: the gate, the state of the module for which it was verified, and whether the module around
+    it is known to multiply its result. Without gradients nothing is deferred, because the caller
+    may then change x in place.
     """
 
+    _liger_multiplied = False
     _liger_unfused = False
 
     def __call__(self, *args, **kwargs):
@@ -140,17 +168,29 @@ class FusedActivation(Swapped):
         return recorded and not (hooked or self._liger_unfused) and holds(self, self._liger_key[1])
 
 
-def defer_activation(owner: nn.Module, x: torch.Tensor) -> DeferredActivation:
+def defer_activation(owner: FusedActivation, x: torch.Tensor) -> DeferredActivation:
     """Return the deferred activation of `x`, computed as `owner`, a swapped module, would."""
     form = owner._liger_key[0]
 
     def make():
         deferred = DeferredActivation(x.shape, x.dtype, x.device)
-        deferred._gate, deferred._gate_version = x, x._version
+        deferred._gate, deferred._gate_version = x, version
         deferred._form, deferred._owner = form, owner
         return deferred
 
-    return Attach.apply(make, form.activation, x)
+    def recompute(gate: torch.Tensor) -> torch.Tensor:
+        if gate._version != version:
+            raise RuntimeError(_CHANGED)
+        return form.activation(gate)
+
+    version = x._version
+    # Hooks of checkpointing count what is saved, and nothing is where the module itself runs.
+    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        return Attach.apply(make, recompute, x)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]:
@@ -171,8 +211,7 @@ def _propose_for_child(search, site, module, name, child) -> Iterator[Proposal]:
     key = "gated", fingerprint(module, device), name
     gated = search.cached(key, lambda: is_gated(module, name))
     if gated is False:
-        reason = f"not gated: the result of {name} is not multiplied with another projection"
-        yield Proposal.not_applicable(site, rule, reason)
+        yield Proposal.not_applicable(site, rule, _no_gate(child))
     elif gate is None:
         reason = f"{type(child).__name__} {verdict.reason}"
         why_not = Proposal.refused if gated else Proposal.not_applicable
@@ -180,8 +219,8 @@ def _propose_for_child(search, site, module, name, child) -> Iterator[Proposal]:
     elif not getattr(search.config, rule):
         yield Proposal.off(site, rule, verdict.max_error)
     else:
-        swap = Swap(child, FusedActivation, (gate, Proven.of(child)))
-        reason = f"{name} times its gate"
+        swap = Swap(child, FusedActivation, (gate, Proven.of(child), gated is True))
+        reason = f"{name} times its gate" + ("" if gated else ", if it has one")
         yield Proposal.swapped(site, rule, reason, swap, max_error=verdict.max_error)
 
 
@@ -244,10 +283,11 @@ def _case(label, shape, scale, device, dtype=torch.float32, first=None) -> probe
 def is_gated(module: nn.Module, name: str) -> bool | None:
     """Return whether `module` multiplies the output of its activation `name`; None if unknown.
 
-    A copy of the module is run on the meta device, where nothing is computed. A module that takes
-    more than one tensor (experts and their routing) cannot be run like that; some have an attribute
-    that states it (`has_gate`). An unknown result is safe: the swap is correct either way, and if
-    no multiplication follows at run time, deferral is switched off.
+    A copy of the module is run on the meta device, where nothing is computed. Further inputs that
+    it requires get the same tensor, or None (a residual, a mask). Some modules cannot be run like
+    that (experts and their routing); some of these have an attribute that states it (`has_gate`).
+    An unknown result is safe: the swap is correct either way, and if no multiplication follows at
+    run time, deferral is switched off.
     """
     if hasattr(module, "has_gate"):
         return bool(module.has_gate)
@@ -255,19 +295,30 @@ def is_gated(module: nn.Module, name: str) -> bool | None:
         twin = probe.meta_copy(module)
     except Exception:  # a module may hold objects that cannot be copied
         return None
-    matrices = [t for t in (*twin.parameters(), *twin.buffers()) if t.dim() == 2]
     activation = getattr(twin, name)
     swap(activation, _Recorder)
-    for width in dict.fromkeys(size for matrix in matrices for size in reversed(matrix.shape)):
-        activation.multiplied = False
-        x = torch.empty(2, 3, width, device="meta", dtype=matrices[0].dtype)
+    tensors = sorted((*twin.parameters(), *twin.buffers()), key=torch.Tensor.dim, reverse=True)
+    widths = dict.fromkeys(n for t in tensors if t.dim() <= 2 for n in reversed(t.shape))
+    others = _number_of_inputs(twin) - 1
+    for width, given in itertools.product(widths, (True, False)[: 1 + (others > 0)]):
+        activation.read = activation.multiplied = activation.broadcast = False
+        x = torch.empty(4, 4, width, device="meta", dtype=tensors[0].dtype)
         try:
             with torch.no_grad():
-                twin(x)
+                twin(x, *[x if given else None] * others)
         except Exception:  # the wrong width, or a forward that cannot run on the meta device
             continue
-        return activation.multiplied
+        if activation.multiplied or not others:
+            return activation.multiplied
+        # Other inputs than it gets from a model may have made other shapes.
+        if activation.read and not activation.broadcast:
+            return False
     return None
+
+
+def _number_of_inputs(module: nn.Module) -> int:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 class _Recorder(Swapped):
@@ -283,13 +334,16 @@ class _Recorded(Deferred):
     handlers: ClassVar[dict[Callable, Callable]] = {}
 
     def compute(self):
+        self._owner.read = True
         return torch.empty_like(self._gate)
 
 
 def _record_product(a, b, **kwargs):
     recorded, other = (a, b) if isinstance(a, _Recorded) else (b, a)
-    recorded._owner.multiplied |= torch.is_tensor(other) and other.shape == recorded.shape
-    return torch.empty_like(recorded._gate)
+    if torch.is_tensor(other):
+        recorded._owner.multiplied |= other.shape == recorded.shape
+        recorded._owner.broadcast |= other.shape != recorded.shape
+    return torch.empty_like(recorded._gate) * other
 
 
 _Recorded.handlers |= dict.fromkeys(_PRODUCTS, _record_product)

@@ -31,7 +31,8 @@ from liger_trainer.kernels.layers.packed_attention import (
     runs_here,
 )
 from liger_trainer.kernels.runtime import every_size, is_transformed
-from liger_trainer.swap import Swapped, rebind, referenced_globals
+from liger_trainer.source import rebind, referenced_globals
+from liger_trainer.swap import Swapped, while_current
 
 _MASK_MODULE = "transformers.masking_utils"
 _MAKERS = {"create_causal_mask": False, "create_sliding_window_causal_mask": True}  # windowed?
@@ -82,7 +83,7 @@ class LeanMasks(Swapped):
             given = kwargs.get("position_ids") if len(args) <= at else args[at]
             return (plain if given is None else packing)(self, *args, **kwargs)
 
-        return {"forward": forward}
+        return {"forward": while_current(base, forward)}
 
 
 def _with_lean_makers(forward: FunctionType, packs: bool) -> FunctionType:

@@ -85,7 +85,8 @@ nothing to swap.
 </p>
 <p>A rule is a kind of module that a kernel can compute. "Max error" is the largest difference
 between kernel and original in fp32, over outputs and gradients, relative to the largest value.
-Places that say "no" run the model's own code.</p>
+Places that do not say "yes" run the model's own code: "no" where a kernel was to be expected, "n/a"
+where none is, "off" where it is switched off.</p>
 {% set grouped = injection.table() %}
 {{ table(grouped[0], grouped[1:]) }}
 <details><summary>All {{ sites | length }} sites</summary>
