@@ -20,6 +20,7 @@ from liger_trainer.deferred.logits import (
     derive,
     replay,
 )
+from liger_trainer.deferred.scope import RECORDED
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear.head import LinearHead
@@ -146,7 +147,7 @@ def _add(a, b):
     if not (isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits)):
         return NotImplemented
     base, other = a.state, b.state
-    if base is None or other is None or base.ops or base.origin.dtype != other.origin.dtype:
+    if base is None or other is None or base.ops or not _has_dtype_to_add(base, other):
         return NotImplemented
     if a.shape != b.shape or any(name not in ("mul", "div") for name, _ in other.ops):
         return NotImplemented
@@ -156,6 +157,16 @@ def _add(a, b):
         return NotImplemented
     state = base.__class__(base.origin, (*base.terms, *terms))
     return derive([a, b], state, lambda x, y: x + y)
+
+
+def _has_dtype_to_add(base, other) -> bool:
+    """Return whether the GEMMs of `other` may run in the dtype of `base`.
+
+    The terms of an adapter in fp32 may, since a composite head returns logits in that of its base.
+    """
+    dtype, wide = base.origin.dtype, other.origin.dtype
+    recorded = base.origin.scope is other.origin.scope is RECORDED
+    return wide == dtype or (recorded and torch.promote_types(wide, dtype) == wide)
 
 
 # --- consumers ------------------------------------------------------------------------------------

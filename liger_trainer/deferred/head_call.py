@@ -143,7 +143,7 @@ def _call(terms: list[Term], consumer: Consumer, gathered: list[LinearHead], sha
 
 
 def _inside_composite(head: nn.Module, hidden: torch.Tensor, consumer: Consumer):
-    """Run a composite head (an adapter around a linear layer) to record its linear terms."""
+    """Consume the linear terms of a composite head, an adapter around a linear layer."""
     if any(isinstance(p, DTensor) for p in head.parameters()):
         raise RuntimeError(
             "The adapter on the output head lies in shards here: its logits are consumed after the "
@@ -151,12 +151,65 @@ def _inside_composite(head: nn.Module, hidden: torch.Tensor, consumer: Consumer)
             "forward (reshard_after_forward=False for the root), or compute the loss in the "
             "model's forward, by giving it labels."
         )
+    terms = terms_of(head, hidden)
+    return terms if isinstance(terms, torch.Tensor) else consume(terms, consumer)
+
+
+def is_recorded_at_once(head: nn.Module) -> bool:
+    """Return whether a composite head may run when it is called: no engine gathers its weights."""
+    return not isinstance(head, nn.Linear) and not is_hooked(*head.modules())
+
+
+def terms_of(head: nn.Module, hidden: torch.Tensor) -> tuple[Term, ...] | torch.Tensor:
+    """Run a composite head; return its linear terms, or its logits if these are not their sum."""
     with recording():
         logits = head._liger_base.forward(head, hidden)
     terms = getattr(logits, "linear_terms", None)
     if terms is None:
         return logits.materialize() if hasattr(logits, "materialize") else logits
-    return consume(terms, consumer)
+    return terms
+
+
+def sums_linear_layers(head: nn.Module) -> bool:
+    """Return whether the logits of an adapter on a head, as it is set now, are a sum of those of
+    linear layers.
+
+    Tested once for each setting, with zeros. If an engine's hooks are needed to run the head, the
+    answer is True, and a consumer finds out (see `consume`).
+    """
+    if not is_recorded_at_once(head) or torch.is_inference_mode_enabled():
+        return True
+    weight = _innermost(head)._parameters.get("weight")
+    if weight is None:
+        return True
+    dtypes = tuple(parameter.dtype for parameter in head.parameters())
+    chosen = (str(getattr(head, name, None)) for name in _SETTINGS)
+    setting = (*chosen, head.training, torch.is_autocast_enabled(weight.device.type), dtypes)
+    tested, found = vars(head).get("_liger_sums", (None, False))
+    if tested != setting:
+        found = _records_terms(head, weight)
+        head._liger_sums = setting, found
+    return found
+
+
+def _innermost(head: nn.Module) -> nn.Module:
+    while not isinstance(head, nn.Linear):
+        head = getattr(head, "base_layer", None) or head.original_module
+    return head
+
+
+_SETTINGS = "active_adapters", "merged_adapters", "disable_adapters"  # PEFT's names
+
+
+def _records_terms(head: nn.Module, weight: torch.Tensor) -> bool:
+    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    hidden = torch.zeros((1, 2, weight.shape[1]), dtype=weight.dtype, device=device)
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type), torch.no_grad():
+        try:
+            return not isinstance(terms_of(head, hidden), torch.Tensor)
+        except Exception:  # third-party modules may raise anything
+            return False
 
 
 def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body, shards: bool):

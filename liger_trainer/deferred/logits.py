@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from liger_trainer.deferred.graph import LogitsNode, as_results_of, gradient_through
-from liger_trainer.deferred.head_call import Results, Term, consume, plain_call
+from liger_trainer.deferred.head_call import (
+    Results,
+    Term,
+    consume,
+    is_recorded_at_once,
+    plain_call,
+    terms_of,
+)
 from liger_trainer.deferred.origin import Origin, device_of, snapshots_of, stamp_of
 from liger_trainer.deferred.scope import RECORDED, Scope
 from liger_trainer.deferred.tensor import Deferred
@@ -138,8 +145,14 @@ class DeferredLogits(Deferred):
 
     @property
     def linear_terms(self) -> tuple[Term, ...] | None:
-        """The terms, if the logits are a sum of linear layers that no operation has changed."""
-        return self._state.terms if self.state is not None and not self._state.ops else None
+        """The terms, if the logits are a sum of linear layers in the dtype of the head's GEMMs.
+
+        A wider sum counts if it was cast to that dtype; any other operation changes the logits.
+        """
+        state = self.state
+        if state is None or self.dtype != state.origin.dtype:
+            return None
+        return state.terms if state.ops in ((), (("cast", self.dtype),)) else None
 
     @property
     def is_attached(self) -> bool:
@@ -213,7 +226,11 @@ class DeferredLogits(Deferred):
 
 
 def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bool, scope: Scope):
-    """Return the deferred logits of `head(hidden)`."""
+    """Return the deferred logits of `head(hidden)`.
+
+    A composite head runs now, up to its last linear layers: once, as its dropout must. Its plain
+    logits are returned if they are more than a sum of these.
+    """
     device = device_of(head, hidden)
     enabled = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
     autocast = (enabled, torch.get_autocast_dtype(device.type))
@@ -229,9 +246,15 @@ def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bo
         snapshots=() if scope is RECORDED else snapshots_of(head),
         hidden_stamp=None if scope is RECORDED else stamp_of(hidden),
     )
+    terms = (Term(head, hidden),)
+    if fused and is_recorded_at_once(head):
+        origin.keep_dropout()
+        terms = terms_of(head, hidden)
+        if isinstance(terms, torch.Tensor):
+            return terms
     shape = (*hidden.shape[:-1], vocabulary)
     like = torch.empty(shape, dtype=origin.dtype, device="meta")
-    return _make(State(origin, (Term(head, hidden),)), like, operands=(hidden, *origin.operands()))
+    return _make(State(origin, terms), like, operands=(hidden, *origin.operands()))
 
 
 def derive(parents, state: State, from_parents, like=None) -> DeferredLogits:

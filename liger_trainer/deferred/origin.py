@@ -18,8 +18,11 @@ WAY_OUT = (
 )
 
 
+_Dropout = torch.nn.modules.dropout._DropoutNd
+
+
 class Snapshot(NamedTuple):
-    """A weight or bias of the head when the head was called, with a stamp to detect changes."""
+    """A parameter of the head when the head was called, with a stamp to detect changes."""
 
     layer: nn.Module
     name: str
@@ -59,16 +62,37 @@ class Origin:
     snapshots: tuple[Snapshot, ...] = dataclasses.field(repr=False)
     hidden_stamp: tuple | None
     consumers: list = dataclasses.field(default_factory=list)  # one entry per fused consumer
+    seeds: list = dataclasses.field(default_factory=list)  # states of generators, see keep_dropout
 
     @contextlib.contextmanager
     def restored(self):
-        """Restore the grad mode, autocast and weights of the call within the block."""
+        """Restore the grad mode, autocast, weights and dropout of the call within the block."""
         enabled, dtype = self.autocast
         with (
             torch.set_grad_enabled(self.with_grad),
             torch.autocast(self.hidden.device.type, dtype=dtype, enabled=enabled),
             self.weights(),
+            self._dropout(),
         ):
+            yield
+
+    def keep_dropout(self) -> None:
+        """Make the dropout of an adapter on the head the same each time as in the next call."""
+        if any(isinstance(m, _Dropout) and m.training and m.p for m in self.head.modules()):
+            self.seeds.append(torch.get_rng_state())
+            if self.device.type == "cuda":
+                self.seeds.append(torch.cuda.get_rng_state(self.device))
+
+    @contextlib.contextmanager
+    def _dropout(self):
+        if not self.seeds:
+            yield
+            return
+        on_cpu, *on_device = self.seeds
+        with torch.random.fork_rng([self.device] if on_device else []):
+            torch.set_rng_state(on_cpu)
+            for state in on_device:
+                torch.cuda.set_rng_state(state, self.device)
             yield
 
     @contextlib.contextmanager
@@ -132,15 +156,17 @@ class Origin:
 
 
 def snapshots_of(head: nn.Module) -> tuple[Snapshot, ...]:
-    """Return snapshots of the weights and biases of the head's linear layers."""
+    """Return snapshots of the head's weights, and of all parameters of an adapter on it."""
     found = []
     for layer in head.modules():
-        if isinstance(layer, nn.Linear):
-            for name in ("weight", "bias"):
-                tensor = _tensor_of(layer, name)
-                if tensor is not None:
-                    stamp = stamp_of(tensor)
-                    found.append(Snapshot(layer, name, tensor, tensor.requires_grad, stamp))
+        names = list(layer._parameters)
+        if isinstance(layer, nn.Linear):  # an engine may keep them as plain attributes
+            names += [name for name in ("weight", "bias") if name not in names]
+        for name in names:
+            tensor = _tensor_of(layer, name)
+            if tensor is not None:
+                stamp = stamp_of(tensor)
+                found.append(Snapshot(layer, name, tensor, tensor.requires_grad, stamp))
     return tuple(found)
 
 
@@ -154,8 +180,8 @@ def device_of(head: nn.Module, hidden: torch.Tensor) -> torch.device:
     return torch.device(placed.type, target) if isinstance(target, int) else torch.device(target)
 
 
-def _tensor_of(layer: nn.Linear, name: str) -> torch.Tensor | None:
-    """Return `layer.weight` or `.bias`, not by attribute access, which gathers under ZeRO-3."""
+def _tensor_of(layer: nn.Module, name: str) -> torch.Tensor | None:
+    """Return a parameter of `layer`, not by attribute access, which gathers under ZeRO-3."""
     found = layer._parameters.get(name)
     return vars(layer).get(name) if found is None else found
 

@@ -28,7 +28,7 @@ from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.request import FLAG, Request, config_of, hidden, requested
 from liger_trainer.trainer_hook import handled_for
 from liger_trainer.trl.checks import check_examples, check_options, check_ranks, check_reference
-from liger_trainer.trl.fused_head import attach_fused_head, check_adapter
+from liger_trainer.trl.fused_head import attach_fused_head, check_adapter, has_adapter
 from liger_trainer.trl.overrides import override_rows, overrides
 
 _TRL_MODULES = {
@@ -153,10 +153,10 @@ class FusedTrainer(KernelTrainer):
                     outputs=tuple(outputs),
                     weighting=weighting,
                 )
-            if not defers_logits(model):
+            else:
                 check_adapter(model)
             if len(models) == 1:
-                self._report([_head_row(fused, defers_logits(model), cast_lm_head_to_fp32)])
+                self._report([_head_row(model, fused, cast_lm_head_to_fp32)])
 
         modules = {sys.modules[cls.__module__] for cls in type(self).__mro__}
         modules = [module for module in modules if hasattr(module, "add_fused_lm_head")]
@@ -181,11 +181,14 @@ class FusedTrainer(KernelTrainer):
             return super().train(*args, **kwargs)
 
 
-def _head_row(attached: bool, deferred: bool, cast_to_fp32: bool) -> Row:
+def _head_row(model: nn.Module, attached: bool, cast_to_fp32: bool) -> Row:
     """Return the row about the head that `model(..., fused_lm_head=True)`, TRL's call, uses."""
-    if attached and deferred:
+    if attached and defers_logits(model):
         status = Status.SWAPPED
         reason = "tokens are scored from the deferred logits of the model's own forward"
+    elif attached and has_adapter(model):
+        status = Status.REFUSED
+        reason = "tokens are scored from whole logits: those of the adapter are not deferred"
     else:
         status = Status.REFUSED if attached else Status.OFF
         reason = "TRL's own: " + ("cast_lm_head_to_fp32" if cast_to_fp32 else "no deferred logits")

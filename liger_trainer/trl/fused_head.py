@@ -32,7 +32,8 @@ def attach_fused_head(
 
     Args:
         original: the forward that TRL gave the model. It handles such calls if the head's logits
-            are not deferred (after `restore`).
+            are not deferred (after `restore`), unless there is an adapter on the head, which it
+            would ignore.
         plain: handles all other calls; by default the current forward of the model's class. (TRL's
             own forward would call the class's forward from before the injection.)
         temperature, outputs: those of TRL's `add_fused_lm_head`.
@@ -60,8 +61,7 @@ def attach_fused_head(
         if not fused_lm_head:
             kwargs |= {name: value for name, value in given.items() if value is not None}
             return plain(*args, **kwargs) if plain else type(self).forward(self, *args, **kwargs)
-        if not defers_logits(self):
-            check_adapter(self)
+        if not (defers_logits(self) or has_adapter(self)):
             return original(*args, fused_lm_head=True, **given, **kwargs)
         config = self.config.get_text_config()
         if getattr(config, "output_router_logits", False):
@@ -96,13 +96,17 @@ def attach_fused_head(
     model.forward = types.MethodType(forward, model)
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Return whether an adapter is on the head."""
+    return hasattr(model.get_output_embeddings(), "base_layer")
+
+
 def check_adapter(model: nn.Module) -> None:
     """Raise ValueError if TRL's own head, which reads the plain weight, would ignore an adapter."""
-    if hasattr(model.get_output_embeddings(), "base_layer"):
+    if has_adapter(model):
         raise ValueError(
             "An adapter on the head needs fused_linear_cross_entropy, which is switched "
-            "off or was refused here (see the injection report). Switch it on, or remove "
-            "the head from target_modules."
+            "off here. Switch it on, or remove the head from target_modules."
         )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa: F401  (handlers)
-from liger_trainer.deferred.head_call import CallableHead
+from liger_trainer.deferred.head_call import CallableHead, sums_linear_layers
 from liger_trainer.deferred.logits import defer_call
 from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
 from liger_trainer.hooks import foreign_hooks, has_backward_hooks
@@ -28,7 +28,7 @@ from liger_trainer.injection.rules.proposal import (
 )
 from liger_trainer.injection.rules.uncompiled import uncompiled, uncompiled_result
 from liger_trainer.kernels.runtime import is_looked_into
-from liger_trainer.swap import Swapped, has_foreign_forward, note, swap
+from liger_trainer.swap import Swapped, has_foreign_forward, note, swap, unswap
 
 FUSED = "fused_linear_cross_entropy"
 
@@ -127,15 +127,17 @@ def current_head(model: DeferringModel) -> DeferredHead | None:
     head = model.get_output_embeddings()
     layers = [] if head is None else linear_layers(head)
     reason = _NONE if head is None else why_not_deferred(head, layers)
+    if reason is None:
+        for layer in layers:
+            if not isinstance(layer, DeferredHead):
+                swap(layer, DeferredHead, model._liger_fused)
+        if model._liger_fused and not sums_linear_layers(head):
+            reason = _NO_SUM
     note(model, reason)
-    if reason is not None:
-        return None
-    for layer in layers:
-        if not isinstance(layer, DeferredHead):
-            swap(layer, DeferredHead, model._liger_fused)
-    return head
+    return head if reason is None else None
 
 
+_NO_SUM = "its adapter computes more than a sum of linear layers"
 _NONE = "the model has no output embeddings, so no logits of a vocabulary"
 
 
@@ -161,6 +163,8 @@ def propose_for_model(search: Search) -> Iterator[Proposal]:
         return
     layers = linear_layers(head)
     reason = why_not_deferred(head, layers)
+    if reason is None and fused and not _sums(layers):
+        reason = _NO_SUM
     max_error = None
     if reason is None:
         max_error = _probe(search.device_of(head), fused, _has_bias(layers))
@@ -173,6 +177,17 @@ def propose_for_model(search: Search) -> Iterator[Proposal]:
     swaps = [Swap(layer, DeferredHead, (fused,)) for layer in layers]
     swaps.append(Swap(model, DeferringModel, (fused,)))
     yield Proposal.swapped(site, rule, reason, *swaps, max_error=max_error)
+
+
+def _sums(layers: list[nn.Module]) -> bool:
+    """Return whether the logits of a head that is not swapped yet are a sum of linear layers."""
+    for layer in layers:
+        swap(layer, DeferredHead, True)
+    try:
+        return sums_linear_layers(layers[0])
+    finally:
+        for layer in layers:
+            unswap(layer)
 
 
 def linear_layers(head: nn.Module) -> list[nn.Module]:
