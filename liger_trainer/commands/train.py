@@ -178,7 +178,11 @@ def _summary(result: RunResult) -> str:
 
     numbers = result.summary
     lines = [
-        (f"held-out {name}", f"{b} before, {a} after") for name, b, a in headline_metrics(numbers)
+        (f"held-out {name}", f"{before} before, {after} after")
+        for name, before, after in headline_metrics(numbers["held_out"])
+    ] or [
+        (f"training {name}", f"{first} at first, {last} at last")
+        for name, first, last in headline_metrics(numbers["training"])
     ]
     if numbers["tokens_per_second"]:
         lines.append(("speed", f"{numbers['tokens_per_second']:,.0f} tokens/s"))

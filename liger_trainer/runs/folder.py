@@ -12,17 +12,19 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from liger_trainer.runs import checkpoints
 from liger_trainer.runs.adapters import MODEL_FILES
 from liger_trainer.runs.compare import differences
+from liger_trainer.runs.errors import ReportedElsewhere
 from liger_trainer.runs.recipe import Recipe
 
 RUN_FILE = "run.json"
@@ -134,6 +136,37 @@ def locked(
             (path / _LOCK).unlink(missing_ok=True)
         lock.release()
         checkpoints.remove_if_empty(path)
+
+
+@dataclass
+class Facts:
+    """What all processes need to know about the folder, which the first process locks."""
+
+    checkpoint: str | None
+    run: str
+    earlier: dict[str, Any]  # run.json of the run that is resumed
+
+
+@contextmanager
+def locked_in_all(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None, Any]]:
+    """Lock the folder in the first process; if that fails, all processes stop."""
+    with ExitStack() as stack:
+        folder, outcome = None, [None]
+        if args.process_index == 0:
+            try:
+                one = locked(recipe, processes=args.world_size, **options)
+                folder = stack.enter_context(one)
+                checkpoint = str(folder.checkpoint) if folder.checkpoint else None
+                outcome = [Facts(checkpoint, folder.id, folder.resumed)]
+            except (ValueError, OSError) as error:
+                if args.world_size == 1:
+                    raise
+                outcome = [error]
+        if args.world_size > 1:
+            broadcast_object_list(outcome)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0] if args.process_index == 0 else ReportedElsewhere
+        yield folder, outcome[0]
 
 
 def refusal(

@@ -197,7 +197,7 @@ def load_model(arguments: ModelArguments, *, scores: bool = False):
     with one_line(base.label):
         kind = _auto_class(config, scores)
         model = kind.from_pretrained(folder(base), config=config, **kwargs)
-    return model if adapter is None else _with_adapter(model, arguments, adapter)
+    return model if adapter is None else _with_adapter(model, adapter)
 
 
 def load_for_generation(arguments: ModelArguments):
@@ -209,7 +209,8 @@ def load_for_generation(arguments: ModelArguments):
     return model.to(torch.accelerator.current_accelerator())
 
 
-def _with_adapter(model, arguments: ModelArguments, adapter: Path):
+def _with_adapter(model, adapter: Path, *, weights: bool = True):
+    """Return the model with the adapter in a folder, ready to train; without `weights`, new."""
     try:
         import peft
     except ImportError as error:
@@ -217,7 +218,11 @@ def _with_adapter(model, arguments: ModelArguments, adapter: Path):
             f"model.name_or_path: {adapter} is an adapter, which needs `pip install peft`"
         ) from error
     with one_line(str(adapter)):
-        return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        if weights:
+            return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        config = peft.PeftConfig.from_pretrained(str(adapter))
+        config.inference_mode = False
+        return peft.get_peft_model(model, config)
 
 
 def quantization_config(arguments: ModelArguments):
@@ -236,14 +241,15 @@ def quantization_config(arguments: ModelArguments):
 
 
 def meta_model(arguments: ModelArguments, *, scores: bool = False):
-    """Return the model on the meta device, without memory and weights."""
-    config = load_config(arguments)
+    """Return the model, with its adapter if it has one, on the meta device: without weights."""
+    config, (_, adapter) = load_config(arguments), located(arguments)
     kwargs = _given(arguments, ("attn_implementation", "trust_remote_code"))
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # no warnings such as flash attention "on a CPU"
     try:
         with torch.device("meta"), one_line(arguments.label):
-            return _auto_class(config, scores).from_config(config, **kwargs)
+            model = _auto_class(config, scores).from_config(config, **kwargs)
+        return model if adapter is None else _with_adapter(model, adapter, weights=False)
     finally:
         transformers_logging.set_verbosity(level)
 

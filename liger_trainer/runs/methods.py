@@ -31,16 +31,11 @@ class Method:
 
 _PACKING = "remove the key: examples are never packed, because each one has a loss of its own"
 _ASSISTANT = "remove the key: completions alone are trained on"
-_STREAMED = {"packing": _PACKING, "assistant_only": _ASSISTANT}
-_PREFERENCE = _STREAMED | {
+_PREFERENCE = {"packing": _PACKING, "assistant_only": _ASSISTANT}
+_WHOLE = _PREFERENCE | {
     "streaming": "remove the key: TRL's trainer of this method tokenizes all pairs before it trains"
 }
-_LABELLED = _STREAMED | {
-    "streaming": "remove the key: whether there are completions of both kinds is known only once "
-    "all are read"
-}
-_ONLINE = {
-    "streaming": "remove the key: prompts take little memory, and all are read before training",
+_ONLINE = _PREFERENCE | {
     "max_length": "remove the key: prompts are never cut, and training.max_completion_length "
     "limits what is generated",
     "num_proc": "remove the key: prompts are tokenized while training",
@@ -48,9 +43,9 @@ _ONLINE = {
 
 METHODS = {
     "sft": Method(images=True),
-    "dpo": Method("DPO", "pairs", reference=True, images=True, unused_data=_STREAMED),
-    "orpo": Method("ORPO", "pairs", counts_tokens=False, tools=False, unused_data=_PREFERENCE),
-    "cpo": Method("CPO", "pairs", counts_tokens=False, tools=False, unused_data=_PREFERENCE),
+    "dpo": Method("DPO", "pairs", reference=True, images=True, unused_data=_PREFERENCE),
+    "orpo": Method("ORPO", "pairs", counts_tokens=False, tools=False, unused_data=_WHOLE),
+    "cpo": Method("CPO", "pairs", counts_tokens=False, tools=False, unused_data=_WHOLE),
     # SimPO (Meng et al. 2024, arXiv:2405.14734) is CPO with another margin and no likelihood term.
     "simpo": Method(
         "CPO",
@@ -58,15 +53,15 @@ METHODS = {
         counts_tokens=False,
         tools=False,
         fixed={"loss_type": "simpo", "cpo_alpha": 0.0},
-        unused_data=_PREFERENCE,
+        unused_data=_WHOLE,
     ),
-    "kto": Method("KTO", "labelled", reference=True, unused_data=_LABELLED),
-    "reward": Method("Reward", "pairs", scores=True, unused_data=_STREAMED),
-    "grpo": Method("GRPO", "prompts", tools=False, unused_data={**_PREFERENCE, **_ONLINE}),
+    "kto": Method("KTO", "labelled", reference=True, unused_data=_PREFERENCE),
+    "reward": Method("Reward", "pairs", scores=True, unused_data=_PREFERENCE),
+    "grpo": Method("GRPO", "prompts", tools=False, unused_data=_ONLINE),
     "distillation": Method(
-        "Distillation", "prompts", teacher=True, tools=False, unused_data={**_PREFERENCE, **_ONLINE}
+        "Distillation", "prompts", teacher=True, tools=False, unused_data=_ONLINE
     ),
-    "rloo": Method("RLOO", "prompts", tools=False, unused_data={**_PREFERENCE, **_ONLINE}),
+    "rloo": Method("RLOO", "prompts", tools=False, unused_data=_ONLINE),
 }
 
 # Fields of TRL's configurations that a recipe must not set: another section owns them.

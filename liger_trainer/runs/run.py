@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, resume_hint
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.engine import engine_of, save_whole_model
-from liger_trainer.runs.errors import ReportedElsewhere, RunError
-from liger_trainer.runs.folder import RunFolder
+from liger_trainer.runs.errors import RunError
+from liger_trainer.runs.folder import Facts, RunFolder
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.html import write_report
 from liger_trainer.runs.recipe import Recipe
@@ -65,39 +64,9 @@ def run(
     """
     require(recipe)
     args = recipe.training_arguments()
-    with _locked_folder(recipe, args, resume=resume, overwrite=overwrite) as (folder, facts):
+    options = {"resume": resume, "overwrite": overwrite}
+    with run_folder.locked_in_all(recipe, args, **options) as (folder, facts):
         return _Run(recipe, args, folder, facts, command).go()
-
-
-@dataclass
-class _Facts:
-    """What all processes need to know about the folder, which the first process locks."""
-
-    checkpoint: str | None
-    run: str
-    earlier: dict[str, Any]  # run.json of the run that is resumed
-
-
-@contextlib.contextmanager
-def _locked_folder(recipe: Recipe, args, **options) -> Iterator[tuple[RunFolder | None, Any]]:
-    """Lock the folder in the first process; if that fails, all processes stop."""
-    with contextlib.ExitStack() as stack:
-        folder, outcome = None, [None]
-        if args.process_index == 0:
-            try:
-                locked = run_folder.locked(recipe, processes=args.world_size, **options)
-                folder = stack.enter_context(locked)
-                checkpoint = str(folder.checkpoint) if folder.checkpoint else None
-                outcome = [_Facts(checkpoint, folder.id, folder.resumed)]
-            except (ValueError, OSError) as error:
-                if args.world_size == 1:
-                    raise
-                outcome = [error]
-        if args.world_size > 1:
-            broadcast_object_list(outcome)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0] if args.process_index == 0 else ReportedElsewhere
-        yield folder, outcome[0]
 
 
 class _NoStepsLeft(Exception):  # noqa: N818 (it is not an error)
@@ -107,7 +76,7 @@ class _NoStepsLeft(Exception):  # noqa: N818 (it is not an error)
 class _Start(TrainerCallback):
     """Refuse to train if no steps are left, and take over the folder after the first step."""
 
-    def __init__(self, folder: RunFolder | None, facts: _Facts):
+    def __init__(self, folder: RunFolder | None, facts: Facts):
         self.folder, self.facts = folder, facts
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -131,7 +100,7 @@ class _Start(TrainerCallback):
 class _Run:
     """One run, from the data to the report. `folder` is None except in the first process."""
 
-    def __init__(self, recipe, args, folder: RunFolder | None, facts: _Facts, command: str):
+    def __init__(self, recipe, args, folder: RunFolder | None, facts: Facts, command: str):
         self.recipe, self.args, self.folder, self.facts = recipe, args, folder, facts
         self.command = command
         self.started = time.perf_counter()
@@ -222,7 +191,15 @@ class _Run:
         except KeyboardInterrupt:
             if trainer.state.global_step < trainer.state.max_steps or not trainer.state.max_steps:
                 raise
-        self.health.check(trainer.model, self.args, trainer.state.global_step)
+        state = trainer.state
+        healthy = self.health.check(trainer.model, self.args, state.global_step)
+        if healthy and state.global_step < state.max_steps and not self.stop.stopped:
+            raise RunError(
+                f"training ended after {state.global_step} of {state.max_steps} steps, because the "
+                "data gave no further batch. Add examples, or lower "
+                "training.per_device_train_batch_size, gradient_accumulation_steps or "
+                "generation_batch_size"
+            )
 
     def _save(self) -> None:
         self.stop.saving(True)

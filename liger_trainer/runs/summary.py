@@ -41,14 +41,19 @@ _NOT_METRICS = (
 
 
 def summarize(log_history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first and last losses and held-out metrics, mean tokens per second, peak memory.
+    """Return training and held-out metrics, mean tokens per second, peak memory.
 
-    `held_out` maps each metric, without `eval_`, to its first and last value.
+    `training` maps each headline metric to its first and last value, `held_out` every metric,
+    without `eval_`.
     """
     train = [e for e in log_history if "tokens_per_second" in e]
-    found: dict[str, Any] = {}
-    if train:
-        found |= {"train_loss_first": train[0]["loss"], "train_loss_last": train[-1]["loss"]}
+    found: dict[str, Any] = {
+        "training": {
+            key: [train[0][key], train[-1][key]]
+            for key, *_ in _HEADLINE_METRICS
+            if train and key in train[0] and key in train[-1]
+        }
+    }
     metrics = held_out(log_history)
     if "loss" in metrics:
         before, after = metrics["loss"]
@@ -98,12 +103,12 @@ def held_out(log_history: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {name: [values[0], values[-1]] for name, values in found.items()}
 
 
-def headline_metrics(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return name, first and last value of the headline held-out metrics, formatted."""
-    held_out, found = summary["held_out"], []
+def headline_metrics(metrics: dict[str, list[float]]) -> list[tuple[str, str, str]]:
+    """Return name, first and last value of the headline ones among `metrics`, formatted."""
+    found = []
     for key, name, text in _HEADLINE_METRICS:
         # If there is a reward, the loss is a policy gradient's, which is near 0 at any quality.
-        if key in held_out and not (key == "loss" and "reward" in held_out):
-            first, last = held_out[key]
+        if key in metrics and not (key == "loss" and "reward" in metrics):
+            first, last = metrics[key]
             found.append((name, text.format(first), text.format(last)))
     return found

@@ -59,7 +59,7 @@ FOLDERS = {
         ["conversation", "forms"],
         ["arguments", "tokenize"],
         ["alignment", "collate", "mixing", "sources", "text"],
-        ["pair_stream", "splits", "vision"],
+        ["example_stream", "splits", "vision"],
         ["prepare"],
         ["view"],
     ],

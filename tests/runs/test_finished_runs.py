@@ -294,6 +294,12 @@ def test_a_run_is_opened_with_its_own_recipe(here):
     assert opened.tuned.name_or_path == "lora"
 
 
+def test_inspect_shows_the_adapter(here, capsys):
+    assert run("inspect", "lora", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["coverage"]["lora"] == {"swapped": 14, "eligible": 14}
+
+
 # What is damaged
 
 
