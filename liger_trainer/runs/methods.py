@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from liger_trainer import trl
 from liger_trainer.trainer import LigerTrainer
@@ -140,6 +142,22 @@ def derived_fields(method: str, model, data) -> dict[str, tuple[Any, str]]:
     if model.trust_remote_code:
         derived["trust_remote_code"] = (True, "model.trust_remote_code")
     return derived
+
+
+def interpret(args) -> None:
+    """Raise the error that Trainer would raise later, for options that it interprets only then."""
+    try:
+        args.get_process_log_level()
+    except KeyError as error:
+        raise ValueError(f"log_level: {error} is no level") from error
+    get_reporting_integration_callbacks(args.report_to)
+    get_scheduler(
+        args.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)]),
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
 
 
 def refuse_unused(method: str, values: dict[str, Any]) -> None:

@@ -92,6 +92,13 @@ class _Start(TrainerCallback):
             )
         raise _NoStepsLeft
 
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        """Miss the metric before the first step, not after it: every run evaluates before."""
+        wanted = args.metric_for_best_model
+        if wanted is not None and f"eval_{wanted.removeprefix('eval_')}" not in metrics:
+            known = ", ".join(name.removeprefix("eval_") for name in metrics)
+            raise ValueError(f"training.metric_for_best_model: no metric {wanted!r} among {known}")
+
     def on_step_end(self, args, state, control, **kwargs):
         if self.folder is not None:
             self.folder.begin()

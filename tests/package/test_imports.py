@@ -37,6 +37,7 @@ FOLDERS = {
             "adapters",
             "engine",
             "errors",
+            "files",
             "secrets",
             "parse",
             "packages",

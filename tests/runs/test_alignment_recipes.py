@@ -124,6 +124,13 @@ def test_an_interrupted_run_resumes_to_the_same_model(tmp_path, method, monkeypa
         assert torch.equal(weight, expected[name]), name
 
 
+def test_too_few_prompts_for_one_batch_are_no_finished_run(tmp_path, capsys):
+    recipe = recipe_of(tmp_path, "grpo", gradient_accumulation_steps=16)
+    assert train(recipe, "reward.functions=[parses]", "data.eval_fraction=null") == 1
+    assert "training ended after 0 of 3 steps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_the_reference_is_built_as_the_policy_is(tmp_path, method):
     """By the name alone it would have the saved value of what the recipe overrides."""
