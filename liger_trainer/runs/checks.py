@@ -108,7 +108,7 @@ def conflicts(recipe: Recipe) -> list[str]:
     if fields.get("bf16") and fields.get("fp16"):
         found.append("training.bf16 and training.fp16 are both set; keep one")
     if fields.get("fp16") and not on_gpu:
-        found.append("training.fp16 needs a GPU, and there is none here")
+        found.append("training.fp16 has no effect without a GPU, and there is none here")
     if fields.get("bf16") is True and fields.get("use_cpu"):
         found.append(
             "training.bf16 may be slow on a CPU; `bf16: auto` uses it only where it is native"
