@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if rest and (not hasattr(options, "overrides") or any(w.startswith("-") for w in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}" + _as_override(rest, options))
     if rest:
-        options.overrides += rest  # overrides that follow an option
+        options.overrides = [*options.overrides, *rest]  # those that follow an option
     try:
         return options.main(options)
     except Reported as reported:

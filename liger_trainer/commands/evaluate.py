@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from liger_trainer.commands.train import add_overrides
+
 HELP = "compute held-out metrics of a run's model, with the run's recipe"
 EXAMPLES = """examples:
   liger-trainer evaluate runs/smollm2-135m
@@ -15,9 +17,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="overrides the run's value"
-    )
+    add_overrides(parser, "overrides the run's value")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
 
 

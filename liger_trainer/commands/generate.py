@@ -71,13 +71,18 @@ def read_prompts(path: Path) -> list[Any]:
     Raises ValueError if the file is missing, empty or malformed.
     """
     from liger_trainer.runs.data.rows import RowError, check_text
+    from liger_trainer.runs.files import read_text
 
     if not path.is_file():
         raise ValueError(f"--prompts: there is no file {str(path)!r}")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(
+            f"--prompts: {path} is neither .txt, with a prompt on each line, nor .jsonl"
+        )
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"--prompts: {path} is empty")
-    if path.suffix != ".jsonl":
+    if path.suffix == ".txt":
         return lines
     prompts = []
     for number, line in enumerate(lines, 1):

@@ -16,7 +16,11 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", metavar="MODEL_OR_PATH", help="hub name, folder or .gguf file")
+    parser.add_argument(
+        "model",
+        metavar="MODEL_OR_PATH",
+        help="hub name, folder of a model, a run or an adapter, or .gguf file",
+    )
     parser.add_argument(
         "--strict", action="store_true", help="exit 1 if an eligible site is refused"
     )

@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from liger_trainer.commands import train
 from liger_trainer.runs.errors import INTERRUPTED, RunError
@@ -126,15 +127,20 @@ def command(options: argparse.Namespace) -> list[str]:
 def _check_engine(name: str, configuration: str) -> None:
     """Raise ValueError for an engine whose package or hardware is missing."""
     import torch
-    import yaml
 
     from liger_trainer.runs import packages
+    from liger_trainer.runs.files import read_text
+    from liger_trainer.runs.recipe.parse import parse
 
-    with open(configuration, encoding="utf-8") as file:
-        values = yaml.safe_load(file)  # or JSON, which is YAML as well
-    if not isinstance(values, dict):
-        raise ValueError(f"--accelerate: {name} is no configuration of accelerate")
-    engine = values.get("distributed_type")
+    try:
+        values = parse(read_text(Path(configuration)))  # or JSON, which is YAML as well
+    except ValueError as error:
+        raise ValueError(f"--accelerate: {name} cannot be read: {error}") from error
+    if not isinstance(values, dict) or "distributed_type" not in values:
+        raise ValueError(
+            f"--accelerate: {name} is no configuration of accelerate: it has no distributed_type"
+        )
+    engine = values["distributed_type"]
     if engine == "DEEPSPEED" and not packages.installed("deepspeed"):
         raise ValueError(f"--accelerate: {name} needs DeepSpeed: `pip install deepspeed`")
     replicated = engine in ("NO", "MULTI_CPU", "MULTI_GPU", None)

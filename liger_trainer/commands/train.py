@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print every value, the injection plan and problems"
     )
-    parser.add_argument("--resume", action="store_true", help="continue a run, or extend it")
-    parser.add_argument(
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="continue a run, or extend it")
+    earlier.add_argument(
         "--overwrite",
         action="store_true",
         help="replace the run in the output folder, once the new one has taken its first step",
@@ -48,8 +49,14 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "recipe", metavar="RECIPE", help="a YAML file, or a name from `liger-trainer recipes`"
     )
     recipe.completer = _recipes
+    add_overrides(parser, "overrides the recipe's value")
+
+
+def add_overrides(parser: argparse.ArgumentParser, description: str) -> None:
+    """Add `section.key=value`, any number of them."""
+    # Without a default, argparse lists them among the arguments that are required.
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="overrides the recipe's value"
+        "overrides", nargs="*", default=[], metavar="section.key=value", help=description
     )
 
 
@@ -164,7 +171,11 @@ def _summary(result: RunResult) -> str:
 
     numbers = result.summary
     lines = [
-        (f"held-out {name}", f"{b} before, {a} after") for name, b, a in headline_metrics(numbers)
+        (f"held-out {name}", f"{before} before, {after} after")
+        for name, before, after in headline_metrics(numbers["held_out"])
+    ] or [
+        (f"training {name}", f"{first} at first, {last} at last")
+        for name, first, last in headline_metrics(numbers["training"])
     ]
     if numbers["tokens_per_second"]:
         lines.append(("speed", f"{numbers['tokens_per_second']:,.0f} tokens/s"))

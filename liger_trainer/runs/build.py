@@ -137,7 +137,8 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     given = {"reward_funcs": [guarded(reward) for reward in rewards]} if rewards else {}
     if recipe.teacher is not None:
         given["teacher_model"] = load_model(recipe.teacher)
-    peft_config = recipe.peft_config()
+    model = load_model(recipe.model, scores=recipe.kind.scores)
+    peft_config = recipe.adapter_for(model)
     precomputed = getattr(args, "precompute_ref_log_probs", False)
     # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so TRL then
     # requires a separate model for them.
@@ -146,7 +147,7 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
         given["ref_model"] = load_model(recipe.model)
     try:
         trainer = trainer_class(recipe.method)(
-            model=load_model(recipe.model, scores=recipe.kind.scores),
+            model=model,
             args=args,
             train_dataset=prepared.train,
             eval_dataset=prepared.eval,

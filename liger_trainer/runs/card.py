@@ -17,7 +17,7 @@ def model_card(run: FinishedRun) -> str:
         "library_name": "peft" if run.is_adapter else "transformers",
         "tags": ["liger-trainer", method],
     }
-    rows = "\n".join(f"| {n} | {b} | {a} |" for n, b, a in headline_metrics(summary))
+    rows = "\n".join(f"| {n} | {b} | {a} |" for n, b, a in headline_metrics(summary["held_out"]))
     versions = ", ".join(f"{k} {v}" for k, v in machine().items() if k not in ("Device", "Python"))
     recipe = yaml.safe_dump(run.record["recipe"], sort_keys=False).rstrip()
     parts = [

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 
 import torch
 
 from liger_trainer.runs.adapters import located
 from liger_trainer.runs.build import check_generations, load_rewards, purpose_of
+from liger_trainer.runs.data.arguments import is_file_name
 from liger_trainer.runs.data.forms import form_of
 from liger_trainer.runs.data.prepare import fit, processor_for
 from liger_trainer.runs.data.rows import Sieve
-from liger_trainer.runs.data.sources import first_rows, is_file_name
+from liger_trainer.runs.data.sources import first_rows
 from liger_trainer.runs.data.splits import part_of
 from liger_trainer.runs.load import ModelArguments, load_config, load_tokenizer, meta_model
 from liger_trainer.runs.packages import Need, missing, needed_by_model
@@ -24,9 +26,12 @@ _AT_LEAST = {
     "eval_accumulation_steps": 1,
     "generation_batch_size": 1,
     "gradient_accumulation_steps": 1,
+    "beta": 0,
+    "label_smoothing_factor": 0,
     "learning_rate": 0,
     "max_completion_length": 1,
     "max_grad_norm": 0,
+    "neftune_noise_alpha": 0,
     "num_generations": 2,
     "per_device_eval_batch_size": 1,
     "per_device_train_batch_size": 1,
@@ -35,7 +40,7 @@ _AT_LEAST = {
     "warmup_steps": 0,
     "weight_decay": 0,
 }
-_ABOVE_ZERO = ("eval_steps", "logging_steps", "num_train_epochs", "save_steps")
+_ABOVE_ZERO = ("eval_steps", "logging_steps", "num_train_epochs", "save_steps", "temperature")
 
 
 def require(recipe: Recipe) -> None:
@@ -63,6 +68,9 @@ def problems(recipe: Recipe) -> list[str]:
     for key, least in _AT_LEAST.items():
         if fields.get(key) is not None and fields[key] < least:
             found.append(f"training.{key} is {fields[key]}; it must be at least {least}")
+    for key, value in fields.items():
+        if value in (math.inf, -math.inf) and key != "max_grad_norm":  # which then clips nothing
+            found.append(f"training.{key} is {value}; it must be finite")
     for key in _ABOVE_ZERO:
         if fields.get(key) is not None and fields[key] <= 0:
             found.append(f"training.{key} is {fields[key]}; it must be above 0")
@@ -78,8 +86,8 @@ def problems(recipe: Recipe) -> list[str]:
         )
     if recipe.data.streaming and fields.get("precompute_ref_log_probs"):
         found.append(
-            "training.precompute_ref_log_probs: not for data.streaming, which reads no pair before "
-            "training; remove the key"
+            "training.precompute_ref_log_probs: not for data.streaming, which reads no example "
+            "before training; remove the key"
         )
     try:
         _, adapter = located(recipe.model)
@@ -100,7 +108,7 @@ def conflicts(recipe: Recipe) -> list[str]:
     if fields.get("bf16") and fields.get("fp16"):
         found.append("training.bf16 and training.fp16 are both set; keep one")
     if fields.get("fp16") and not on_gpu:
-        found.append("training.fp16 needs a GPU, and there is none here")
+        found.append("training.fp16 has no effect without a GPU, and there is none here")
     if fields.get("bf16") is True and fields.get("use_cpu"):
         found.append(
             "training.bf16 may be slow on a CPU; `bf16: auto` uses it only where it is native"
@@ -122,6 +130,11 @@ def conflicts(recipe: Recipe) -> list[str]:
                 f"training.{key} needs held-out examples: set data.eval_fraction, "
                 "data.eval_split or data.eval_path"
             )
+    if fields.get("load_best_model_at_end") and fields.get("eval_strategy", "no") in ("no", False):
+        found.append(
+            "training.load_best_model_at_end has no effect without training.eval_strategy and "
+            "training.save_strategy"
+        )
     try:
         load_rewards(recipe)
     except ValueError as error:

@@ -5,10 +5,8 @@ Wrong input raises ValueError or OSError instead.
 
 from __future__ import annotations
 
-import difflib
 import sys
 import traceback
-from pathlib import Path
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -60,14 +58,3 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return WRONG_INPUT if isinstance(error, (ValueError, OSError)) else FAILED
-
-
-def suggest_path(path: Path) -> str:
-    """Return the end of a message about a missing file: its folder, and similar names in it."""
-    path = path.absolute()
-    if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
-    names = sorted(p.name for p in path.parent.iterdir())
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
-    close = close or [n for n in names if n.endswith(path.suffix)][:5]
-    return f" in {path.parent}" + (f"; there is {', '.join(close)}" if close else "")

@@ -35,8 +35,8 @@ class FinishedRun:
 
 
 def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
-    """Return the finished run in a folder. Raises ValueError if there is none, or if it is
-    incomplete."""
+    """Return the finished run in a folder. Raises ValueError if there is none, if it is incomplete,
+    and for overrides that the trained weights would not fit."""
     path = Path(path).expanduser()
     if not path.is_dir():
         raise ValueError(f"there is no folder {str(path)!r}")
@@ -53,7 +53,14 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
         )
     values = {section: _known(keys) for section, keys in record["recipe"].items()}
     values["training"]["output_dir"] = str(path)
+    before = {"method": values["method"], "peft": values.get("peft"), **values["model"]}
     run = FinishedRun(path, record, recipe_of(values, path / "run.yaml", overrides))
+    now = run.recipe.values
+    now = {"method": now["method"], "peft": now.get("peft"), **now["model"]}
+    for key in ("method", "peft", *LOCATION):
+        if now.get(key) != before.get(key):
+            name = key if key in ("method", "peft") else f"model.{key}"
+            raise ValueError(f"{name}: the run in {path} was trained with another value; leave it")
     located(run.tuned)  # raises if the model is no longer there
     return run
 

@@ -120,15 +120,19 @@ def locked(
     reason = refusal(recipe, resume=resume, overwrite=overwrite, processes=processes)
     if reason:
         raise ValueError(reason)
-    path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / _LOCK)
     try:
+        path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
             f"training.output_dir: a run is at work in {path}; wait for it, or choose another "
             "training.output_dir"
         ) from None
+    except OSError as error:
+        raise ValueError(
+            f"training.output_dir: {path} cannot be written to: {error.strerror}; choose another"
+        ) from error
     try:
         yield _claimed(recipe, resume=resume)
     finally:

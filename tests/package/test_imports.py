@@ -34,7 +34,7 @@ FOLDERS = {
     "injection": [["probe", "rewind"], ["memory_budget"], ["rules"], ["walk"]],
     "trl": [["checks", "fused_head", "overrides"], ["__init__"]],
     "runs": [
-        ["adapters", "engine", "errors", "health", "packages", "secrets", "signals"],
+        ["adapters", "engine", "errors", "files", "health", "packages", "secrets", "signals"],
         ["shipped", "typed"],
         ["checkpoints", "data", "throughput", "voice"],
         ["load", "report", "rewards"],
@@ -53,7 +53,7 @@ FOLDERS = {
         ["conversation", "forms"],
         ["arguments", "tokenize"],
         ["alignment", "collate", "mixing", "sources", "text"],
-        ["pair_stream", "splits", "vision"],
+        ["example_stream", "splits", "vision"],
         ["prepare"],
         ["view"],
     ],

@@ -117,11 +117,18 @@ def test_an_interrupted_run_resumes_to_the_same_model(tmp_path, method, monkeypa
     whole = tmp_path / "whole"
     assert train(recipe, f"training.output_dir={whole}") == 0
     resumed, uninterrupted = (state(f)["summary"] for f in (tmp_path / "out", whole))
-    for name in ("held_out", "train_loss_last", "tokens", "steps"):
+    for name in ("held_out", "training", "tokens", "steps"):
         assert resumed[name] == uninterrupted[name], name
     expected = AutoModelForCausalLM.from_pretrained(whole).state_dict()
     for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict().items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_too_few_prompts_for_one_batch_are_no_finished_run(tmp_path, capsys):
+    recipe = recipe_of(tmp_path, "grpo", gradient_accumulation_steps=16)
+    assert train(recipe, "reward.functions=[parses]", "data.eval_fraction=null") == 1
+    assert "training ended after 0 of 3 steps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto"])

@@ -41,13 +41,25 @@ def refused(capsys, path, *arguments):
         (MINIMAL + "training: []", "training: expected keys and values, found []"),
         (MINIMAL + "training: {seed: 2024-01-01}", "'2024-01-01' is not a whole number"),
         (MINIMAL + "training: {1: 2}", "unknown key 1"),
-        ("\xff\xfe".encode("latin-1"), "not valid YAML"),
+        ((MINIMAL + "# \xe9").encode("latin-1"), "is not UTF-8 text"),
+        (MINIMAL.encode("utf-16"), "is not UTF-8 text"),
+        (f"{MINIMAL}---\n{MINIMAL}", "expected a single document in the stream, but found"),
     ],
 )
 def test_a_bad_recipe_is_told_in_one_line(tmp_path, capsys, text, message):
     path = tmp_path / "bad.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert message in refused(capsys, path)
+
+
+def test_a_folder_is_no_recipe(tmp_path, capsys):
+    assert "is a folder; give a YAML file" in refused(capsys, tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL, encoding="utf-8-sig")
+    assert load_recipe(path).model.name_or_path == "m"
 
 
 @pytest.mark.parametrize("section", ["training:", "training: {output_dir: null}", "peft:"])
@@ -75,6 +87,26 @@ def test_null_means_the_default(tmp_path, section):
 )
 def test_what_would_not_be_obeyed_is_refused(recipe, capsys, override, message):
     assert message in refused(capsys, recipe, *override.split())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.report_to=wandbb", "wandbb is not supported"),
+        ("training.lr_scheduler_kwargs={nope: 1}", "unexpected keyword argument 'nope'"),
+        ("training.log_level=loud", "log_level: 'loud' is no level"),
+    ],
+)
+def test_what_the_trainer_would_find_later_is_found_first(recipe, capsys, override, message):
+    assert message in refused(capsys, recipe, override)
+    assert cli.main(["train", str(recipe), "--dry-run", override]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_an_unknown_metric_is_told_before_the_first_step(recipe, capsys, tmp_path):
+    message = refused(capsys, recipe, "training.metric_for_best_model=nope")
+    assert "no metric 'nope' among loss, " in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
@@ -132,10 +164,44 @@ def test_without_peft_the_error_says_what_to_install(recipe, capsys, monkeypatch
         "training.dataloader_num_workers=-1",
         "data.num_proc=0",
         "training.learning_rate=.nan",
+        "training.learning_rate=1e999",
+        "training.num_train_epochs=.inf",
     ],
 )
 def test_numbers_that_cannot_be_meant(recipe, capsys, override):
     assert override.split("=")[0].partition(".")[2] in refused(capsys, recipe, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name_or_path=model/config.json"], "model/config.json is a file; give its folder"),
+        (["model.name_or_path=empty"], "empty holds no model: it has no config.json"),
+        (["model.gguf_file=nope.gguf"], "model.gguf_file: no file"),
+        (["model.package=json"], "is not inside the package 'json'"),
+        (["model.tokenizer=no/such"], "model: no/such cannot be loaded"),
+        (["model.config.num_hidden_layers=many"], "num_hidden_layers: 'many' is not of its type"),
+        (["data.path=rows.txt"], "rows.txt is none of .json, .jsonl, .csv, .parquet files"),
+        (["data.path=latin.jsonl"], "latin.jsonl cannot be read as json: "),
+        (["data.path=blank.jsonl"], "blank.jsonl cannot be read as json: it has no examples"),
+        (["data.path=empty"], "data: empty cannot be loaded: "),
+        (["data.name=part"], "data.name is a configuration of a dataset on the hub"),
+        (["data.path=null", "data.loader=humaneval_pairs", "data.split=test"], "no split 'test'"),
+        (["training.output_dir=rows.txt/out"], "rows.txt/out cannot be written to: Not a dir"),
+        (["peft.target_modules=all-linear", "peft.modules_to_save=[nope]"], "no module 'nope'"),
+    ],
+)
+def test_a_place_or_name_where_nothing_fits_is_told(
+    recipe, tmp_path, monkeypatch, capsys, overrides, message
+):
+    monkeypatch.chdir(tmp_path)
+    tiny.config().save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.txt").write_text("some text")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "caf\xe9"}\n'.encode("latin-1") * 9)
+    assert message in refused(capsys, recipe, *overrides)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("package", ["evil.sub", "evil"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -64,18 +65,21 @@ def test_fused_and_plain_runs_agree(tmp_path, recipe, packing):
         losses.append(json.loads((tmp_path / flag / "run.json").read_text())["summary"])
     plain, fused = losses
     assert fused["tokens"] == plain["tokens"]
-    for name in ("train_loss_first", "train_loss_last", "eval_loss_before", "eval_loss_after"):
-        assert fused[name] == pytest.approx(plain[name], rel=1e-3)
+    assert fused["training"]["loss"] == pytest.approx(plain["training"]["loss"], rel=1e-3)
+    assert fused["held_out"]["loss"] == pytest.approx(plain["held_out"]["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])
-def test_padding_is_not_counted_as_tokens(tmp_path, recipe, packing):
+def test_all_tokens_but_padding_are_counted(tmp_path, recipe, packing, capsys):
+    """In a run that is shorter than `logging_steps`, too: its last step is logged."""
     options = ["training.max_steps=-1", "training.num_train_epochs=1", f"data.packing={packing}"]
+    options += ["training.logging_steps=100", "data.eval_fraction=null"]
     assert train(recipe, *options) == 0
-    parsed = load_recipe(recipe)
+    parsed = load_recipe(recipe, options)
     prepared = prepare(parsed.data, load_tokenizer(parsed.model), seed=42)
     summary = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
     assert summary["tokens"] == sum(len(ids) for ids in prepared.train["input_ids"])
+    assert re.search(r"training loss +\d.* at first, .* at last", capsys.readouterr().out)
 
 
 def test_lora_leaves_an_adapter(tmp_path, recipe):
@@ -92,6 +96,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(
         if state.global_step == 3:
             os.kill(os.getpid(), number)
 
+    recipe = tiny.write_recipe(tmp_path, tiny.recipe_values(tmp_path, logging_steps=5))
     with monkeypatch.context() as patch:
         patch.setattr(Throughput, "on_step_begin", interrupt)
         assert train(recipe) == 130
@@ -109,8 +114,9 @@ def test_an_interrupted_run_resumes_to_the_same_model(
         json.loads((tmp_path / name / "run.json").read_text())["summary"]
         for name in ("out", "whole")
     )
-    for name in ("eval_loss_before", "eval_loss_after", "train_loss_last", "tokens", "steps"):
+    for name in ("held_out", "tokens", "steps"):
         assert resumed[name] == uninterrupted[name], name
+    assert resumed["training"]["loss"][-1] == uninterrupted["training"]["loss"][-1]
     expected = weights(whole)
     for name, weight in weights(tmp_path / "out").items():
         assert torch.equal(weight, expected[name]), name

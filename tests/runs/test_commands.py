@@ -162,6 +162,8 @@ def test_accelerate_understands_every_configuration(here, name, monkeypatch):
         (["--processes", "1", "training.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["--processes", "2", "--accelerate", "zero3"], "zero3 needs DeepSpeed: `pip install"),
         (["--processes", "2", "--accelerate", "fsdp2"], "fsdp2 needs GPUs, and there are none"),
+        (["--processes", "2", "--accelerate", "full.yaml"], "it has no distributed_type"),
+        (["--processes", "2", "--accelerate", "chat.jsonl"], "chat.jsonl cannot be read: "),
     ],
 )
 def test_launch_checks_first(here, capsys, words, message, monkeypatch):
@@ -206,7 +208,7 @@ def test_what_fails_in_a_process_is_told_without_a_traceback(tmp_path):
     started = launched(tmp_path, path, "data.path=missing.jsonl")
     errors = started.communicate(timeout=200)[1]
     assert started.returncode == 2
-    assert "error: data.path: no file 'missing.jsonl'" in errors
+    assert "error: data: no file 'missing.jsonl'" in errors
     assert "Traceback" not in errors
 
 

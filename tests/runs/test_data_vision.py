@@ -178,8 +178,9 @@ def test_a_recipe_trains_on_images(folder, recipe, capsys):
     assert (folder / "out" / "processor_config.json").is_file()
     plain = f"training.output_dir={folder / 'plain'}"
     assert cli.main(["train", str(recipe), plain, "training.use_liger_kernel=false"]) == 0
-    for key in ("train_loss_last", "eval_loss_after"):
-        assert summary[key] == pytest.approx(losses(folder, "plain")[key], rel=1e-4)
+    for split in ("training", "held_out"):
+        expected = losses(folder, "plain")[split]["loss"]
+        assert summary[split]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_loss_depends_on_the_image(recipe):

@@ -137,6 +137,12 @@ def test_evaluate_needs_something_held_out(here, capsys):
     assert "the recipe has no held-out examples" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("override", ["peft.r=2", "method=reward", "model.name_or_path=lora"])
+def test_evaluate_keeps_what_was_trained(here, capsys, override):
+    assert run("evaluate", "full", override) == 2
+    assert "the run in full was trained with another value" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -205,6 +211,19 @@ def test_bad_prompts_are_told_in_one_line(here, tmp_path, capsys, text, message)
     assert run("generate", "full", "--prompts", path, "--output", output) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.json", b'[{"prompt": "a"}]', "is neither .txt, with a prompt on each line, nor .jsonl"),
+        ("p.txt", b"caf\xe9", "is not UTF-8 text"),
+    ],
+)
+def test_prompts_are_text_or_json_lines(here, tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert run("generate", "full", "--prompts", tmp_path / name) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_chat_answers_until_the_input_ends(here, capsys, monkeypatch):
@@ -292,6 +311,12 @@ def test_a_run_is_opened_with_its_own_recipe(here):
     assert opened.is_adapter
     assert opened.recipe.values["training"]["seed"] == 5
     assert opened.tuned.name_or_path == "lora"
+
+
+def test_inspect_shows_the_adapter(here, capsys):
+    assert run("inspect", "lora", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["coverage"]["lora"] == {"swapped": 14, "eligible": 14}
 
 
 # What is damaged

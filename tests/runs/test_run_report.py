@@ -194,12 +194,12 @@ def test_held_out_metrics_are_kept_first_and_last_without_timing():
 def test_an_evaluation_that_did_not_happen_has_no_value():
     log = logged(loss=(2.0, 1.0))
     before, after = summarize(log[:-1]), summarize(log[1:])
-    assert headline_metrics(before) == [("loss", "2.000", "-")]
-    assert headline_metrics(after) == [("loss", "-", "1.000")]
+    assert headline_metrics(before["held_out"]) == [("loss", "2.000", "-")]
+    assert headline_metrics(after["held_out"]) == [("loss", "-", "1.000")]
 
 
 def test_what_tells_most_of_a_preference_run():
-    assert headline_metrics(summarize(logged(**PREFERENCE))) == [
+    assert headline_metrics(summarize(logged(**PREFERENCE))["held_out"]) == [
         ("loss", "0.690", "0.500"),
         ("reward margin", "0.000", "0.500"),
         ("reward accuracy", "0%", "75%"),
@@ -208,7 +208,9 @@ def test_what_tells_most_of_a_preference_run():
 
 
 def test_where_there_is_a_reward_the_loss_tells_nothing():
-    assert headline_metrics(summarize(logged(**GROUPS))) == [("reward", "0.250", "0.500")]
+    assert headline_metrics(summarize(logged(**GROUPS))["held_out"]) == [
+        ("reward", "0.250", "0.500")
+    ]
 
 
 @pytest.mark.parametrize(

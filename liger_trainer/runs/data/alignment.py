@@ -84,7 +84,7 @@ def prepare_examples(
             "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
             "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
         )
-    dataset = judged(dataset, _judge(kind, tokenizer, data.max_length, check), sieve, num_proc)
+    dataset = judged(dataset, judge_of(kind, tokenizer, data.max_length, check), sieve, num_proc)
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
     keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
@@ -250,10 +250,10 @@ def sides(example: dict) -> list[dict]:
     return [{**kept, "completion": example[name]} for name in names]
 
 
-def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None) -> Judge:
+def judge_of(kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None) -> Judge:
     """Return the function that checks a row of `kind`."""
     judge = {
-        "pairs": lambda row: judge_pair(row, tokenizer, max_length),
+        "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
         "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
         "prompts": lambda row: _judge_prompt(row, tokenizer),
     }[kind]
@@ -267,7 +267,7 @@ def _judge(kind: str, tokenizer, max_length: int, check: Callable[[dict], None] 
     return with_check
 
 
-def judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
+def _judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
     """Return the fields that the chat template leaves out of a pair. Raises RowError for one that
     nothing can be learned from."""
     if not example["prompt"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from liger_trainer.runs.data.builtin import LOADERS
@@ -19,6 +20,23 @@ _NOT_STREAMED = {
     "eval_fraction": "hold out a file or a split of its own: data.eval_path or data.eval_split",
     "num_proc": "use training.dataloader_num_workers",
 }
+
+
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # formats that `datasets` reads
+
+
+def type_of(path: str | Path) -> str | None:
+    """Return the type of a file by its suffix, which a compression's suffix may follow."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes[-1:] and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return FILE_TYPES.get(suffixes[-1]) if suffixes else None
+
+
+def is_file_name(path: str) -> bool:
+    """Return whether a path names a file of a supported type, not a hub's dataset or a folder."""
+    return type_of(path) is not None
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,11 @@ class Source:
         if self.loader is not None and self.loader not in LOADERS:
             raise ValueError(
                 f"{where}.loader: no loader {self.loader!r}; the loaders are {', '.join(LOADERS)}"
+            )
+        if self.name is not None and (self.loader or any(map(is_file_name, self.paths))):
+            raise ValueError(
+                f"{where}.name is a configuration of a dataset on the hub, and {self.label} has "
+                "none; remove the key"
             )
         if self.form is not None and self.form not in FORMS:
             raise ValueError(f"{where}.form: {self.form!r} is none of {', '.join(FORMS)}")

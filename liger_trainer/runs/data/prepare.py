@@ -11,9 +11,9 @@ from datasets import Dataset, IterableDataset
 from liger_trainer.runs.data.alignment import check_both_labels, prepare_examples
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.collate import PackedDataset
+from liger_trainer.runs.data.example_stream import stream_examples
 from liger_trainer.runs.data.forms import TEXT_FORMS, Form, form_of
 from liger_trainer.runs.data.mixing import concatenated, mixed
-from liger_trainer.runs.data.pair_stream import stream_pairs
 from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.splits import Part, load_splits
 from liger_trainer.runs.data.text import stream, tokenized
@@ -90,7 +90,7 @@ def prepare(data: DataArguments, tokenizer, purpose: Purpose = TEXT, *, seed: in
         seed=seed,
         notes=notes,
     )
-    if purpose.examples == "labelled":
+    if purpose.examples == "labelled" and not data.streaming:
         check_both_labels(train)
     held_out = concatenated(fitted["held-out"], labels["held-out"]) if splits.held_out else None
     if data.packing:
@@ -156,8 +156,9 @@ def fit(
         if isinstance(rows, IterableDataset):
             return stream(rows, part.columns, data, tokenizer, form, sieve)
         return tokenized(rows, data, tokenizer, form, sieve)
+    wanted = {"needed": purpose.needed, "check": check}
     if isinstance(rows, IterableDataset):
-        return stream_pairs(rows, part.source, part.columns, data, tokenizer, form, sieve)
-    return prepare_examples(
-        rows, data, tokenizer, form, sieve, needed=purpose.needed, check=check, seed=seed
-    )
+        return stream_examples(
+            rows, part.source, part.columns, data, tokenizer, form, sieve, **wanted
+        )
+    return prepare_examples(rows, data, tokenizer, form, sieve, seed=seed, **wanted)

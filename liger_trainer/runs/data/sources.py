@@ -15,13 +15,12 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError
 
-from liger_trainer.runs.data.arguments import Source
+from liger_trainer.runs.data.arguments import FILE_TYPES, Source, is_file_name, type_of
 from liger_trainer.runs.data.builtin import LOADERS
 from liger_trainer.runs.data.rows import columns, numbered
-from liger_trainer.runs.errors import suggest_path
+from liger_trainer.runs.files import suggest_path
 
-_FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # formats that `datasets` reads
+_NO_ROWS = "corresponds to no data"  # in the message of `datasets`
 _SAVED = ("state.json", "dataset_dict.json")  # `save_to_disk` writes one of these to its folder
 
 
@@ -53,11 +52,6 @@ def first_rows(source: Source, count: int, *, streaming: bool) -> Dataset:
     return rows.select(range(min(count, len(rows))))
 
 
-def is_file_name(path: str) -> bool:
-    """Return whether a path names a file of a supported type, not a hub's dataset or a folder."""
-    return _kind(path) is not None
-
-
 def is_saved(path: str) -> bool:
     """Return whether a path is a folder that `save_to_disk` wrote."""
     return any((Path(path) / name).is_file() for name in _SAVED)
@@ -75,7 +69,7 @@ def files_of(source: Source) -> list[Path]:
     for path in source.paths:
         if not is_file_name(path):
             raise ValueError(
-                f"data.path: {path!r} in a list is none of {', '.join(_FILE_TYPES)} files; "
+                f"data: {path!r} in a list is none of {', '.join(FILE_TYPES)} files; "
                 "several data sets are the entries of data.mix"
             )
         if Path(path).is_file():
@@ -83,16 +77,16 @@ def files_of(source: Source) -> list[Path]:
         elif glob.has_magic(path):
             matches = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
             if not matches:
-                raise FileNotFoundError(f"data.path: no file matches {path!r}")
+                raise FileNotFoundError(f"data: no file matches {path!r}")
             found += map(Path, matches)
         else:
-            raise FileNotFoundError(f"data.path: no file {path!r}{suggest_path(Path(path))}")
+            raise FileNotFoundError(f"data: no file {path!r}{suggest_path(Path(path))}")
     return found
 
 
 def _opened(source: Source, streaming: bool) -> Dataset | IterableDataset:
     if source.loader is not None:
-        dataset = LOADERS[source.loader]()
+        dataset = _part({"train": LOADERS[source.loader]()}, source.split, source.loader)
     elif files := files_of(source):
         return _load_files(files, source.split, streaming)
     elif is_saved(source.path):
@@ -104,10 +98,16 @@ def _opened(source: Source, streaming: bool) -> Dataset | IterableDataset:
 
 def _load_named(source: Source, streaming: bool) -> Dataset | IterableDataset:
     """Return a dataset of a hub or a folder. Raises ValueError, in one line, if it cannot load."""
+    path = Path(source.path)
+    if path.is_file():
+        raise ValueError(f"data: {path} is none of {', '.join(FILE_TYPES)} files")
     try:
         return load_dataset(source.path, source.name, split=source.split, streaming=streaming)
-    except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"data.path: {source.path} cannot be loaded: {_reason(error)}") from error
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        hint = "" if path.exists() else f". If it is a file: there is none{suggest_path(path)}"
+        raise ValueError(
+            f"data: {source.path} cannot be loaded: {_reason(error).rstrip('.')}{hint}"
+        ) from error
 
 
 def _load_saved(path: str, split: str) -> Dataset:
@@ -115,51 +115,53 @@ def _load_saved(path: str, split: str) -> Dataset:
     try:
         saved = load_from_disk(path)
     except (ValueError, FileNotFoundError) as error:  # ArrowInvalid is a ValueError
-        raise ValueError(f"data.path: {path} cannot be loaded: {_reason(error)}") from error
-    splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+        raise ValueError(f"data: {path} cannot be loaded: {_reason(error)}") from error
+    return _part(saved if isinstance(saved, DatasetDict) else {"train": saved}, split, path)
+
+
+def _part(splits: dict, split: str, label: str) -> Dataset:
+    """Return one of `splits`, or a slice of it."""
     if split.split("[")[0] not in splits:
         raise ValueError(
-            f"data.split: {path} has no split {split!r}; the splits are "
-            f"{', '.join(map(str, splits))}"
+            f"data: {label} has no split {split!r}; the splits are {', '.join(map(str, splits))}"
         )
     sizes = {name: len(rows) for name, rows in splits.items()}
-    (part,) = ReadInstruction.from_spec(split).to_absolute(sizes)
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"data: {label}: {error}") from error
     return splits[part.splitname].select(range(part.from_, part.to))
 
 
 def _load_files(files: list[Path], split: str, streaming: bool) -> Dataset | IterableDataset:
     if split.split("[")[0] != "train":
         raise ValueError(
-            f"data.split: a single file has the split `train` only (or a slice of it such as "
+            f"data: a single file has the split `train` only (or a slice of it such as "
             f"`train[:90%]`), not {split!r}; held-out examples in a second file are data.eval_path"
         )
-    kinds = sorted({_kind(path) for path in files})
+    kinds = sorted({type_of(path) for path in files})
     if len(kinds) > 1:
         raise ValueError(
-            f"data.path: files of {' and '.join(kinds)} in one list; make them entries of data.mix"
+            f"data: files of {' and '.join(kinds)} in one list; make them entries of data.mix"
         )
     for path in files:
         if path.stat().st_size == 0:
-            raise ValueError(f"data.path: {path} is empty")
+            raise ValueError(f"data: {path} is empty")
     names = list(map(str, files))
     try:
         dataset = load_dataset(kinds[0], data_files=names, split=split, streaming=streaming)
         if streaming:
             next(iter(dataset), None)  # read the first row now, to find errors
+        else:
+            dataset.data.validate(full=True)  # text that is not UTF-8
         return dataset
-    except (DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
+    except (DatasetGenerationError, ValueError, OSError) as error:  # ArrowInvalid is a ValueError
         raise ValueError(
-            f"data.path: {' or '.join(names)} cannot be read as {kinds[0]}: {_reason(error)}"
+            f"data: {' or '.join(names)} cannot be read as {kinds[0]}: {_reason(error)}"
         ) from error
 
 
-def _kind(path: str | Path) -> str | None:
-    """Return the type of a file by its suffix, which a compression's suffix may follow."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes[-1:] and suffixes[-1] in _COMPRESSIONS:
-        suffixes.pop()
-    return _FILE_TYPES.get(suffixes[-1]) if suffixes else None
-
-
 def _reason(error: Exception) -> str:
+    if _NO_ROWS in str(error):
+        return "it has no examples"
     return " ".join(str(error.__cause__ or error).split())

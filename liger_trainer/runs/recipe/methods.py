@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from liger_trainer import trl
 from liger_trainer.trainer import LigerTrainer
@@ -31,16 +33,11 @@ class Method:
 
 _PACKING = "remove the key: examples are never packed, because each one has a loss of its own"
 _ASSISTANT = "remove the key: completions alone are trained on"
-_STREAMED = {"packing": _PACKING, "assistant_only": _ASSISTANT}
-_PREFERENCE = _STREAMED | {
+_PREFERENCE = {"packing": _PACKING, "assistant_only": _ASSISTANT}
+_WHOLE = _PREFERENCE | {
     "streaming": "remove the key: TRL's trainer of this method tokenizes all pairs before it trains"
 }
-_LABELLED = _STREAMED | {
-    "streaming": "remove the key: whether there are completions of both kinds is known only once "
-    "all are read"
-}
-_ONLINE = {
-    "streaming": "remove the key: prompts take little memory, and all are read before training",
+_ONLINE = _PREFERENCE | {
     "max_length": "remove the key: prompts are never cut, and training.max_completion_length "
     "limits what is generated",
     "num_proc": "remove the key: prompts are tokenized while training",
@@ -48,9 +45,9 @@ _ONLINE = {
 
 METHODS = {
     "sft": Method(images=True),
-    "dpo": Method("DPO", "pairs", reference=True, images=True, unused_data=_STREAMED),
-    "orpo": Method("ORPO", "pairs", counts_tokens=False, tools=False, unused_data=_PREFERENCE),
-    "cpo": Method("CPO", "pairs", counts_tokens=False, tools=False, unused_data=_PREFERENCE),
+    "dpo": Method("DPO", "pairs", reference=True, images=True, unused_data=_PREFERENCE),
+    "orpo": Method("ORPO", "pairs", counts_tokens=False, tools=False, unused_data=_WHOLE),
+    "cpo": Method("CPO", "pairs", counts_tokens=False, tools=False, unused_data=_WHOLE),
     # SimPO (Meng et al. 2024, arXiv:2405.14734) is CPO with another margin and no likelihood term.
     "simpo": Method(
         "CPO",
@@ -58,15 +55,15 @@ METHODS = {
         counts_tokens=False,
         tools=False,
         fixed={"loss_type": "simpo", "cpo_alpha": 0.0},
-        unused_data=_PREFERENCE,
+        unused_data=_WHOLE,
     ),
-    "kto": Method("KTO", "labelled", reference=True, unused_data=_LABELLED),
-    "reward": Method("Reward", "pairs", scores=True, unused_data=_STREAMED),
-    "grpo": Method("GRPO", "prompts", tools=False, unused_data={**_PREFERENCE, **_ONLINE}),
+    "kto": Method("KTO", "labelled", reference=True, unused_data=_PREFERENCE),
+    "reward": Method("Reward", "pairs", scores=True, unused_data=_PREFERENCE),
+    "grpo": Method("GRPO", "prompts", tools=False, unused_data=_ONLINE),
     "distillation": Method(
-        "Distillation", "prompts", teacher=True, tools=False, unused_data={**_PREFERENCE, **_ONLINE}
+        "Distillation", "prompts", teacher=True, tools=False, unused_data=_ONLINE
     ),
-    "rloo": Method("RLOO", "prompts", tools=False, unused_data={**_PREFERENCE, **_ONLINE}),
+    "rloo": Method("RLOO", "prompts", tools=False, unused_data=_ONLINE),
 }
 
 # Fields of TRL's configurations that a recipe must not set: another section owns them.
@@ -146,6 +143,22 @@ def derived_fields(method: str, model, data) -> dict[str, tuple[Any, str]]:
     if model.trust_remote_code:
         derived["trust_remote_code"] = (True, "model.trust_remote_code")
     return derived
+
+
+def interpret(args) -> None:
+    """Raise the error that Trainer would raise later, for options that it interprets only then."""
+    try:
+        args.get_process_log_level()
+    except KeyError as error:
+        raise ValueError(f"log_level: {error} is no level") from error
+    get_reporting_integration_callbacks(args.report_to)
+    get_scheduler(
+        args.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1)]),
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
 
 
 def refuse_unused(method: str, values: dict[str, Any]) -> None:

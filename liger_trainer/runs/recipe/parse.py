@@ -61,7 +61,10 @@ def parse(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(f"{error.problem or error.context}{where}") from error
+        problem = error.problem or ""
+        if not problem or problem.startswith("but "):
+            problem = ", ".join(part for part in (error.context, problem) if part)
+        raise ValueError(f"{problem}{where}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError:

@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import os
-import re
 import typing
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -23,13 +22,14 @@ import torch
 from liger_trainer.config import KernelConfig
 from liger_trainer.request import CONFIG, FLAG
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.errors import suggest_path
+from liger_trainer.runs.files import expanded, read_text, suggest_path
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.recipe.methods import (
     METHODS,
     Method,
     arguments_class,
     derived_fields,
+    interpret,
     refuse_unused,
     training_defaults,
 )
@@ -47,7 +47,6 @@ _PATHS = {
     "data": ("path", "eval_path", "mix"),
     "training": ("output_dir",),
 }
-_VARIABLE = re.compile(r"\$(?=\w|\{\w+\})\{?(\w+)")
 # Options that a later release of transformers renamed: old name, new name.
 _RENAMED = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -128,9 +127,11 @@ class Recipe:
         if fields.get("bf16") == "auto":
             fields["bf16"] = native_bf16() and not fields.get("fp16")
         try:
-            return cls(**fields)
+            args = cls(**fields)
+            interpret(args)
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"training: {error}") from error
+        return args
 
     @property
     def kernels(self) -> bool | dict:
@@ -150,12 +151,22 @@ class Recipe:
         except (ValueError, TypeError) as error:
             raise ValueError(f"peft: {error}") from error
 
+    def adapter_for(self, model):
+        """Return `peft_config()`. Raises ValueError if the model lacks a module that is to be
+        saved, which PEFT would ignore."""
+        config = self.peft_config()
+        names = [name for name, _ in model.named_modules()]
+        for wanted in getattr(config, "modules_to_save", None) or ():
+            if not any(name.endswith(wanted) for name in names):
+                raise ValueError(f"peft.modules_to_save: the model has no module {wanted!r}")
+        return config
+
     def adapted(self, model):
         """Return a model with the adapter of the section `peft`, if there is one.
 
         Raises ValueError if the section does not fit the model.
         """
-        config = self.peft_config()
+        config = self.adapter_for(model)
         if config is None:
             return model
         import peft
@@ -212,6 +223,8 @@ def _find(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
+    if path.is_dir():
+        raise ValueError(f"the recipe {str(path)!r} is a folder; give a YAML file")
     if str(name) in recipe_names():
         return shipped(f"{name}.yaml")
     close = difflib.get_close_matches(str(name), recipe_names(), n=3, cutoff=0.6)
@@ -220,9 +233,10 @@ def _find(name: str | Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = read_text(path)
     try:
-        values = parse(path.read_text(encoding="utf-8")) or {}
-    except ValueError as error:  # UnicodeDecodeError is one
+        values = parse(text) or {}
+    except ValueError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of the sections {', '.join(SECTIONS)}")
@@ -286,7 +300,7 @@ def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict
         }
         for key in _PATHS.get(section, ()):
             if checked[section].get(key):
-                checked[section][key] = _at_home(f"{section}.{key}", checked[section][key])
+                checked[section][key] = expanded(f"{section}.{key}", checked[section][key])
     refuse_unused(method, checked)
     return checked
 
@@ -299,23 +313,6 @@ def _elsewhere(method: str, key: str) -> str:
         if key in (f.name for f in dataclasses.fields(_class_of(section, method)) if f.init):
             return f"{section}.{key}"
     return key
-
-
-def _at_home(where: str, value: Any) -> Any:
-    """Return paths with `~` and variables expanded: one, several, or those in `data.mix`.
-
-    Raises ValueError for a variable that is not set.
-    """
-    if isinstance(value, list):
-        return [_at_home(where, item) for item in value]
-    if isinstance(value, dict):
-        return {k: _at_home(where, v) if k == "path" and v else v for k, v in value.items()}
-    if not isinstance(value, str):
-        return value
-    unset = [name for name in _VARIABLE.findall(value) if name not in os.environ]
-    if unset:
-        raise ValueError(f"{where}: the environment variable {unset[0]} is not set")
-    return os.path.expanduser(os.path.expandvars(value))
 
 
 def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) -> dict[str, Any]:

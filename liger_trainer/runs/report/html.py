@@ -148,10 +148,12 @@ def write_report(
 
 def _cards(summary: dict[str, Any]) -> list[tuple[str, str]]:
     speed = summary.get("tokens_per_second")
+    split = "held-out" if summary["held_out"] else "training"
+    metrics = summary["held_out"] or summary["training"]
     return [
         *(
-            (f"{first} → {last}", f"held-out {name}")
-            for name, first, last in headline_metrics(summary)
+            (f"{first} → {last}", f"{split} {name}")
+            for name, first, last in headline_metrics(metrics)
         ),
         *([(f"{speed:,.0f}", "tokens per second")] if speed else []),
         (f"{summary['peak_memory_gib']:.2f} GiB", "peak memory"),

@@ -41,14 +41,19 @@ _NOT_METRICS = (
 
 
 def summarize(log_history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first and last losses and held-out metrics, mean tokens per second, peak memory.
+    """Return training and held-out metrics, mean tokens per second, peak memory.
 
-    `held_out` maps each metric, without `eval_`, to its first and last value.
+    `training` maps each headline metric to its first and last value, `held_out` every metric,
+    without `eval_`.
     """
     train = [e for e in log_history if "tokens_per_second" in e]
-    found: dict[str, Any] = {}
-    if train:
-        found |= {"train_loss_first": train[0]["loss"], "train_loss_last": train[-1]["loss"]}
+    found: dict[str, Any] = {
+        "training": {
+            key: [train[0][key], train[-1][key]]
+            for key, *_ in _HEADLINE_METRICS
+            if train and key in train[0] and key in train[-1]
+        }
+    }
     metrics = held_out(log_history)
     if "loss" in metrics:
         before, after = metrics["loss"]
@@ -109,13 +114,13 @@ def _ends(values: list[tuple[int | None, float]]) -> list[float | None]:
     return [first, last]
 
 
-def headline_metrics(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return name, first and last value of the headline held-out metrics, formatted; "-" if it was
-    not measured."""
-    held_out, found = summary["held_out"], []
+def headline_metrics(metrics: dict[str, list[float | None]]) -> list[tuple[str, str, str]]:
+    """Return name, first and last value of the headline ones among `metrics`, formatted; "-" if it
+    was not measured."""
+    found = []
     for key, name, text in _HEADLINE_METRICS:
         # If there is a reward, the loss is a policy gradient's, which is near 0 at any quality.
-        if key in held_out and not (key == "loss" and "reward" in held_out):
-            first, last = ("-" if v is None else text.format(v) for v in held_out[key])
+        if key in metrics and not (key == "loss" and "reward" in metrics):
+            first, last = ("-" if v is None else text.format(v) for v in metrics[key])
             found.append((name, first, last))
     return found

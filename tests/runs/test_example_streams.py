@@ -1,4 +1,4 @@
-"""Pairs that are read while training are those of the whole data, with the same refusals."""
+"""Examples that are read while training are those of the whole data, with the same refusals."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from liger_trainer import cli
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.rows import RowError
 from liger_trainer.runs.report import html
 from liger_trainer.runs.throughput import Throughput
 
@@ -56,10 +57,39 @@ FORMS = {
 }
 
 
-def prepared(folder, rows, **fields):
-    path = str(tiny.json_lines(folder / "pairs.jsonl", rows))
+OTHER_FORMS = {
+    "labelled": [
+        lambda i: {"prompt": f"what is {i} ?", "completion": "the cat", "label": i % 2 == 0},
+        lambda i: {"instruction": f"what is {i} ?", "output": "the cat", "label": i % 2 == 0},
+    ],
+    "prompts": [
+        lambda i: {"prompt": [said("user", f"what is {i} ?")], "answer": i},
+        lambda i: {"instruction": f"what is {i} ?", "answer": i},
+    ],
+}
+
+
+def prepared(folder, rows, examples="pairs", **fields):
+    path = str(tiny.json_lines(folder / "rows.jsonl", rows))
     data = DataArguments(path=path, max_length=64, **fields)
-    return prepare(data, tiny.tokenizer(), Purpose("pairs"), seed=0).train
+    purpose = Purpose(examples, check=without_150)
+    return prepare(data, tiny.tokenizer(), purpose, seed=0).train
+
+
+def without_150(row):
+    """As a reward function that can never reward a row."""
+    if row.get("answer") == 150:
+        raise RowError("an odd one out")
+
+
+@pytest.mark.parametrize(
+    ("examples", "form"), [(kind, form) for kind, forms in OTHER_FORMS.items() for form in forms]
+)
+def test_a_stream_gives_the_other_examples_too(tmp_path, examples, form):
+    rows = [form(i) for i in range(30)]
+    stream = prepared(tmp_path, rows, examples, streaming=True)
+    assert texts(stream) == texts(prepared(tmp_path, rows, examples))
+    assert len(texts(stream)) == 30
 
 
 def texts(rows):
@@ -93,6 +123,27 @@ def test_a_pair_that_cannot_be_used_is_named_or_left_out(tmp_path, at, change, r
     assert len(list(prepared(tmp_path, rows, streaming=True, invalid="drop"))) == 199
 
 
+@pytest.mark.parametrize(
+    ("examples", "change", "reason"),
+    [
+        ("labelled", {"label": None}, "`label` is None, neither true nor false"),
+        ("labelled", {"completion": ""}, "`completion` is empty"),
+        ("prompts", {"prompt": []}, "`prompt` is empty"),
+        ("prompts", {"answer": 150}, "an odd one out"),
+    ],
+)
+def test_another_example_that_cannot_be_used_is_named(tmp_path, examples, change, reason):
+    rows = [OTHER_FORMS[examples][0](i) for i in range(149)]
+    rows.append(rows[0] | change)
+    with pytest.raises(ValueError, match=rf"row 150\b.*{reason}"):
+        list(prepared(tmp_path, rows, examples, streaming=True))
+
+
+def test_pairs_do_not_stream_for_kto(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.streaming: pairs cannot stream for kto"):
+        prepared(tmp_path, [FORMS["text"](1)], "labelled", streaming=True)
+
+
 def test_a_stream_without_pairs_is_refused_before_training(tmp_path):
     rows = [{"prompt": "a", "good": "b", "rejected": "c"}] * 3
     with pytest.raises(ValueError, match="no column 'chosen' among prompt, good, rejected"):
@@ -105,8 +156,13 @@ def recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(html, "plots", lambda log: [])
 
     def of(method):
-        values = tiny.alignment_values(tmp_path, method, max_steps=5)
-        values["data"] |= {"streaming": True, "eval_path": values["data"]["path"]}
+        values = tiny.alignment_values(tmp_path, method, max_steps=4)
+        if method == "grpo":
+            values["reward"] = {"functions": ["parses"]}
+        if method == "kto":
+            rows = [OTHER_FORMS["labelled"][0](i) for i in range(16)]
+            values["data"]["path"] = str(tiny.json_lines(tmp_path / "labelled.jsonl", rows))
+        values["data"]["streaming"] = True
         del values["data"]["eval_fraction"]
         return tiny.write_recipe(tmp_path, values)
 
@@ -117,7 +173,7 @@ def train(recipe, *arguments):
     return cli.main(["train", str(recipe), *arguments])
 
 
-@pytest.mark.parametrize("method", ["dpo", "reward"])
+@pytest.mark.parametrize("method", ["dpo", "kto", "grpo"])
 def test_an_interrupted_run_on_a_stream_resumes_to_the_same_model(
     tmp_path, recipe, monkeypatch, method
 ):
