@@ -166,7 +166,7 @@ def _rope_kernel(
     sin_row = sin_ptr + b * sin_stride_b + s * sin_stride_s
 
     # Every load before the first store: the compiler may not move a load above a store.
-    START: tl.constexpr = REST if TRAILING else 0
+    START: tl.constexpr = REST if TRAILING else 0  # pyright: ignore[reportAssignmentType]
     qa, qb = _load_pairs(q_row + START, q_mask, BLOCK_HQ, HALF, P, FROM_NEIGHBORS)
     ka, kb = _load_pairs(k_row + START, k_mask, BLOCK_HK, HALF, P, FROM_NEIGHBORS)
     cos_a, cos_b = _load_table(cos_row, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
