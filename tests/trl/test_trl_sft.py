@@ -173,14 +173,18 @@ def test_lora_with_trained_head(tmp_path):
     assert any("lm_head" in name for name in got.gradients)
 
 
-def test_lora_on_the_head(tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_lora_on_the_head(settings, tmp_path):
     """Against peft's model and cross entropy, by hand: TRL's own head ignores an adapter, and TRL
     refuses it."""
     config = {"max_steps": 1, "per_device_train_batch_size": len(PAIRS)}  # all, in any order
-    got = trl_parity.run("SFT", tmp_path, arguments("tokens", peft_config=head_lora()), config)
+    build = arguments("tokens", peft_config=head_lora(**settings))
+    got = trl_parity.run("SFT", tmp_path, build, config)
+    (row,) = [r for r in got.trainer.injection_report.rows if r.site == "add_fused_lm_head"]
+    assert row.swapped == (not settings), row
     plain = trl_parity.policy()
     set_seed(got.trainer.args.seed)  # as TRL does before it makes the adapter
-    model = get_peft_model(plain, head_lora()).train()
+    model = get_peft_model(plain, head_lora(**settings)).train()
     batch = next(iter(got.trainer.get_train_dataloader()))
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
@@ -196,8 +200,8 @@ def test_lora_on_the_head(tmp_path):
         assert (got.gradients[name] - clipped).norm() <= 1e-5 * clipped.norm(), name
 
 
-def head_lora():
-    return trl_parity.lora(target_modules=["q_proj", "lm_head"])
+def head_lora(**settings):
+    return trl_parity.lora(target_modules=["q_proj", "lm_head"], **settings)
 
 
 def unsupervised_rows(supervised: list[bool]) -> Dataset:
