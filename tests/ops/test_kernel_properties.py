@@ -73,7 +73,8 @@ def check(path, function, reference, operands, **options):
 @paths
 @given(data=st.data())
 def test_rms_norm(path, data):
-    shape = data.draw(shapes())
+    # Of one channel, the gradient is 0 but for rounding.
+    shape = data.draw(shapes(st.integers(2, 70)))
     operands = {
         "x": data.draw(tensor(shape)),
         "weight": data.draw(st.none() | tensor(shape[-1:])),
