@@ -19,7 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="folder of a finished run; hub name or folder"
     )
-    parser.add_argument("--new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most that are generated (default: %(default)s)",
+    )
 
 
 def main(options: argparse.Namespace) -> int:

@@ -21,7 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt or .jsonl")
-    parser.add_argument("--new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="most that are generated (default: %(default)s)",
+    )
     parser.add_argument("--output", metavar="FILE.jsonl", help="write here, not to the terminal")
 
 

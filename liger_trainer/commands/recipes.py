@@ -70,4 +70,4 @@ def _needs(values: dict) -> str:
     needs += ["peft"] if values.get("peft") else []
     needs += [need.names[0] for need in needed(values)]
     needs += [] if values["model"].get("package") else ["a model hub"]
-    return ", ".join(needs)
+    return ", ".join(dict.fromkeys(needs))

@@ -35,6 +35,14 @@ def test_a_run_that_fits(capsys):
     assert printed.splitlines()[-1].startswith("fits: ")
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize(("memory", "kept"), [("24", "checkpointed"), ("48", "lean")])
+def test_a_budget_checkpoints_what_does_not_fit(capsys, method, memory, kept):
+    words = ["plan", f"{method}/qwen3-8b-lora", "--shape", "qwen3-8b", "--memory", memory]
+    assert cli.main(words) == 0
+    assert f"activations {kept}" in capsys.readouterr().out
+
+
 def test_a_run_that_does_not_fit_names_what_would(capsys):
     words = [*FULL, "--gpus", "2", "training.gradient_checkpointing=false"]
     assert cli.main(words) == 1

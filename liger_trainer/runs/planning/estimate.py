@@ -62,9 +62,7 @@ def run_of(recipe: Recipe, *, gpus: int, memory: float, engine: str, shape: str 
         compute=2 if narrow else 4,
         mixed=mixed,
         lean=kernels.activation_memory != "keep",
-        checkpointing=bool(
-            fields.get("gradient_checkpointing") or fields.get("activation_checkpointing")
-        ),
+        checkpointing=_checkpointing(fields) and not kernels.has_budget,
         reduce_each=_reduce_each(fields),
         optimizer=_OPTIMIZERS[_name(fields["optim"])],
         reference_bytes=whole.trained_bytes if reference else 0,
@@ -192,6 +190,12 @@ def _meta_model(recipe: Recipe, shape: str | None):
         dtype = getattr(torch, named)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _checkpointing(fields: dict) -> bool:
+    """Return whether every layer is checkpointed; the newer name wins, as in transformers."""
+    newer = fields.get("activation_checkpointing")
+    return bool(fields.get("gradient_checkpointing") if newer is None else newer)
 
 
 def _reduce_each(fields: dict) -> bool:
