@@ -72,9 +72,9 @@ def _recipes(prefix: str, **_) -> list[str]:
 
 def main(options: argparse.Namespace) -> int:
     """Train, or say what would be done."""
-    from liger_trainer.runs.voice import one_voice
+    from liger_trainer.runs.processes import ending_together
 
-    with one_voice(debug=options.debug):
+    with ending_together(debug=options.debug):
         return _main(options)
 
 

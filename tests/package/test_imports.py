@@ -36,7 +36,7 @@ FOLDERS = {
     "runs": [
         ["adapters", "engine", "errors", "files", "health", "packages", "secrets", "signals"],
         ["shipped", "typed"],
-        ["checkpoints", "data", "throughput", "voice"],
+        ["checkpoints", "data", "throughput", "processes"],
         ["load", "report", "rewards"],
         ["recipe"],
         ["build", "planning"],

@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from liger_trainer.runs import engine, voice
+from liger_trainer.runs import engine, processes
 from liger_trainer.runs.errors import Reported, RunError
-from liger_trainer.runs.voice import one_voice
+from liger_trainer.runs.processes import ending_together
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +37,14 @@ def launched(monkeypatch):
     }
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(voice, "_MOMENT", 0.1)
+    monkeypatch.setattr(processes, "_MOMENT", 0.1)
     return store
 
 
 def ended(error, rank, monkeypatch):
     """Return the exit code of the process `rank`, in which `error` is raised."""
     monkeypatch.setenv("LOCAL_RANK", str(rank))
-    with pytest.raises(Reported) as reported, one_voice(debug=False):
+    with pytest.raises(Reported) as reported, ending_together(debug=False):
         raise error
     return reported.value.code
 
@@ -63,7 +63,7 @@ def test_who_loses_the_connection_to_it_says_nothing(launched, monkeypatch, caps
 
 
 def test_what_is_lost_first_waits_for_the_reason(launched, monkeypatch, capsys):
-    monkeypatch.setattr(voice, "_MOMENT", 20)
+    monkeypatch.setattr(processes, "_MOMENT", 20)
     launched.add("liger_trainer/error/0/count", 1)
     threading.Timer(0.1, lambda: launched.set("liger_trainer/error/0", "2")).start()
     assert ended(RuntimeError("connection closed"), 0, monkeypatch) == 2
@@ -78,7 +78,7 @@ def test_an_unexpected_error_is_told_with_its_traceback(launched, monkeypatch, c
 
 
 def test_what_the_launcher_ends_after_a_kill_says_nothing(launched, monkeypatch, capsys):
-    monkeypatch.setattr(voice, "_MOMENT", 20)
+    monkeypatch.setattr(processes, "_MOMENT", 20)
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
     assert ended(RuntimeError("connection closed"), 0, monkeypatch) == 1
     assert capsys.readouterr().err == ""
@@ -86,13 +86,13 @@ def test_what_the_launcher_ends_after_a_kill_says_nothing(launched, monkeypatch,
 
 def test_who_is_ended_while_it_reports_says_nothing(launched, monkeypatch, capsys):
     assert ended(OSError("no such file"), 0, monkeypatch) == 2
-    plain = voice._store
+    plain = processes._store
 
     def store():
         signal.raise_signal(signal.SIGTERM)
         return plain()
 
-    monkeypatch.setattr(voice, "_store", store)
+    monkeypatch.setattr(processes, "_store", store)
     assert ended(RunError("not saved"), 1, monkeypatch) == 2
     assert capsys.readouterr().err == "error: no such file\n"
 
@@ -105,13 +105,13 @@ def test_none_ends_before_the_reason_is_printed(launched, monkeypatch, capsys):
         order.append("printed")
         return 2
 
-    monkeypatch.setattr(voice, "report", slowly)
+    monkeypatch.setattr(processes, "report", slowly)
     arguments = (ValueError("a"), False, threading.Event())
-    other = threading.Thread(target=voice._reported, args=arguments)
+    other = threading.Thread(target=processes._reported, args=arguments)
     other.start()
     while launched.add("liger_trainer/error/0/count", 0) == 0:
         time.sleep(0.01)
-    assert voice._reported(*arguments) == 2
+    assert processes._reported(*arguments) == 2
     assert order == ["printed"]
     other.join()
 
@@ -131,7 +131,7 @@ def test_without_a_store_the_first_of_a_machine_tells(launched, monkeypatch, cap
 
 def test_alone_sigterm_interrupts_and_other_handlers_come_back():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), one_voice(debug=False):
+    with pytest.raises(KeyboardInterrupt), ending_together(debug=False):
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -141,8 +141,8 @@ def test_none_leaves_before_all_have_come_to_the_end(launched, monkeypatch):
     found = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: found.append("all are there"))
-    monkeypatch.setattr(voice, "leave_group", lambda failed: found.append("left"))
-    with one_voice(debug=False):
+    monkeypatch.setattr(processes, "leave_group", lambda failed: found.append("left"))
+    with ending_together(debug=False):
         found.append("report written")
     assert found == ["report written", "all are there", "left"]
 

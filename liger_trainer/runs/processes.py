@@ -25,7 +25,7 @@ _MOMENT = 1.0  # seconds in which the launcher, or another process, tells of a p
 
 
 @contextlib.contextmanager
-def one_voice(*, debug: bool) -> Iterator[None]:
+def ending_together(*, debug: bool) -> Iterator[None]:
     """Run the block, which is the whole run of this process, and leave the process group.
 
     SIGTERM interrupts it as Ctrl-C does. If there are several processes, they wait for each other
