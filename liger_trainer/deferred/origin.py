@@ -18,9 +18,6 @@ WAY_OUT = (
 )
 
 
-_Dropout = torch.nn.modules.dropout._DropoutNd
-
-
 class Snapshot(NamedTuple):
     """A parameter of the head when the head was called, with a stamp to detect changes."""
 
@@ -78,7 +75,7 @@ class Origin:
 
     def keep_dropout(self) -> None:
         """Make the dropout of an adapter on the head the same each time as in the next call."""
-        if any(isinstance(m, _Dropout) and m.training and m.p for m in self.head.modules()):
+        if any(isinstance(m, nn.Dropout) and m.training and m.p for m in self.head.modules()):
             self.seeds.append(torch.get_rng_state())
             if self.device.type == "cuda":
                 self.seeds.append(torch.cuda.get_rng_state(self.device))
