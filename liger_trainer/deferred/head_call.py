@@ -193,9 +193,11 @@ def sums_linear_layers(head: nn.Module) -> bool:
 
 
 def _innermost(head: nn.Module) -> nn.Module:
-    while not isinstance(head, nn.Linear):
-        head = getattr(head, "base_layer", None) or head.original_module
-    return head
+    """Return the head inside adapters and modules that are trained in full."""
+    inner: object = head
+    while not isinstance(inner, nn.Linear):
+        inner = getattr(inner, "base_layer", None) or getattr(inner, "original_module")  # noqa: B009
+    return inner
 
 
 _SETTINGS = "active_adapters", "merged_adapters", "disable_adapters"  # PEFT's names

@@ -75,7 +75,7 @@ class Origin:
 
     def keep_dropout(self) -> None:
         """Make the dropout of an adapter on the head the same each time as in the next call."""
-        if any(map(_drops, self.head.modules())):
+        if any(isinstance(m, nn.Dropout) and m.training and m.p for m in self.head.modules()):
             self.seeds.append(torch.get_rng_state())
             if self.device.type == "cuda":
                 self.seeds.append(torch.cuda.get_rng_state(self.device))
@@ -213,8 +213,3 @@ def _differs(tensor: torch.Tensor, stamp: tuple | None) -> bool:
 
 def _in_memory(tensor: torch.Tensor) -> bool:
     return tensor.numel() > 0 and tensor.untyped_storage().size() > 0
-
-
-def _drops(module: nn.Module) -> bool:
-    is_dropout = type(module).__module__ == nn.Dropout.__module__
-    return is_dropout and module.training and getattr(module, "p", 0.0) > 0.0
