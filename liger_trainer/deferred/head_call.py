@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -194,9 +194,9 @@ def sums_linear_layers(head: nn.Module) -> bool:
 
 def _innermost(head: nn.Module) -> nn.Module:
     """Return the head inside adapters and modules that are trained in full."""
-    inner: object = head
+    inner: Any = head
     while not isinstance(inner, nn.Linear):
-        inner = getattr(inner, "base_layer", None) or getattr(inner, "original_module")  # noqa: B009
+        inner = getattr(inner, "base_layer", None) or inner.original_module
     return inner
 
 
