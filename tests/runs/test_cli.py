@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from liger_trainer import cli
 from liger_trainer.runs import folder as run_folder
+from liger_trainer.runs.data.collate import unpacked
 from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.load import load_tokenizer
 from liger_trainer.runs.recipe import load_recipe
@@ -78,7 +79,7 @@ def test_all_tokens_but_padding_are_counted(tmp_path, recipe, packing, capsys):
     parsed = load_recipe(recipe, options)
     prepared = prepare(parsed.data, load_tokenizer(parsed.model), seed=42)
     summary = json.loads((tmp_path / "out" / "run.json").read_text())["summary"]
-    assert summary["tokens"] == sum(len(ids) for ids in prepared.train["input_ids"])
+    assert summary["tokens"] == sum(len(row["input_ids"]) for row in unpacked(prepared.train))
     assert re.search(r"training loss +\d.* at first, .* at last", capsys.readouterr().out)
 
 
