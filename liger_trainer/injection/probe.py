@@ -160,7 +160,7 @@ def _state(module: nn.Module) -> dict[str, tuple[object, int | None]]:
     return {
         name: (value, len(value) if isinstance(value, Sized) else None)
         for name, value in vars(module).items()
-        if name != "training"
+        if name != "training" and not name.startswith("_liger_")  # ours, of a swapped module
     }
 
 
