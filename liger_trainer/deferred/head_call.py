@@ -194,7 +194,9 @@ def sums_linear_layers(head: nn.Module) -> bool:
 
 def _innermost(head: nn.Module) -> nn.Module:
     while not isinstance(head, nn.Linear):
-        head = getattr(head, "base_layer", None) or head.original_module
+        head = head.get_submodule(
+            "base_layer" if hasattr(head, "base_layer") else "original_module"
+        )
     return head
 
 
