@@ -232,6 +232,8 @@ def start(world: int, worker, *arguments) -> None:
 
     import liger_trainer.injection.walk  # noqa: F401
 
+    torch.set_num_threads(1)  # OpenMP hangs in a process that was forked when it had threads
+
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
