@@ -48,6 +48,17 @@ def recomputing() -> contextlib.AbstractContextManager:
     return _recomputing()
 
 
+def without_hooks() -> contextlib.AbstractContextManager:
+    """Make autograd save tensors as they are, whatever saved-tensor hooks there are."""
+    if _top_hooks(True) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 class _Block(threading.local):
     recipes: list[weakref.ref[Recipe]] | None = None  # made in this block of `recomputing`
 

@@ -174,13 +174,13 @@ def sums_linear_layers(head: nn.Module) -> bool:
     """Return whether the logits of an adapter on a head, as it is set now, are a sum of those of
     linear layers.
 
-    Tested once for each setting, with zeros. If an engine's hooks are needed to run the head, the
-    answer is True, and a consumer finds out (see `consume`).
+    Tested once for each setting, with zeros. If an engine's hooks are needed to run the head, or it
+    has no weights yet, the answer is True, and a consumer finds out (see `consume`).
     """
     if not is_recorded_at_once(head) or torch.is_inference_mode_enabled():
         return True
     weight = _innermost(head)._parameters.get("weight")
-    if weight is None:
+    if weight is None or weight.is_meta:  # meta: another process has the weights
         return True
     dtypes = tuple(parameter.dtype for parameter in head.parameters())
     chosen = (str(getattr(head, name, None)) for name in _SETTINGS)
@@ -204,7 +204,7 @@ _SETTINGS = "active_adapters", "merged_adapters", "disable_adapters"  # PEFT's n
 
 
 def _records_terms(head: nn.Module, weight: torch.Tensor) -> bool:
-    device = weight.device if weight.device.type != "meta" else torch.device("cpu")
+    device = weight.device
     hidden = torch.zeros((1, 2, weight.shape[1]), dtype=weight.dtype, device=device)
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerators, device_type=device.type), torch.no_grad():

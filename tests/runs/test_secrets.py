@@ -7,7 +7,8 @@ from liger_trainer.runs.secrets import hidden, hidden_override, is_secret
 
 
 def test_secrets_reach_no_file_and_no_terminal(original, finished, capsys):
-    overrides = [f"model.token={SECRET}", "data.name=https://user:pa55word@host/x"]
+    overrides = [f"model.token={SECRET}", "data.eval_path=https://user:pa55word@host/x"]
+    overrides += ["data.eval_fraction=null"]
     assert train("recipe.yaml", "--dry-run", *overrides) == 1
     assert train("recipe.yaml", *overrides, f"training.hub_token={SECRET}") == 2
     assert train("recipe.yaml", *overrides, f"model.token=[{SECRET}]") == 2

@@ -27,6 +27,7 @@ from liger_trainer.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, fingerprint
 from liger_trainer.kernels.layers.glu import MIN_ELEMENTS, geglu, swiglu
+from liger_trainer.kernels.recompute import without_hooks
 from liger_trainer.kernels.runtime import PLAIN, is_looked_into, pays
 from liger_trainer.report import Status
 from liger_trainer.swap import Proven, Swapped, holds, note, swap
@@ -185,12 +186,8 @@ def defer_activation(owner: FusedActivation, x: torch.Tensor) -> DeferredActivat
 
     version = x._version
     # Hooks of checkpointing count what is saved, and nothing is where the module itself runs.
-    with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+    with without_hooks():
         return Attach.apply(make, recompute, x)
-
-
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def propose(search: Search, site: str, module: nn.Module) -> Iterator[Proposal]:
