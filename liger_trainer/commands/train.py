@@ -80,6 +80,7 @@ def main(options: argparse.Namespace) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     from liger_trainer.runs.checks import conflicts, require
+    from liger_trainer.runs.engine import is_first_on_machine
     from liger_trainer.runs.recipe.recipe import load_recipe
     from liger_trainer.runs.run import run
 
@@ -87,7 +88,7 @@ def _main(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(recipe, resume=options.resume, overwrite=options.overwrite)
     require(recipe)
-    for conflict in conflicts(recipe) if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+    for conflict in conflicts(recipe) if is_first_on_machine() else ():
         print(f"warning: {conflict}", file=sys.stderr)
     command = options.command or _command(options)
     try:

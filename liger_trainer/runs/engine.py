@@ -3,6 +3,7 @@ between its processes."""
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -29,6 +30,11 @@ def save_whole_model(accelerator: Accelerator) -> None:
     fsdp = getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None:
         fsdp.set_state_dict_type("FULL_STATE_DICT")
+
+
+def is_first_on_machine() -> bool:
+    """Return whether this process is the one of its machine that prints what all would."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def in_any_process(found: bool, args) -> bool:

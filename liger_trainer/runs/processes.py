@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch
 
-from liger_trainer.runs.engine import leave_group
+from liger_trainer.runs.engine import is_first_on_machine, leave_group
 from liger_trainer.runs.errors import FAILED, Reported, RunError, exit_code, report
 
 _PATIENCE = 5.0  # seconds for another process to print its error
@@ -60,7 +60,7 @@ def _reported(error: BaseException, debug: bool, ended: threading.Event) -> int:
             return _first_reported(store, error, debug, ended)
     except torch.distributed.DistError:
         pass  # the process that hosted the store has ended
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_on_machine():
         return report(error, debug=debug)
     return exit_code(error)
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from transformers import TrainerCallback
 
-from liger_trainer.runs.engine import in_any_process
+from liger_trainer.runs.engine import in_any_process, is_first_on_machine
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -72,7 +72,7 @@ class StopOnSignal(TrainerCallback):
         self._count += 1
         if self._count > 2 or (self._count == 2 and not self._saving):
             raise KeyboardInterrupt
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine tells
+        if is_first_on_machine():
             print(f"\n{self._answer()}", file=sys.stderr, flush=True)
 
     def _answer(self) -> str:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from plain_mlp import Mlp
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -12,13 +13,6 @@ from liger_trainer.injection.rules import gated
 from liger_trainer.report import Status
 
 pytestmark = pytest.mark.usefixtures("every_size")
-
-
-class Mlp(nn.Module):
-    def __init__(self, activation):
-        super().__init__()
-        self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.act = activation
 
 
 def row_of(report):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import tiny_model
+from plain_mlp import Mlp
 from plain_norm import Norm
 from torch import nn
 from transformers.activations import ACT2FN, GELUActivation
@@ -14,16 +15,6 @@ from liger_trainer import inject, restore
 from liger_trainer.injection.rules import gated
 
 pytestmark = pytest.mark.usefixtures("every_size")
-
-
-class Mlp(nn.Module):
-    def __init__(self, activation):
-        super().__init__()
-        self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.act = activation
-
-    def forward(self, x):
-        return self.act(self.gate(x)) * self.up(x)
 
 
 class Plain(Mlp):
