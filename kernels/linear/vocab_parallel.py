@@ -116,10 +116,7 @@ def token_loss_(
     The logits of a shard are processed in fp32, a limited number of rows at a time.
     """
     if shard is None:
-        loss_N, _ = cross_entropy.token_loss_(
-            logits_NV, labels_N, class_weight_V, options, want_grad
-        )
-        return loss_N
+        return cross_entropy.token_loss_(logits_NV, labels_N, class_weight_V, options, want_grad)
     supervised_N, valid_N = _kinds(labels_N, options.ignore_index, shard)
     label_N, own_N = shard.local(labels_N)
     dtype = accumulate_dtype(logits_NV)

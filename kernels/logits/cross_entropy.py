@@ -54,7 +54,7 @@ def _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad):
         options.transform.chain_(grad_NV, y_NV)
         grad_NV.masked_fill_(ignored_N.unsqueeze(1), 0.0)
         logits_NV.copy_(grad_NV)
-    return loss_N, lse_N1.squeeze(1)
+    return loss_N
 
 
 # --- Triton kernels --------------------------------------------------------------------------
@@ -79,25 +79,33 @@ def _gradient(
 
 @triton.jit
 def _token_loss_kernel(
-    logits_ptr, row_stride, labels_ptr, class_weight_ptr, total_weight_ptr, loss_ptr, lse_ptr,
-    V, ignore_index, eps, z_loss, scale, softcap,
+    logits_ptr, row_stride, labels_ptr, class_weight_ptr, total_weight_ptr, loss_ptr, top_ptr,
+    log_total_ptr, V, ignore_index, eps, z_loss, scale, softcap,
     WRITE_GRAD: tl.constexpr, SMOOTH: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one token's loss and lse; with WRITE_GRAD, overwrite its logits with dlogits."""
+    """Compute one token's loss. Overwrite its logits with their gradient, or keep its sums.
+
+    With WRITE_GRAD, the logits become d loss / d logits. Else top = max(y) and
+    log_total = log(sum(exp(y - top))) are kept for backward: apart, as their sum would be rounded.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     logits_ptr += row * row_stride
 
     if label == ignore_index:
         tl.store(loss_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
         if WRITE_GRAD:
             for start in range(0, V, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
                 tl.store(logits_ptr + cols, tl.zeros([BLOCK], tl.float32), mask=cols < V)
         return
 
+    in_range = (label >= 0) & (label < V)
+    safe_label = tl.where(in_range, label, 0)
+    y_label = transform(
+        tl.load(logits_ptr + safe_label).to(tl.float32), scale, softcap, HAS_SOFTCAP
+    )
     top = -float("inf")
     sums = tl.zeros([BLOCK], tl.float32)
     smooth_sums = tl.zeros([BLOCK], tl.float32)
@@ -112,29 +120,23 @@ def _token_loss_kernel(
         sums = sums * tl.exp(top - shift) + tl.exp(y - shift)
         top = new_top
         if SMOOTH:
-            weighted = tl.where(mask, y, 0.0)
+            weighted = tl.where(mask, y - y_label, 0.0)
             if HAS_CLASS_WEIGHT:
                 weighted *= tl.load(class_weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
             smooth_sums += weighted
     log_total = tl.log(tl.sum(sums, 0))
     lse = top + log_total
-
-    in_range = (label >= 0) & (label < V)
-    safe_label = tl.where(in_range, label, 0)
-    y_label = transform(
-        tl.load(logits_ptr + safe_label).to(tl.float32), scale, softcap, HAS_SOFTCAP
-    )
     hard = 1.0 - eps
     total_weight = tl.cast(V, tl.float32)
     if HAS_CLASS_WEIGHT:
         hard *= tl.load(class_weight_ptr + safe_label).to(tl.float32)
         total_weight = tl.load(total_weight_ptr)
-    # Relative to the maximum, so that a common offset of the logits costs no precision.
-    loss = hard * (log_total + (top - y_label)) + z_loss * lse * lse
+    # Differences of logits, so that a common offset costs no precision.
+    nll = log_total + (top - y_label)
+    loss = hard * nll + z_loss * lse * lse
     if SMOOTH:
-        loss += eps / V * (total_weight * lse - tl.sum(smooth_sums, 0))
+        loss += eps / V * (total_weight * nll - tl.sum(smooth_sums, 0))
     tl.store(loss_ptr + row, tl.where(in_range, loss, float("nan")))
-    tl.store(lse_ptr + row, lse)
 
     if WRITE_GRAD:
         tl.debug_barrier()  # so that no thread overwrites the label's logit before it is read
@@ -148,12 +150,15 @@ def _token_loss_kernel(
                 total_weight, z_loss, scale, softcap, HAS_CLASS_WEIGHT, HAS_SOFTCAP,
             )  # fmt: skip
             tl.store(logits_ptr + cols, grad, mask=mask)
+    else:
+        tl.store(top_ptr + row, top)
+        tl.store(log_total_ptr + row, log_total)
 
 
 @triton.jit
 def _cross_entropy_bwd_kernel(
-    logits_ptr, row_stride, labels_ptr, class_weight_ptr, total_weight_ptr, lse_ptr, dloss_ptr,
-    dlogits_ptr, V, ignore_index, eps, z_loss, scale, softcap,
+    logits_ptr, row_stride, labels_ptr, class_weight_ptr, total_weight_ptr, top_ptr, log_total_ptr,
+    dloss_ptr, dlogits_ptr, V, ignore_index, eps, z_loss, scale, softcap,
     HAS_CLASS_WEIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -164,7 +169,8 @@ def _cross_entropy_bwd_kernel(
     if label == ignore_index:
         tl.store(dlogits_ptr, tl.zeros([BLOCK], tl.float32), mask=mask)
         return
-    lse = tl.load(lse_ptr + row)
+    top = tl.load(top_ptr + row)
+    log_total = tl.load(log_total_ptr + row)
     hard = 1.0 - eps
     total_weight = tl.cast(V, tl.float32)
     if HAS_CLASS_WEIGHT:
@@ -174,8 +180,8 @@ def _cross_entropy_bwd_kernel(
     z = tl.load(logits_ptr + row * row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     y = transform(z, scale, softcap, HAS_SOFTCAP)
     grad = _gradient(
-        y - lse, y, lse, cols, label, class_weight_ptr, mask, hard, eps / V, total_weight, z_loss,
-        scale, softcap, HAS_CLASS_WEIGHT, HAS_SOFTCAP,
+        y - top - log_total, y, top + log_total, cols, label, class_weight_ptr, mask, hard, eps / V,
+        total_weight, z_loss, scale, softcap, HAS_CLASS_WEIGHT, HAS_SOFTCAP,
     )  # fmt: skip
     tl.store(dlogits_ptr, grad * tl.load(dloss_ptr + row), mask=mask)
 
@@ -198,41 +204,48 @@ def token_loss_(
     class_weight_V: torch.Tensor | None,
     options: LossOptions,
     want_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (loss [N], lse [N]); `want_grad` overwrites `logits_NV` with d loss_n / d logits_n."""
+) -> torch.Tensor:
+    """Return the loss [N]; `want_grad` overwrites `logits_NV` with d loss_n / d logits_n."""
     if not runs_in_triton(logits_NV):
         return _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad)
+    loss_N = torch.empty(labels_N.shape, dtype=torch.float32, device=logits_NV.device)
+    sums = (None, None) if want_grad else (torch.empty_like(loss_N), torch.empty_like(loss_N))
+    _launch_token_loss(logits_NV, labels_N, class_weight_V, options, loss_N, *sums)
+    return loss_N
+
+
+def _launch_token_loss(logits_NV, labels_N, class_weight_V, options, loss_N, top_N, log_total_N):
     n, vocab = logits_NV.shape
-    loss_N = torch.empty(n, dtype=torch.float32, device=logits_NV.device)
-    lse_N = torch.empty_like(loss_N)
+    want_grad = top_N is None
     scale, softcap, has_softcap = options.transform.arguments
     if n:
         _token_loss_kernel[(n,)](
             logits_NV, logits_NV.stride(0), labels_N, class_weight_V,
-            _total_weight(class_weight_V), loss_N, lse_N, vocab, options.ignore_index,
+            _total_weight(class_weight_V), loss_N, top_N, log_total_N, vocab, options.ignore_index,
             options.label_smoothing, options.z_loss, scale, softcap,
             WRITE_GRAD=want_grad, SMOOTH=options.label_smoothing > 0.0,
             HAS_CLASS_WEIGHT=class_weight_V is not None, HAS_SOFTCAP=has_softcap,
             **block_sizes(vocab, _IN_PLACE if want_grad else _FWD),
         )  # fmt: skip
-    return loss_N, lse_N
 
 
 def _launch_fwd(logits, labels, class_weight, ignore_index, eps, z_loss, scale, softcap):
     options = LossOptions(ignore_index, eps, z_loss, scale, softcap)
-    return token_loss_(logits, labels, class_weight, options, want_grad=False)
+    found = tuple(logits.new_empty(labels.shape, dtype=torch.float32) for _ in range(3))
+    _launch_token_loss(logits, labels, class_weight, options, *found)
+    return found  # loss, top, log_total
 
 
 def _launch_bwd(
-    logits, labels, class_weight, lse, dloss, ignore_index, eps, z_loss, scale, softcap
+    logits, labels, class_weight, top, log_total, dloss, ignore_index, eps, z_loss, scale, softcap
 ):
     n, vocab = logits.shape
     dlogits = torch.empty((n, vocab), dtype=logits.dtype, device=logits.device)
     sizes = block_sizes(vocab, _BWD)
     if n:
         _cross_entropy_bwd_kernel[(n, cdiv(vocab, sizes["BLOCK"]))](
-            logits, logits.stride(0), labels, class_weight, _total_weight(class_weight), lse,
-            dloss, dlogits, vocab, ignore_index, eps, z_loss, scale, softcap or 1.0,
+            logits, logits.stride(0), labels, class_weight, _total_weight(class_weight), top,
+            log_total, dloss, dlogits, vocab, ignore_index, eps, z_loss, scale, softcap or 1.0,
             HAS_CLASS_WEIGHT=class_weight is not None, HAS_SOFTCAP=softcap is not None, **sizes,
         )  # fmt: skip
     return dlogits
@@ -241,16 +254,15 @@ def _launch_bwd(
 _OPTIONS = "int ignore_index, float eps, float z_loss, float scale, float? softcap"
 _cross_entropy_fwd = register_op(
     f"cross_entropy_fwd(Tensor logits, Tensor labels, Tensor? class_weight, {_OPTIONS})"
-    " -> (Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
     _launch_fwd,
-    lambda logits, labels, *_: (
-        logits.new_empty(labels.shape, dtype=torch.float32),
-        logits.new_empty(labels.shape, dtype=torch.float32),
+    lambda logits, labels, *_: tuple(
+        logits.new_empty(labels.shape, dtype=torch.float32) for _ in range(3)
     ),
 )
 _cross_entropy_bwd = register_op(
-    "cross_entropy_bwd(Tensor logits, Tensor labels, Tensor? class_weight, Tensor lse,"
-    f" Tensor dloss, {_OPTIONS}) -> Tensor",
+    "cross_entropy_bwd(Tensor logits, Tensor labels, Tensor? class_weight, Tensor top,"
+    f" Tensor log_total, Tensor dloss, {_OPTIONS}) -> Tensor",
     _launch_bwd,
     lambda logits, *_: logits.new_empty(logits.shape),
 )
@@ -259,18 +271,15 @@ _cross_entropy_bwd = register_op(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, class_weight, *options):
-        loss, lse = _cross_entropy_fwd(logits, labels, class_weight, *options)
-        ctx.save_for_backward(logits, labels, class_weight, lse)
+        loss, top, log_total = _cross_entropy_fwd(logits, labels, class_weight, *options)
+        ctx.save_for_backward(logits, labels, class_weight, top, log_total)
         ctx.options = options
         return loss
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, dloss):
-        logits, labels, class_weight, lse = ctx.saved_tensors
-        dlogits = _cross_entropy_bwd(
-            logits, labels, class_weight, lse, dloss.contiguous(), *ctx.options
-        )
+        dlogits = _cross_entropy_bwd(*ctx.saved_tensors, dloss.contiguous(), *ctx.options)
         return dlogits, *[None] * (2 + len(ctx.options))
 
 
