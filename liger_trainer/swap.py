@@ -82,15 +82,24 @@ def _swapped_class(base: type, mixin: type[Swapped], source: Source, *key) -> ty
 PATCHED = "its code was patched after the injection; call inject(model) again"
 
 
+def is_current(module: Swapped) -> bool:
+    """Return whether the code of the module's class is still what its swap was made of.
+
+    If not, record that in the report. Compiled code is taken as it was when it was traced.
+    """
+    if torch.compiler.is_compiling() or type(module)._liger_source.is_current:
+        return True
+    note(module, PATCHED)
+    return False
+
+
 def while_current(base: type, forward: Callable) -> Callable:
     """Return `forward`, made of that of `base`, as long as the code of `base` stays as it is."""
 
     @functools.wraps(base.forward)
     def run(self, *args, **kwargs):
-        if torch.compiler.is_compiling() or type(self)._liger_source.is_current:
-            return forward(self, *args, **kwargs)
-        note(self, PATCHED)
-        return base.forward(self, *args, **kwargs)
+        plain = base.forward  # read in each call, because it may have been patched
+        return (forward if is_current(self) else plain)(self, *args, **kwargs)
 
     return run
 
@@ -218,7 +227,4 @@ def holds(module: Swapped, proven: Proven) -> bool:
     if not proven.holds(module):
         note(module, "its attributes or parameters were changed after the injection")
         return False
-    if not type(module)._liger_source.is_current:
-        note(module, PATCHED)
-        return False
-    return True
+    return is_current(module)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -168,50 +168,6 @@ def terms_of(head: nn.Module, hidden: torch.Tensor) -> tuple[Term, ...] | torch.
     if terms is None:
         return logits.materialize() if hasattr(logits, "materialize") else logits
     return terms
-
-
-def sums_linear_layers(head: nn.Module) -> bool:
-    """Return whether the logits of an adapter on a head, as it is set now, are a sum of those of
-    linear layers.
-
-    Tested once for each setting, with zeros. If an engine's hooks are needed to run the head, or it
-    has no weights yet, the answer is True, and a consumer finds out (see `consume`).
-    """
-    if not is_recorded_at_once(head) or torch.is_inference_mode_enabled():
-        return True
-    weight = _innermost(head)._parameters.get("weight")
-    if weight is None or weight.is_meta:  # meta: another process has the weights
-        return True
-    dtypes = tuple(parameter.dtype for parameter in head.parameters())
-    chosen = (str(getattr(head, name, None)) for name in _SETTINGS)
-    setting = (*chosen, head.training, torch.is_autocast_enabled(weight.device.type), dtypes)
-    tested, found = vars(head).get("_liger_sums", (None, False))
-    if tested != setting:
-        found = _records_terms(head, weight)
-        head._liger_sums = setting, found
-    return found
-
-
-def _innermost(head: nn.Module) -> nn.Module:
-    """Return the head inside adapters and modules that are trained in full."""
-    inner: Any = head
-    while not isinstance(inner, nn.Linear):
-        inner = getattr(inner, "base_layer", None) or inner.original_module
-    return inner
-
-
-_SETTINGS = "active_adapters", "merged_adapters", "disable_adapters"  # PEFT's names
-
-
-def _records_terms(head: nn.Module, weight: torch.Tensor) -> bool:
-    device = weight.device
-    hidden = torch.zeros((1, 2, weight.shape[1]), dtype=weight.dtype, device=device)
-    accelerators = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(accelerators, device_type=device.type), torch.no_grad():
-        try:
-            return not isinstance(terms_of(head, hidden), torch.Tensor)
-        except Exception:  # third-party modules may raise anything
-            return False
 
 
 def _in_place_of_forward(module: nn.Module, hidden: torch.Tensor, body: Body, shards: bool):

@@ -232,8 +232,9 @@ def defer_call(head: nn.Module, hidden: torch.Tensor, vocabulary: int, fused: bo
     logits are returned if they are more than a sum of these.
     """
     device = device_of(head, hidden)
-    enabled = torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64
-    autocast = (enabled, torch.get_autocast_dtype(device.type))
+    kind = "cpu" if device.type == "meta" else device.type  # meta: in a trial without values
+    enabled = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
+    autocast = (enabled, torch.get_autocast_dtype(kind))
     origin = Origin(
         head=head,
         hidden=hidden,

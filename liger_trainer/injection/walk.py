@@ -24,8 +24,7 @@ from liger_trainer.injection.rules import (
 )
 from liger_trainer.injection.rules.proposal import OVERRIDDEN, Proposal, Search
 from liger_trainer.report import InjectionReport, Row, Site, Status
-from liger_trainer.source import Source
-from liger_trainer.swap import PATCHED, has_foreign_forward, is_swapped, note, swap, unswap
+from liger_trainer.swap import has_foreign_forward, is_swapped, swap, unswap
 
 _ALWAYS, _EVERY = 8, 64  # a watch looks in the first 8 forwards, then in every 64th
 
@@ -183,23 +182,9 @@ class Watch:
     report: InjectionReport
     ids: list[int] | None  # of the modules; None in a copy
     calls: int = 0
-    sources: tuple[Source, ...] | None = None  # of the swapped modules, once they were looked for
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "ids": None, "sources": None}
-
-    def check(self, model: nn.Module) -> None:
-        """Make modules plain whose classes were patched after the injection."""
-        if self.sources is None:
-            classes = {type(m) for m in model.modules() if is_swapped(m)}
-            self.sources = tuple(dict.fromkeys(cls._liger_source for cls in classes))
-        if all(source.is_current for source in self.sources):
-            return
-        self.sources = None
-        for module in model.modules():
-            if is_swapped(module) and not type(module)._liger_source.is_current:
-                note(module, PATCHED)
-                unswap(module)
+        return {**vars(self), "ids": None}
 
     def look(self, model: nn.Module) -> None:
         """Amend the report if modules have been added.

@@ -78,6 +78,14 @@ def test_a_change_of_any_adapter_weight_is_noticed():
         logits.sum()
 
 
+@pytest.mark.parametrize("name", [*LINEAR, *OTHER])
+def test_a_process_without_the_weights_decides_alike(name):
+    """In RAM-efficient FSDP2 loading, one process has weights, and the others are on meta."""
+    model = model_with((LINEAR | OTHER)[name])
+    model.to("meta")
+    assert row_of(inject(model)).swapped == (name in LINEAR)
+
+
 def test_the_report_follows_the_active_adapter():
     model = model_with(LINEAR["LoRA"])
     model.add_adapter("dora", OTHER["DoRA"])

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from liger_trainer.injection import memory_budget
-from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, is_current, look_again
+from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, look_again
 from liger_trainer.kernels.recompute import recomputing
 from liger_trainer.kernels.runtime import is_looked_into, pays
-from liger_trainer.swap import Swapped
+from liger_trainer.swap import Swapped, while_current
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class LeanModel(Swapped):
 
     @classmethod
     def namespace(cls, base: type, width: int) -> dict[str, object]:
-        return {"forward": _lean(base.forward, width)}
+        return {"forward": while_current(base, _lean(base.forward, width))}
 
 
 class BudgetedModel(Swapped):
@@ -41,14 +41,12 @@ class BudgetedModel(Swapped):
 
     @classmethod
     def namespace(cls, base: type, requested: str | float) -> dict[str, object]:
-        return {"forward": _budgeted(base.forward, requested)}
+        return {"forward": while_current(base, _budgeted(base.forward, requested))}
 
 
 def _lean(original: Callable, width: int) -> Callable:
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        if not is_current(self):
-            return type(self).forward(self, *args, **kwargs)
         if is_looked_into() or not torch.is_grad_enabled():
             return original(self, *args, **kwargs)
         look_again(self)
@@ -66,8 +64,6 @@ def _budgeted(original: Callable, requested: str | float) -> Callable:
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        if not is_current(self):
-            return type(self).forward(self, *args, **kwargs)
         tokens = _first_input(args, kwargs)
         trains = torch.is_grad_enabled() and self.training
         if is_looked_into() or not trains or tokens is None or not tokens.numel():

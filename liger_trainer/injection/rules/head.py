@@ -12,23 +12,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from liger_trainer.deferred import gradients, scope, token_scores, views  # noqa: F401  (handlers)
-from liger_trainer.deferred.head_call import CallableHead, sums_linear_layers
+from liger_trainer.deferred.head_call import CallableHead, is_recorded_at_once, terms_of
 from liger_trainer.deferred.logits import defer_call
 from liger_trainer.deferred.vocab_parallel import is_transparent, is_wrapped_shard
 from liger_trainer.hooks import foreign_hooks, has_backward_hooks
 from liger_trainer.injection import probe
 from liger_trainer.injection.rules.activation_memory import LeanModel
-from liger_trainer.injection.rules.proposal import (
-    OVERRIDDEN,
-    Proposal,
-    Search,
-    Swap,
-    is_current,
-    look_again,
-)
+from liger_trainer.injection.rules.proposal import OVERRIDDEN, Proposal, Search, Swap, look_again
 from liger_trainer.injection.rules.uncompiled import uncompiled, uncompiled_result
 from liger_trainer.kernels.runtime import is_looked_into
-from liger_trainer.swap import Swapped, has_foreign_forward, note, swap, unswap
+from liger_trainer.swap import Swapped, has_foreign_forward, is_current, note, swap
 
 FUSED = "fused_linear_cross_entropy"
 
@@ -49,16 +42,17 @@ class DeferredHead(CallableHead):
         # An adapter may have changed the layer for this call alone (parametrized its weight, say).
         if scope.is_recording() and isinstance(self, nn.Linear) and _unfit(self, False) is None:
             where = scope.RECORDED
-        if where is None or _in_graph() or kwargs or len(args) != 1 or not _can_defer(args[0]):
+        can_defer = len(args) == 1 and not kwargs and _can_defer(args[0], where)
+        if where is None or _in_graph() or not can_defer:
             return super().__call__(*args, **kwargs)
         return defer_call(self, args[0], vocabulary(self), self._liger_fused, where)
 
 
-def _can_defer(hidden_states: torch.Tensor) -> bool:
+def _can_defer(hidden_states: torch.Tensor, where: scope.Scope | None) -> bool:
     # One position per sequence is a decoding step.
     return (
         isinstance(hidden_states, torch.Tensor)
-        and not hidden_states.is_meta
+        and (where is scope.RECORDED or not hidden_states.is_meta)
         and hidden_states.dim() >= 2
         and hidden_states.shape[-2] != 1
         and not torch.is_inference_mode_enabled()
@@ -89,7 +83,7 @@ class DeferringModel(Swapped):
         @functools.wraps(original)
         def forward(self, *args, skip_logits=None, **kwargs):
             if not is_current(self):
-                return type(self).forward(self, *args, **kwargs)
+                return base.forward(self, *args, **kwargs)
             labels = kwargs.get("labels", args[position] if len(args) > position else None)
             if labels is None:
                 labels = kwargs.get("shift_labels")
@@ -163,7 +157,7 @@ def propose_for_model(search: Search) -> Iterator[Proposal]:
         return
     layers = linear_layers(head)
     reason = why_not_deferred(head, layers)
-    if reason is None and fused and not _sums(layers):
+    if reason is None and fused and not sums_linear_layers(head):
         reason = _NO_SUM
     max_error = None
     if reason is None:
@@ -179,15 +173,43 @@ def propose_for_model(search: Search) -> Iterator[Proposal]:
     yield Proposal.swapped(site, rule, reason, *swaps, max_error=max_error)
 
 
-def _sums(layers: list[nn.Module]) -> bool:
-    """Return whether the logits of a head that is not swapped yet are a sum of linear layers."""
-    for layer in layers:
-        swap(layer, DeferredHead, True)
+def sums_linear_layers(head: nn.Module) -> bool:
+    """Return whether the logits of an adapter on a head, as it is set now, are a sum of those of
+    linear layers.
+
+    Tested once for each setting, on a copy without values: where one process loads the weights for
+    all, every process must come to the same answer. If an engine's hooks are needed to run the
+    head, the answer is True, and a consumer of the logits finds out.
+    """
+    if not is_recorded_at_once(head) or torch.is_inference_mode_enabled():
+        return True
+    chosen = (str(getattr(head, name, None)) for name in _SETTINGS)
+    setting = (*chosen, head.training, tuple(p.dtype for p in head.parameters()))
+    tested, found = vars(head).get("_liger_sums", (None, False))
+    if tested != setting:
+        found = _records_terms(head)
+        head._liger_sums = setting, found
+    return found
+
+
+_SETTINGS = "active_adapters", "merged_adapters", "disable_adapters"  # PEFT's names
+
+
+def _records_terms(head: nn.Module) -> bool:
     try:
-        return sums_linear_layers(layers[0])
-    finally:
-        for layer in layers:
-            unswap(layer)
+        twin = probe.meta_copy(head)
+        for layer in linear_layers(twin):
+            if not isinstance(layer, DeferredHead):
+                swap(layer, DeferredHead, True)
+        inner = twin
+        while not isinstance(inner, nn.Linear):
+            inner = getattr(inner, "base_layer", None) or inner.original_module
+        weight = inner.weight
+        hidden = torch.empty((1, 2, weight.shape[1]), dtype=weight.dtype, device="meta")
+        with probe.random_state_kept(()), torch.no_grad():
+            return not isinstance(terms_of(twin, hidden), torch.Tensor)
+    except Exception:  # third-party modules may raise anything
+        return False
 
 
 def linear_layers(head: nn.Module) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from liger_trainer.injection import probe
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap
 from liger_trainer.kernels.layers.lora_linear import Adapter, add_adapters, lora_linear
 from liger_trainer.kernels.runtime import is_looked_into
-from liger_trainer.swap import PATCHED, Swapped, note, swap
+from liger_trainer.swap import Swapped, is_current, note, swap
 
 RULE = "lora"
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -35,8 +35,7 @@ class FusedLoRA(Swapped):
     """A LoRA layer whose forward is one operation where that applies, and PEFT's elsewhere."""
 
     def forward(self, x, *args, **kwargs):
-        if not (is_looked_into() or type(self)._liger_source.is_current):
-            note(self, PATCHED)
+        if not is_current(self):
             return self._liger_base.forward(self, x, *args, **kwargs)
         usual = not (args or kwargs)
         base = self._modules["base_layer"]

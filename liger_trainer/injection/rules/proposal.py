@@ -13,7 +13,7 @@ from torch import nn
 from liger_trainer.config import KernelConfig
 from liger_trainer.injection.probe import whole_shape
 from liger_trainer.report import Row, Status
-from liger_trainer.swap import VALUES, Swapped, is_swapped, own_attributes
+from liger_trainer.swap import VALUES, Swapped, own_attributes
 
 OVERRIDDEN = "its forward is replaced on the instance: inject before that"
 
@@ -98,18 +98,6 @@ def fingerprint(module: nn.Module, device: torch.device) -> Hashable:
     )
     children = tuple((name, type(child)) for name, child in module.named_modules())
     return children, repr(attributes), tensors, str(device)
-
-
-def is_current(model: nn.Module) -> bool:
-    """Whether the forward of a model that was injected still stands in for the model's own.
-
-    Modules whose classes were patched since are plain afterwards, and the report is told.
-    """
-    watch = vars(model).get("_liger_watch")
-    if watch is None or torch.compiler.is_compiling():
-        return True
-    watch.check(model)
-    return is_swapped(model)
 
 
 def look_again(model: nn.Module) -> None:
