@@ -63,7 +63,7 @@ class Case(NamedTuple):
     autocast: bool = False
     checkpointing: bool = False
     documents: int = 1  # packed into each row
-    budget: int | None = None  # GiB that the device is made to have
+    budget: int | None = None  # GiB that the device is made to have; peers checkpoint all layers
     small: bool = False
 
 
@@ -171,6 +171,10 @@ def work(case: Case, contender: Contender, flags: dict, smoke: bool) -> None:
     if case.budget and not smoke:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.budget * 2**30 / total))
+        if contender.kernels == "liger-trainer":
+            flags = {"activation_memory": "auto"} | flags
+        else:
+            case = case._replace(checkpointing=True)
     model = build(case, smoke)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -304,9 +308,14 @@ def sized(name: str, smoke: bool) -> Case:
     return CASES[name]._replace(batch=2, length=64) if smoke else CASES[name]
 
 
+def chosen_cases(parts: list[str]) -> list[str]:
+    """Return the cases of these names, and for any other text those whose names contain it."""
+    return [name for name in CASES if any(p == name if p in CASES else p in name for p in parts)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="*", default=[""], help="cases that contain one of these")
+    parser.add_argument("--case", nargs="*", default=[""], help="names of cases, or parts of names")
     parser.add_argument("--contender", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--flags", default="{}", help="liger_kernel_config of liger-trainer, JSON")
     parser.add_argument(
@@ -329,13 +338,12 @@ def main():
     results = {}
     if options.json and options.json.exists():
         results = json.loads(options.json.read_text())["results"]
-    for name in CASES:
-        if any(part in name for part in options.case):
-            results.setdefault(name, {}).update(compete(name, options.contender, options))
-            print(name, results[name], flush=True)
-            if options.json:
-                kept = {"environment": environment(), "results": results}
-                options.json.write_text(json.dumps(kept, indent=1))
+    for name in chosen_cases(options.case):
+        results.setdefault(name, {}).update(compete(name, options.contender, options))
+        print(name, results[name], flush=True)
+        if options.json:
+            kept = {"environment": environment(), "results": results}
+            options.json.write_text(json.dumps(kept, indent=1))
     print(environment())
     rows = [[name, *(cell(c, found) for c in CONTENDERS)] for name, found in results.items()]
     print_table("Training step", ["case", *CONTENDERS], rows)

@@ -65,9 +65,10 @@ class Device(NamedTuple):
         return torch.cuda.max_memory_allocated(self.device)
 
     def usable(self) -> int:
-        """Return how much this process can allocate in all."""
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return int(_USABLE * (free + torch.cuda.memory_reserved(self.device)))
+        """Return how much this process can and may allocate in all."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        allowed = torch.cuda.get_per_process_memory_fraction(self.device) * total
+        return int(_USABLE * min(allowed, free + torch.cuda.memory_reserved(self.device)))
 
     def release(self) -> None:
         torch.cuda.empty_cache()

@@ -173,3 +173,25 @@ def test_memory_that_really_runs_out(caplog):
     assert peak <= 0.75 * most
     assert caplog.text.count("the step is repeated") == 1  # once is enough
     assert "out of memory: the step is repeated" in caplog.text
+
+
+@pytest.mark.gpu
+def test_auto_takes_no_more_than_the_process_may_have(caplog):
+    model = tiny_model("llama", "cuda", **WIDE).to(torch.bfloat16)
+    inputs = batch(length=8192, vocab=1000, device="cuda")
+    inject(model)
+    weights = copy.deepcopy(model.state_dict())
+    expected, most = steps(model, inputs, 3)
+    model.load_state_dict(weights)
+    inject(model, {"activation_memory": "auto"})
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    torch.cuda.empty_cache()
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.75 * most / total)
+        with caplog.at_level(logging.WARNING):
+            losses, peak = steps(model, inputs, 3)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=0)
+    assert peak <= 0.75 * most
+    assert "out of memory" not in caplog.text
