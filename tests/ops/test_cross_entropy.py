@@ -54,6 +54,21 @@ def test_matches_fp64(kernel_device, dtype, options, weighted, reduction):
 
 
 @pytest.mark.parametrize("options", [LossOptions(), LossOptions(label_smoothing=0.3)])
+@pytest.mark.parametrize("shift", [8192.0, -8192.0])
+def test_a_shift_of_all_logits_changes_nothing(kernel_device, options, shift):
+    """Multiples of 1/256 are exact before and after; a sum of shift and log-sum would not be."""
+    logits, labels = problem(kernel_device)
+    logits = (logits * 256).round() / 256
+    found = []
+    for x in (logits, logits + shift):
+        leaf = x.requires_grad_()
+        loss = cross_entropy(leaf, labels, reduction="none", options=options)
+        found.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [LossOptions(), LossOptions(label_smoothing=0.3)])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_equals_torch(kernel_device, options, reduction, weighted):
