@@ -4,7 +4,7 @@ form, and checked. Their trainers tokenize them.
 | kind | columns | methods |
 |---|---|---|
 | pairs | `chosen`, `rejected`, and `prompt` unless both are whole conversations | dpo, orpo, cpo |
-| labelled | `prompt`, `completion`, and `label`, true or false; pairs become two each | kto |
+| labeled | `prompt`, `completion`, and `label`, true or false; pairs become two each | kto |
 | prompts | `prompt`, and the columns that the reward functions require | grpo |
 
 Texts are strings or lists of chat messages. Other forms are in `forms`.
@@ -34,7 +34,7 @@ from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
 
 COLUMNS = {
     "pairs": ("prompt", "chosen", "rejected"),
-    "labelled": ("prompt", "completion", "label"),
+    "labeled": ("prompt", "completion", "label"),
     "prompts": ("prompt",),
 }
 
@@ -67,7 +67,7 @@ def prepare_examples(
         desc = f"From {form.name}"
         dataset = converted(dataset, form.convert, sieve, num_proc, replaced=form.used, desc=desc)
     paired = {"chosen", "rejected"} <= set(columns(dataset))
-    source = "pairs" if kind == "labelled" and paired else kind
+    source = "pairs" if kind == "labeled" and paired else kind
     names = [n for n in COLUMNS[source] if n in columns(dataset) and n != "label"]
     dataset = _with_texts(dataset, names, sieve, num_proc)
     if source == "pairs":
@@ -77,7 +77,7 @@ def prepare_examples(
         dataset = _unpaired(dataset, seed)
     _require(dataset, kind, COLUMNS[kind], needed)
     dataset = _unmixed(dataset, [name for name in COLUMNS[kind] if name != "label"])
-    if kind == "labelled":
+    if kind == "labeled":
         _check_labels(dataset, sieve.split)
     if kind == "prompts" and tokenizer.chat_template is None and not _is_text(dataset, "prompt"):
         raise ValueError(
@@ -254,7 +254,7 @@ def judge_of(kind: str, tokenizer, max_length: int, check: Callable[[dict], None
     """Return the function that checks a row of `kind`."""
     judge = {
         "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
-        "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
+        "labeled": lambda row: _judge_labeled(row, tokenizer, max_length),
         "prompts": lambda row: _judge_prompt(row, tokenizer),
     }[kind]
 
@@ -285,7 +285,7 @@ def _judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
     return sorted({name for side in encoded for name in side["unshown"]})
 
 
-def _judge_labelled(example: dict, tokenizer, max_length: int) -> list[str]:
+def _judge_labeled(example: dict, tokenizer, max_length: int) -> list[str]:
     if example["label"] is None:
         raise RowError("`label` is missing")
     (side,) = sides(example)

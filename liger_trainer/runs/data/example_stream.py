@@ -42,7 +42,7 @@ def stream_examples(
     raises ValueError when it is reached, or is left out.
     """
     kind = form.kind
-    if kind == "labelled" and {"chosen", "rejected"} <= set(columns):
+    if kind == "labeled" and {"chosen", "rejected"} <= set(columns):
         raise ValueError(
             "data.streaming: pairs cannot stream for kto, which learns from each answer by itself; "
             "give every answer a row with `prompt`, `completion` and `label`, or remove the key"
@@ -71,7 +71,7 @@ def _example(row: dict, form: Form, is_text: bool) -> dict:
     names = [name for name in COLUMNS[form.kind] if name != "label"]
     for name in names if form.kind != "pairs" else [n for n in names if n in row]:
         check_text(name, row.get(name))
-    if form.kind == "labelled" and not isinstance(row.get("label"), bool):
+    if form.kind == "labeled" and not isinstance(row.get("label"), bool):
         raise RowError(f"`label` is {row.get('label')!r}, neither true nor false")
     prompt, chosen = row.get("prompt"), row.get("chosen")
     if isinstance(chosen, list) and (prompt is None or (isinstance(prompt, str) and chosen[1:])):
