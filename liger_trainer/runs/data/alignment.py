@@ -22,13 +22,13 @@ from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS, Conversation,
 from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import (
     ROW,
-    Judge,
+    RowCheck,
     RowError,
     Sieve,
     check_text,
+    checked,
     columns,
     converted,
-    judged,
 )
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
 
@@ -84,7 +84,7 @@ def prepare_examples(
             "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
             "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
         )
-    dataset = judged(dataset, judge_of(kind, tokenizer, data.max_length, check), sieve, num_proc)
+    dataset = checked(dataset, row_check(kind, tokenizer, data.max_length, check), sieve, num_proc)
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
     keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
@@ -125,14 +125,14 @@ def _with_texts(dataset: Dataset, names: list[str], sieve: Sieve, num_proc: int 
     """Return the rows whose columns `names` hold text, or messages, like the first row's."""
     first = {n: next((v for v in dataset[n] if v is not None), None) for n in names}
 
-    def judge(example: dict) -> None:
+    def check_row(example: dict) -> None:
         for name in names:
             text = example[name]
             check_text(name, text)
             if type(text) is not type(first[name]):
                 raise RowError(f"`{name}` is {_kind(text)}, in other rows {_kind(first[name])}")
 
-    return judged(dataset, judge, sieve, num_proc)
+    return checked(dataset, check_row, sieve, num_proc)
 
 
 def _kind(text: str | list) -> str:
@@ -250,16 +250,18 @@ def sides(example: dict) -> list[dict]:
     return [{**kept, "completion": example[name]} for name in names]
 
 
-def judge_of(kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None) -> Judge:
+def row_check(
+    kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None
+) -> RowCheck:
     """Return the function that checks a row of `kind`."""
-    judge = {
-        "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
-        "labeled": lambda row: _judge_labeled(row, tokenizer, max_length),
-        "prompts": lambda row: _judge_prompt(row, tokenizer),
+    check_row = {
+        "pairs": lambda row: _check_pair(row, tokenizer, max_length),
+        "labeled": lambda row: _check_labeled(row, tokenizer, max_length),
+        "prompts": lambda row: _check_prompt(row, tokenizer),
     }[kind]
 
     def with_check(row: dict) -> list[str]:
-        unshown = judge(row)
+        unshown = check_row(row)
         if check is not None:
             check(row)
         return unshown
@@ -267,7 +269,7 @@ def judge_of(kind: str, tokenizer, max_length: int, check: Callable[[dict], None
     return with_check
 
 
-def _judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
+def _check_pair(example: dict, tokenizer, max_length: int) -> list[str]:
     """Return the fields that the chat template leaves out of a pair. Raises RowError for one that
     nothing can be learned from."""
     if not example["prompt"]:
@@ -285,14 +287,14 @@ def _judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
     return sorted({name for side in encoded for name in side["unshown"]})
 
 
-def _judge_labeled(example: dict, tokenizer, max_length: int) -> list[str]:
+def _check_labeled(example: dict, tokenizer, max_length: int) -> list[str]:
     if example["label"] is None:
         raise RowError("`label` is missing")
     (side,) = sides(example)
     return _supervised(side, tokenizer, max_length)["unshown"]
 
 
-def _judge_prompt(example: dict, tokenizer) -> list[str]:
+def _check_prompt(example: dict, tokenizer) -> list[str]:
     if isinstance(example["prompt"], str):
         return []
     conversation = Conversation.of(tokenizer, example["prompt"], {})  # without tools, as in GRPO

@@ -10,9 +10,9 @@ from datasets import IterableDataset
 from liger_trainer.runs.data.alignment import (
     COLUMNS,
     as_messages,
-    judge_of,
     own_keys,
     prepare_examples,
+    row_check,
     split_prompt,
 )
 from liger_trainer.runs.data.arguments import DataArguments, Source
@@ -51,12 +51,12 @@ def stream_examples(
     first = Sieve(f"first {sieve.split}", sieve.dataset, sieve.invalid)
     known = prepare_examples(head, data, tokenizer, form, first, needed=needed, check=check, seed=0)
     kept, is_text = known.column_names, isinstance(known[0]["prompt"], str)
-    judge = judge_of(kind, tokenizer, data.max_length, check)
+    check_row = row_check(kind, tokenizer, data.max_length, check)
 
     def fitted(row: dict) -> dict:
         try:
             example = _example(row, form, is_text)
-            judge(example)
+            check_row(example)
         except RowError as error:
             return {**dict.fromkeys(kept), "flaw": str(error)}
         found = {name: example.get(name) for name in kept}
