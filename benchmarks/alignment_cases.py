@@ -41,8 +41,8 @@ def package_log_probs(hidden, weight, labels):
 
 def eager_log_probs(hidden, weight, labels):
     log_probs = (hidden @ weight.t()).float().log_softmax(-1)
-    labelled = log_probs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return labelled.masked_fill(labels == -100, 0.0)
+    labeled = log_probs.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return labeled.masked_fill(labels == -100, 0.0)
 
 
 def trl_log_probs(hidden, weight, labels):

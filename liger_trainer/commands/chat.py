@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from liger_trainer.commands.generate import add_new_tokens, check_new_tokens
+
 HELP = "chat with the model of a run, or any other"
 EXAMPLES = """examples:
   liger-trainer chat runs/smollm2-135m
@@ -19,13 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL", help="folder of a finished run; hub name or folder"
     )
-    parser.add_argument(
-        "--new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="most that are generated (default: %(default)s)",
-    )
+    add_new_tokens(parser, default=256)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -37,8 +33,7 @@ def main(options: argparse.Namespace) -> int:
     from liger_trainer.runs.load import load_for_generation, load_tokenizer
     from liger_trainer.runs.report.samples import complete
 
-    if options.new_tokens < 1:
-        raise ValueError(f"--new-tokens is {options.new_tokens}; it must be at least 1")
+    check_new_tokens(options)
     arguments = _model(options.model)
     require_for_model(arguments)
     tokenizer = load_tokenizer(arguments)

@@ -21,14 +21,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt or .jsonl")
+    add_new_tokens(parser, default=128)
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write here, not to the terminal")
+
+
+def add_new_tokens(parser: argparse.ArgumentParser, *, default: int) -> None:
+    """Add the option of every command that generates text."""
     parser.add_argument(
         "--new-tokens",
         type=int,
-        default=128,
+        default=default,
         metavar="N",
         help="most that are generated (default: %(default)s)",
     )
-    parser.add_argument("--output", metavar="FILE.jsonl", help="write here, not to the terminal")
+
+
+def check_new_tokens(options: argparse.Namespace) -> None:
+    """Raise ValueError for `--new-tokens` below 1."""
+    if options.new_tokens < 1:
+        raise ValueError(f"--new-tokens is {options.new_tokens}; it must be at least 1")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -47,8 +58,7 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"--output: there is no folder {str(output.parent)!r}")
     run = open_run(options.run)
     prompts = read_prompts(Path(options.prompts).expanduser())
-    if options.new_tokens < 1:
-        raise ValueError(f"--new-tokens is {options.new_tokens}; it must be at least 1")
+    check_new_tokens(options)
     require_for_model(run.recipe.model)
     require_for_model(run.tuned)
     tokenizer = load_tokenizer(run.tuned)

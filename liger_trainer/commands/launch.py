@@ -58,6 +58,7 @@ def main(options: argparse.Namespace) -> int:
     if options.dry_run:
         return train.main(options)
     words = command(options)
+    before_run = _record(options)
     import psutil
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -79,12 +80,24 @@ def main(options: argparse.Namespace) -> int:
     except subprocess.CalledProcessError as error:  # one process, or DeepSpeed's launcher
         return _ended(0, error.returncode)
     except SignalException:
-        for left in psutil.Process().children(recursive=True):
-            left.kill()  # a third signal has interrupted torch, too, while it waited for them
-        return INTERRUPTED
+        left = psutil.Process().children(recursive=True)
+        for process in left:
+            process.kill()  # a third signal has interrupted torch, too, while it waited for them
+        after = _record(options)
+        finished = after is not None and after["state"] == "finished" and after != before_run
+        # A signal in the final evaluation ends a run that is complete.
+        return 0 if finished and not left else INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, before)
     return 0
+
+
+def _record(options: argparse.Namespace) -> dict | None:
+    """Return what the output folder tells about the run in it, or None if it holds none."""
+    from liger_trainer.runs import folder
+    from liger_trainer.runs.recipe.recipe import load_recipe
+
+    return folder.read(load_recipe(options.recipe, options.overrides).output_dir)
 
 
 def _ended(rank: int, code: int) -> int:

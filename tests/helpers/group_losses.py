@@ -10,7 +10,7 @@ from liger_trainer.kernels.linear.log_probs import linear_log_probs_reference
 from liger_trainer.kernels.logits.scores import ScoreOptions
 
 BATCH, LENGTH = 4, 5
-LABELLED = (4, 5, 4, 5)  # of each sequence
+LABELED = (4, 5, 4, 5)  # of each sequence
 GROUPS = {
     "sequences": None,
     "pairs": pairs(BATCH),
@@ -22,14 +22,14 @@ every_grouping = pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.k
 every_rows = pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 
 
-def problem(device, dtype=torch.float32, labelled=LABELLED, length=LENGTH):
+def problem(device, dtype=torch.float32, labeled=LABELED, length=LENGTH):
     tensors = {
-        "hidden": torch.randn(len(labelled), length, WIDTH).to(device, dtype),
+        "hidden": torch.randn(len(labeled), length, WIDTH).to(device, dtype),
         "weight": torch.randn(VOCAB, WIDTH).to(device, dtype),
         "bias": torch.randn(VOCAB).to(device, dtype),
     }
-    labels = torch.randint(0, VOCAB, (len(labelled), length))
-    for row, count in zip(labels, labelled, strict=True):
+    labels = torch.randint(0, VOCAB, (len(labeled), length))
+    for row, count in zip(labels, labeled, strict=True):
         row[torch.randperm(length)[count:]] = -100
     return tensors, labels.to(device)
 

@@ -193,12 +193,12 @@ def test_prediction_loss_only_and_predict(tmp_path):
 
 
 def test_batches_without_any_label(tmp_path):
-    class Unlabelled(Sequences):
+    class Unlabeled(Sequences):
         def __getitem__(self, i):
             item = super().__getitem__(i)
             return {**item, "labels": torch.full_like(item["labels"], -100)}
 
-    trainer = train(LigerTrainer, tmp_path, data=Unlabelled())
+    trainer = train(LigerTrainer, tmp_path, data=Unlabeled())
     assert losses(trainer) == [0.0, 0.0, 0.0]
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 

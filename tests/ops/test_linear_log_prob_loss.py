@@ -73,13 +73,13 @@ def test_scores_are_those_of_all_tokens_and_detached(place, rows, grad):
 
 @every_rows
 @pytest.mark.parametrize(
-    "labelled",
+    "labeled",
     [(5, 0, 1, 3), (0, 0, 4, 2), (2, 5, 0, 0), (1, 1, 1, 1), (0, 0, 0, 1), (0, 0, 0, 0)],
     ids=str,
 )
-def test_uneven_groups_and_groups_without_labels(place, rows, labelled):
+def test_uneven_groups_and_groups_without_labels(place, rows, labeled):
     """Also a group without labels has a loss: here that of its margin."""
-    tensors, labels = problem(place, labelled=labelled)
+    tensors, labels = problem(place, labeled=labeled)
     for groups in GROUPS.values():
         leaves = leaves_of(tensors)
         calls = {"labels": labels, "loss": preference, "groups": groups}
@@ -221,7 +221,7 @@ def test_a_loss_of_the_entropy_alone(place, rows):
 @pytest.mark.parametrize("rows", [6400, 128, 64, 30])
 def test_16_bit_weight_gradient_is_as_precise_as_torchs(device, rows):
     """However many workspaces: each must not cost a rounding of the sum."""
-    tensors, labels = problem(device, torch.bfloat16, labelled=(64,) * 100, length=64)
+    tensors, labels = problem(device, torch.bfloat16, labeled=(64,) * 100, length=64)
     tensors["weight"] = tensors["weight"] * 0.1
     compare(
         tensors, labels, lambda scores, mask, groups: scores.log_probs.sum((1, 2)), rows=rows,

@@ -6,7 +6,7 @@ import torch
 from group_losses import (
     BATCH,
     GROUPS,
-    LABELLED,
+    LABELED,
     LENGTH,
     ROWS,
     every_grouping,
@@ -33,7 +33,7 @@ def products(device, rows, groups=None, *, frozen=False, grad=True):
         )
         if grad:
             loss.backward()
-    return counter.of(sum(LABELLED), WIDTH)
+    return counter.of(sum(LABELED), WIDTH)
 
 
 def test_products(device):
@@ -111,7 +111,7 @@ def test_pairs_are_of_the_first_half_with_the_second():
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("length", [1, LENGTH], ids=["less than the first part", "more"])
 def test_labels_out_of_range_raise(place, grad, length):
-    tensors, labels = problem(place, labelled=(length, length), length=length)
+    tensors, labels = problem(place, labeled=(length, length), length=length)
     assert (labels.numel() <= FIRST) == (length == 1)
     labels[1, 0] = VOCAB
     leaves = leaves_of(tensors) if grad else tensors

@@ -51,9 +51,9 @@ def test_plain_torch_pays_three_products(device):
 @pytest.mark.parametrize("ignored", [0, 2, 3])
 def test_products(device, ignored):
     """Tokens without label are in none of them."""
-    labelled = TOKENS - (len(range(0, TOKENS, ignored)) if ignored else 0)
-    fits, less = labelled, 3
-    again = (labelled - less) / labelled  # of the logits do not fit, and are computed twice
+    labeled = TOKENS - (len(range(0, TOKENS, ignored)) if ignored else 0)
+    fits, less = labeled, 3
+    again = (labeled - less) / labeled  # of the logits do not fit, and are computed twice
     for frozen in (False, True):
         full = 2 if frozen else 3
         count = {"frozen": frozen, "ignored": ignored}

@@ -75,6 +75,7 @@ def test_every_method_trains_and_leaves_a_model_and_a_report(tmp_path, capsys, m
     assert kind.from_pretrained(out).config.num_labels == (1 if method == "reward" else 2)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_preference_training_raises_what_it_is_for(tmp_path):
     """The pairs differ in their last words alone, which a tiny model learns in a few steps."""
     recipe = recipe_of(tmp_path, "dpo", max_steps=8, learning_rate=5e-3)
@@ -86,6 +87,7 @@ def test_preference_training_raises_what_it_is_for(tmp_path):
     assert held_out["loss"][1] < held_out["loss"][0]
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("method", ["dpo", "orpo"])
 def test_tokens_are_those_of_both_sequences_without_padding(tmp_path, method):
     recipe = recipe_of(tmp_path, method, max_steps=-1, num_train_epochs=1)
@@ -101,6 +103,7 @@ def test_tokens_are_those_of_both_sequences_without_padding(tmp_path, method):
     assert state(tmp_path / "out")["summary"]["tokens"] == expected
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("method", ["dpo", "orpo"])
 def test_an_interrupted_run_resumes_to_the_same_model(tmp_path, method, monkeypatch):
     recipe = recipe_of(tmp_path, method, max_steps=4)
@@ -152,6 +155,7 @@ def test_no_reference_is_kept_where_none_is_needed(tmp_path, override):
     assert trainer.ref_model is None
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_lora_leaves_an_adapter(tmp_path):
     pytest.importorskip("peft")
     recipe = recipe_of(tmp_path, "dpo")
@@ -166,6 +170,7 @@ def count_of_e(completions, **_):
     return [float(c[0]["content"].count("e")) for c in completions]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "own_rewards", sys.modules[__name__])
     recipe = recipe_of(tmp_path, "grpo")

@@ -57,6 +57,7 @@ def test_a_recipe_trains_and_leaves_a_model_and_a_report(tmp_path, recipe, capsy
     assert model.generate(**ids, max_new_tokens=3).shape[1] == ids["input_ids"].shape[1] + 3
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_fused_and_plain_runs_agree(tmp_path, recipe, packing):
     losses = []
@@ -89,6 +90,7 @@ def test_lora_leaves_an_adapter(tmp_path, recipe):
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_resumes_to_the_same_model(
     tmp_path, recipe, capsys, number, monkeypatch
@@ -123,6 +125,7 @@ def test_an_interrupted_run_resumes_to_the_same_model(
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_another_run_is_not_overwritten_by_accident(tmp_path, recipe, capsys):
     assert train(recipe) == 0
     assert train(recipe) == 2

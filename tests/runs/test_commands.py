@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import tiny
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from liger_trainer import __version__, cli
 from liger_trainer.commands import launch
@@ -201,6 +203,28 @@ def test_processes_on_cpus_train_together_and_stop_together(tmp_path):
     again = f"liger-trainer launch {path} --processes 2 --accelerate ddp --resume"
     assert told.rstrip().endswith(again)
     assert json.loads((tmp_path / "out/run.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "minutes", "code"),
+    [("finished", 9.0, 0), ("finished", None, 130), ("interrupted", 9.0, 130)],
+    ids=["finished", "an earlier run is in the folder", "interrupted"],
+)
+def test_a_signal_after_training_does_not_fail_a_finished_run(
+    finished, monkeypatch, state, minutes, code
+):
+    """Torch's launcher raises for any signal, whatever the processes have done with it."""
+
+    def signaled(_):
+        record = json.loads((finished / "run.json").read_text())
+        if minutes is not None:
+            record["summary"]["minutes"] = minutes
+        (finished / "run.json").write_text(json.dumps(record | {"state": state}))
+        raise SignalException("SIGTERM", signal.SIGTERM)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", signaled)
+    monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [])
+    assert launch.main(options(recipe="recipe.yaml", overrides=[], dry_run=False)) == code
 
 
 def test_what_fails_in_a_process_is_told_without_a_traceback(tmp_path):

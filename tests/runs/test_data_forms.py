@@ -146,7 +146,7 @@ def test_other_methods_take_these_forms_too(tmp_path):
     asked = prepared(tmp_path, [{"instruction": "the cat ?", "answer": "sat"}], examples="prompts")
     assert asked.train[0] == {"answer": "sat", "prompt": expected["prompt"]}
     rows = [{"instruction": "the ?", "output": "sat", "label": label} for label in (True, False)]
-    assert set(prepared(tmp_path, rows, examples="labelled").train["label"]) == {True, False}
+    assert set(prepared(tmp_path, rows, examples="labeled").train["label"]) == {True, False}
     with pytest.raises(ValueError, match="row 1 because `rejected` is empty"):
         prepared(tmp_path, [row | {"rejected": " "}], examples="pairs")
 

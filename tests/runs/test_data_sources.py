@@ -195,12 +195,12 @@ def test_the_labels_of_a_mix_are_checked_as_a_whole(tmp_path):
         row = {"prompt": "the cat ?", "completion": " sat", "label": label}
         mix.append({"path": str(tiny.json_lines(tmp_path / f"{label}.jsonl", [row]))})
     both, one = (DataArguments(mix=some, max_length=64) for some in (mix, mix[:1]))
-    assert set(prepare(both, TOKENIZER, Purpose("labelled"), seed=0).train["label"]) == {
+    assert set(prepare(both, TOKENIZER, Purpose("labeled"), seed=0).train["label"]) == {
         True,
         False,
     }
     with pytest.raises(ValueError, match="label of all 1 training examples is true"):
-        prepare(one, TOKENIZER, Purpose("labelled"), seed=0)
+        prepare(one, TOKENIZER, Purpose("labeled"), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ FORMS = {
 
 
 OTHER_FORMS = {
-    "labelled": [
+    "labeled": [
         lambda i: {"prompt": f"what is {i} ?", "completion": "the cat", "label": i % 2 == 0},
         lambda i: {"instruction": f"what is {i} ?", "output": "the cat", "label": i % 2 == 0},
     ],
@@ -126,8 +126,8 @@ def test_a_pair_that_cannot_be_used_is_named_or_left_out(tmp_path, at, change, r
 @pytest.mark.parametrize(
     ("examples", "change", "reason"),
     [
-        ("labelled", {"label": None}, "`label` is None, neither true nor false"),
-        ("labelled", {"completion": ""}, "`completion` is empty"),
+        ("labeled", {"label": None}, "`label` is None, neither true nor false"),
+        ("labeled", {"completion": ""}, "`completion` is empty"),
         ("prompts", {"prompt": []}, "`prompt` is empty"),
         ("prompts", {"answer": 150}, "an odd one out"),
     ],
@@ -141,7 +141,7 @@ def test_another_example_that_cannot_be_used_is_named(tmp_path, examples, change
 
 def test_pairs_do_not_stream_for_kto(tmp_path):
     with pytest.raises(ValueError, match=r"data\.streaming: pairs cannot stream for kto"):
-        prepared(tmp_path, [FORMS["text"](1)], "labelled", streaming=True)
+        prepared(tmp_path, [FORMS["text"](1)], "labeled", streaming=True)
 
 
 def test_a_stream_without_pairs_is_refused_before_training(tmp_path):
@@ -160,8 +160,8 @@ def recipe(tmp_path, monkeypatch):
         if method == "grpo":
             values["reward"] = {"functions": ["parses"]}
         if method == "kto":
-            rows = [OTHER_FORMS["labelled"][0](i) for i in range(16)]
-            values["data"]["path"] = str(tiny.json_lines(tmp_path / "labelled.jsonl", rows))
+            rows = [OTHER_FORMS["labeled"][0](i) for i in range(16)]
+            values["data"]["path"] = str(tiny.json_lines(tmp_path / "labeled.jsonl", rows))
         values["data"]["streaming"] = True
         del values["data"]["eval_fraction"]
         return tiny.write_recipe(tmp_path, values)

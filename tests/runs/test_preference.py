@@ -15,7 +15,7 @@ CHAT = [
     {"role": "assistant", "content": "sat on the mat"},
 ]
 PAIR = {"prompt": "what is two ?", "chosen": " four .", "rejected": " mat ."}
-LABELLED = {"prompt": "what is two ?", "completion": " four .", "label": True}
+LABELED = {"prompt": "what is two ?", "completion": " four .", "label": True}
 
 
 def examples_of(tmp_path, rows, kind, *, tokenizer=None, needed=(), **fields):
@@ -52,14 +52,14 @@ def test_a_pair_that_cannot_be_trained_on_is_named_or_left_out(tmp_path, changes
     ("kind", "row", "message"),
     [
         ("pairs", {"prompt": "a", "chosen": "b", "reject": "c"}, r"'rejected'.*rejected: reject}"),
-        ("labelled", {"prompt": "a", "answer": "b", "label": True}, r"no column 'completion'"),
+        ("labeled", {"prompt": "a", "answer": "b", "label": True}, r"no column 'completion'"),
         ("pairs", PAIR | {"chosen": 4}, r"`chosen` is 4|column 'chosen' is of type int64"),
         ("pairs", PAIR | {"chosen": None}, r"`chosen` is (missing|empty)"),
         ("prompts", {"question": "a"}, r"no column 'prompt' among question"),
-        ("labelled", LABELLED | {"label": 1}, r"`label` .* is of type int64; it must be true"),
-        ("labelled", LABELLED | {"label": "yes"}, r"is of type (large_)?string"),
-        ("labelled", LABELLED, r"label of all 1 training examples is true"),
-        ("labelled", LABELLED | {"completion": ""}, r"`completion` is empty"),
+        ("labeled", LABELED | {"label": 1}, r"`label` .* is of type int64; it must be true"),
+        ("labeled", LABELED | {"label": "yes"}, r"is of type (large_)?string"),
+        ("labeled", LABELED, r"label of all 1 training examples is true"),
+        ("labeled", LABELED | {"completion": ""}, r"`completion` is empty"),
     ],
 )  # fmt: skip
 def test_wrong_columns_and_labels_are_named(tmp_path, kind, row, message):
@@ -91,9 +91,9 @@ def test_strings_beside_messages_become_messages(tmp_path):
     assert found["rejected"] == [{"role": "assistant", "content": PAIR["rejected"]}]
 
 
-def test_a_pair_becomes_two_labelled_examples(tmp_path):
+def test_a_pair_becomes_two_labeled_examples(tmp_path):
     rows = [PAIR | {"chosen": f" four {i}"} for i in range(8)]
-    train = examples_of(tmp_path, rows, "labelled").train
+    train = examples_of(tmp_path, rows, "labeled").train
     assert sorted(train["label"]) == [False] * 8 + [True] * 8
     assert all((" four" in row["completion"]) == row["label"] for row in train)
     assert train["label"][:] != [True] * 8 + [False] * 8  # shuffled

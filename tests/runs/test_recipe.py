@@ -94,6 +94,8 @@ def test_nested_keys_can_be_set(minimal):
         ("data.path=3", "data.path: 3 is not text or a list"),
         ("learning_rate=1", "unknown key 'learning_rate'; did you mean training.learning_rate"),
         ("training.max_length=1", "unknown key 'max_length'; did you mean data.max_length"),
+        ("peft.lora_dropout=-0.1", "peft.lora_dropout is -0.1; it must be at least 0 and below 1"),
+        ("peft.lora_dropout=1.5", "peft.lora_dropout is 1.5; it must be at least 0 and below 1"),
         ("training.lora_alpha=1", "unknown key 'lora_alpha'; did you mean peft.lora_alpha"),
         ("data.path=$NOT_SET/x.jsonl", "data.path: the environment variable NOT_SET is not set"),
         ("training.seed", "not of the form"),

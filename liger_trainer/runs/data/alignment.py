@@ -4,7 +4,7 @@ form, and checked. Their trainers tokenize them.
 | kind | columns | methods |
 |---|---|---|
 | pairs | `chosen`, `rejected`, and `prompt` unless both are whole conversations | dpo, orpo, cpo |
-| labelled | `prompt`, `completion`, and `label`, true or false; pairs become two each | kto |
+| labeled | `prompt`, `completion`, and `label`, true or false; pairs become two each | kto |
 | prompts | `prompt`, and the columns that the reward functions require | grpo |
 
 Texts are strings or lists of chat messages. Other forms are in `forms`.
@@ -22,19 +22,19 @@ from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS, Conversation,
 from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import (
     ROW,
-    Judge,
+    RowCheck,
     RowError,
     Sieve,
     check_text,
+    checked,
     columns,
     converted,
-    judged,
 )
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
 
 COLUMNS = {
     "pairs": ("prompt", "chosen", "rejected"),
-    "labelled": ("prompt", "completion", "label"),
+    "labeled": ("prompt", "completion", "label"),
     "prompts": ("prompt",),
 }
 
@@ -67,7 +67,7 @@ def prepare_examples(
         desc = f"From {form.name}"
         dataset = converted(dataset, form.convert, sieve, num_proc, replaced=form.used, desc=desc)
     paired = {"chosen", "rejected"} <= set(columns(dataset))
-    source = "pairs" if kind == "labelled" and paired else kind
+    source = "pairs" if kind == "labeled" and paired else kind
     names = [n for n in COLUMNS[source] if n in columns(dataset) and n != "label"]
     dataset = _with_texts(dataset, names, sieve, num_proc)
     if source == "pairs":
@@ -77,14 +77,14 @@ def prepare_examples(
         dataset = _unpaired(dataset, seed)
     _require(dataset, kind, COLUMNS[kind], needed)
     dataset = _unmixed(dataset, [name for name in COLUMNS[kind] if name != "label"])
-    if kind == "labelled":
+    if kind == "labeled":
         _check_labels(dataset, sieve.split)
     if kind == "prompts" and tokenizer.chat_template is None and not _is_text(dataset, "prompt"):
         raise ValueError(
             "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
             "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
         )
-    dataset = judged(dataset, judge_of(kind, tokenizer, data.max_length, check), sieve, num_proc)
+    dataset = checked(dataset, row_check(kind, tokenizer, data.max_length, check), sieve, num_proc)
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
     keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
@@ -125,14 +125,14 @@ def _with_texts(dataset: Dataset, names: list[str], sieve: Sieve, num_proc: int 
     """Return the rows whose columns `names` hold text, or messages, like the first row's."""
     first = {n: next((v for v in dataset[n] if v is not None), None) for n in names}
 
-    def judge(example: dict) -> None:
+    def check_row(example: dict) -> None:
         for name in names:
             text = example[name]
             check_text(name, text)
             if type(text) is not type(first[name]):
                 raise RowError(f"`{name}` is {_kind(text)}, in other rows {_kind(first[name])}")
 
-    return judged(dataset, judge, sieve, num_proc)
+    return checked(dataset, check_row, sieve, num_proc)
 
 
 def _kind(text: str | list) -> str:
@@ -250,16 +250,18 @@ def sides(example: dict) -> list[dict]:
     return [{**kept, "completion": example[name]} for name in names]
 
 
-def judge_of(kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None) -> Judge:
+def row_check(
+    kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None
+) -> RowCheck:
     """Return the function that checks a row of `kind`."""
-    judge = {
-        "pairs": lambda row: _judge_pair(row, tokenizer, max_length),
-        "labelled": lambda row: _judge_labelled(row, tokenizer, max_length),
-        "prompts": lambda row: _judge_prompt(row, tokenizer),
+    check_row = {
+        "pairs": lambda row: _check_pair(row, tokenizer, max_length),
+        "labeled": lambda row: _check_labeled(row, tokenizer, max_length),
+        "prompts": lambda row: _check_prompt(row, tokenizer),
     }[kind]
 
     def with_check(row: dict) -> list[str]:
-        unshown = judge(row)
+        unshown = check_row(row)
         if check is not None:
             check(row)
         return unshown
@@ -267,7 +269,7 @@ def judge_of(kind: str, tokenizer, max_length: int, check: Callable[[dict], None
     return with_check
 
 
-def _judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
+def _check_pair(example: dict, tokenizer, max_length: int) -> list[str]:
     """Return the fields that the chat template leaves out of a pair. Raises RowError for one that
     nothing can be learned from."""
     if not example["prompt"]:
@@ -285,14 +287,14 @@ def _judge_pair(example: dict, tokenizer, max_length: int) -> list[str]:
     return sorted({name for side in encoded for name in side["unshown"]})
 
 
-def _judge_labelled(example: dict, tokenizer, max_length: int) -> list[str]:
+def _check_labeled(example: dict, tokenizer, max_length: int) -> list[str]:
     if example["label"] is None:
         raise RowError("`label` is missing")
     (side,) = sides(example)
     return _supervised(side, tokenizer, max_length)["unshown"]
 
 
-def _judge_prompt(example: dict, tokenizer) -> list[str]:
+def _check_prompt(example: dict, tokenizer) -> list[str]:
     if isinstance(example["prompt"], str):
         return []
     conversation = Conversation.of(tokenizer, example["prompt"], {})  # without tools, as in GRPO

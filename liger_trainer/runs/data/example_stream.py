@@ -10,9 +10,9 @@ from datasets import IterableDataset
 from liger_trainer.runs.data.alignment import (
     COLUMNS,
     as_messages,
-    judge_of,
     own_keys,
     prepare_examples,
+    row_check,
     split_prompt,
 )
 from liger_trainer.runs.data.arguments import DataArguments, Source
@@ -42,7 +42,7 @@ def stream_examples(
     raises ValueError when it is reached, or is left out.
     """
     kind = form.kind
-    if kind == "labelled" and {"chosen", "rejected"} <= set(columns):
+    if kind == "labeled" and {"chosen", "rejected"} <= set(columns):
         raise ValueError(
             "data.streaming: pairs cannot stream for kto, which learns from each answer by itself; "
             "give every answer a row with `prompt`, `completion` and `label`, or remove the key"
@@ -51,12 +51,12 @@ def stream_examples(
     first = Sieve(f"first {sieve.split}", sieve.dataset, sieve.invalid)
     known = prepare_examples(head, data, tokenizer, form, first, needed=needed, check=check, seed=0)
     kept, is_text = known.column_names, isinstance(known[0]["prompt"], str)
-    judge = judge_of(kind, tokenizer, data.max_length, check)
+    check_row = row_check(kind, tokenizer, data.max_length, check)
 
     def fitted(row: dict) -> dict:
         try:
             example = _example(row, form, is_text)
-            judge(example)
+            check_row(example)
         except RowError as error:
             return {**dict.fromkeys(kept), "flaw": str(error)}
         found = {name: example.get(name) for name in kept}
@@ -71,7 +71,7 @@ def _example(row: dict, form: Form, is_text: bool) -> dict:
     names = [name for name in COLUMNS[form.kind] if name != "label"]
     for name in names if form.kind != "pairs" else [n for n in names if n in row]:
         check_text(name, row.get(name))
-    if form.kind == "labelled" and not isinstance(row.get("label"), bool):
+    if form.kind == "labeled" and not isinstance(row.get("label"), bool):
         raise RowError(f"`label` is {row.get('label')!r}, neither true nor false")
     prompt, chosen = row.get("prompt"), row.get("chosen")
     if isinstance(chosen, list) and (prompt is None or (isinstance(prompt, str) and chosen[1:])):

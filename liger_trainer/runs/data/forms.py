@@ -129,7 +129,7 @@ def _alpaca(row: dict) -> dict:
     return {"prompt": _alpaca_messages(row), "completion": _answer(row, "output")}
 
 
-def _alpaca_labelled(row: dict) -> dict:
+def _alpaca_labeled(row: dict) -> dict:
     return {**_alpaca(row), "label": row["label"]}
 
 
@@ -164,7 +164,7 @@ TEXT_FORMS = (
 OTHER_FORMS = (
     Form("sharegpt", "pairs", ("conversations", "chosen", "rejected"), _SHAREGPT, _sharegpt_pairs),
     Form("alpaca", "pairs", ("instruction", "chosen", "rejected"), _ALPACA, _alpaca_pairs),
-    Form("alpaca", "labelled", ("instruction", "output", "label"), _ALPACA, _alpaca_labelled),
+    Form("alpaca", "labeled", ("instruction", "output", "label"), _ALPACA, _alpaca_labeled),
     Form("alpaca", "prompts", ("instruction",), _ALPACA, _alpaca_prompts),
 )
 NAMES = tuple(form.name for form in TEXT_FORMS)

@@ -90,7 +90,7 @@ def prepare(data: DataArguments, tokenizer, purpose: Purpose = TEXT, *, seed: in
         seed=seed,
         notes=notes,
     )
-    if purpose.examples == "labelled" and not data.streaming:
+    if purpose.examples == "labeled" and not data.streaming:
         check_both_labels(train)
     held_out = concatenated(fitted["held-out"], labels["held-out"]) if splits.held_out else None
     if data.packing:

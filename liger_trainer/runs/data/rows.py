@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 ROW = "__row__"  # column with a row's number in its source, counted from 1
 
 # Raises RowError for a row that cannot be used; returns fields that the template hides.
-Judge = Callable[[dict], list[str] | None]
+RowCheck = Callable[[dict], list[str] | None]
 
 
 class RowError(ValueError):
@@ -58,12 +58,12 @@ def columns(dataset: Dataset | IterableDataset) -> list[str]:
     return [name for name in names if name != ROW]
 
 
-def judged(dataset: Dataset, judge: Judge, sieve: Sieve, num_proc: int | None) -> Dataset:
-    """Return the rows for which `judge` raises no RowError."""
+def checked(dataset: Dataset, check_row: RowCheck, sieve: Sieve, num_proc: int | None) -> Dataset:
+    """Return the rows for which `check_row` raises no RowError."""
 
     def verdict(example: dict) -> dict:
         try:
-            return {"flaw": "", "unshown": ", ".join(judge(example) or ())}
+            return {"flaw": "", "unshown": ", ".join(check_row(example) or ())}
         except RowError as error:
             return {"flaw": str(error), "unshown": ""}
 
@@ -88,10 +88,10 @@ def converted(
     """Return the rows for which `convert` raises no RowError; its result replaces the columns
     `replaced`."""
 
-    def judge(example: dict) -> None:
+    def check_row(example: dict) -> None:
         convert(example)
 
-    dataset = judged(dataset, judge, sieve, num_proc)
+    dataset = checked(dataset, check_row, sieve, num_proc)
     present = [name for name in replaced if name in dataset.column_names]
     return dataset.map(convert, remove_columns=present, desc=desc)
 

@@ -18,7 +18,7 @@ from datasets import Dataset, Features, Image, Value
 from liger_trainer.runs.data.arguments import DataArguments, Source
 from liger_trainer.runs.data.conversation import REASONING, pruned
 from liger_trainer.runs.data.forms import Form
-from liger_trainer.runs.data.rows import RowError, Sieve, judged
+from liger_trainer.runs.data.rows import RowError, Sieve, checked
 from liger_trainer.runs.data.sources import files_of
 from liger_trainer.runs.data.text import check_form
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
@@ -82,7 +82,7 @@ def with_images(
         several = value if isinstance(value, list) else [] if value is None else [value]
         return {"images": [_stored(item, folders) for item in several]}
 
-    def judge(row: dict) -> None:
+    def check_row(row: dict) -> None:
         for number, stored in enumerate(row["images"], 1):
             _check_readable(stored, number)
 
@@ -93,7 +93,7 @@ def with_images(
         features=Features({**others, "images": [_STORED]}),
         desc="Finding images",
     )
-    return judged(rows, judge, sieve, num_proc).cast_column("images", [Image()])
+    return checked(rows, check_row, sieve, num_proc).cast_column("images", [Image()])
 
 
 def prepare_images(
@@ -115,10 +115,10 @@ def prepare_images(
 
     check = length_check(VisionCollator(processor), data.max_length)
 
-    def judge(row: dict) -> None:
+    def check_row(row: dict) -> None:
         check({**convert(row), "images": row["images"]})
 
-    rows = judged(rows, judge, sieve, data.num_proc)
+    rows = checked(rows, check_row, sieve, data.num_proc)
     names = ("prompt", "completion") if data.assistant_only else ("messages",)
     return rows.map(
         convert,

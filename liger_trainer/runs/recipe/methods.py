@@ -18,7 +18,7 @@ class Method:
     """One value of `method` in a recipe."""
 
     trainer: str | None = None  # `DPO` for DPOTrainer and DPOConfig of liger_trainer.trl
-    examples: str = "text"  # "text", "pairs", "labelled" or "prompts": see data/alignment.py
+    examples: str = "text"  # "text", "pairs", "labeled" or "prompts": see data/alignment.py
     reference: bool = False  # the trainer takes a reference model
     counts_tokens: bool = True  # the trainer counts tokens itself
     teacher: bool = False  # the trainer takes a teacher model
@@ -57,7 +57,7 @@ METHODS = {
         fixed={"loss_type": "simpo", "cpo_alpha": 0.0},
         unused_data=_WHOLE,
     ),
-    "kto": Method("KTO", "labelled", reference=True, unused_data=_PREFERENCE),
+    "kto": Method("KTO", "labeled", reference=True, unused_data=_PREFERENCE),
     "reward": Method("Reward", "pairs", scores=True, unused_data=_PREFERENCE),
     "grpo": Method("GRPO", "prompts", tools=False, unused_data=_ONLINE),
     "distillation": Method(

@@ -301,6 +301,9 @@ def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict
         for key in _PATHS.get(section, ()):
             if checked[section].get(key):
                 checked[section][key] = expanded(f"{section}.{key}", checked[section][key])
+    dropout = checked.get("peft", {}).get("lora_dropout", 0.0)
+    if not 0 <= dropout < 1:  # PEFT reads a negative one as 0; with 1, nothing is trained
+        raise ValueError(f"peft.lora_dropout is {dropout}; it must be at least 0 and below 1")
     refuse_unused(method, checked)
     return checked
 
