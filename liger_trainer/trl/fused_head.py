@@ -97,8 +97,13 @@ def attach_fused_head(
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Return whether an adapter is on the head."""
-    return hasattr(model.get_output_embeddings(), "base_layer")
+    """Return whether an adapter is on the head.
+
+    PEFT wraps the head in a module with `base_layer` or, if it is tied to embeddings with trainable
+    tokens, `token_adapter`.
+    """
+    head = model.get_output_embeddings()
+    return hasattr(head, "base_layer") or hasattr(head, "token_adapter")
 
 
 def check_adapter(model: nn.Module) -> None:
@@ -106,7 +111,8 @@ def check_adapter(model: nn.Module) -> None:
     if has_adapter(model):
         raise ValueError(
             "An adapter on the head needs fused_linear_cross_entropy, which is switched "
-            "off here. Switch it on, or remove the head from target_modules."
+            "off here. Switch it on, or remove the head from target_modules (and, if it is tied to "
+            "the embeddings, their tokens from trainable_token_indices)."
         )
 
 

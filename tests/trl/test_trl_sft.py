@@ -1,5 +1,8 @@
 """SFT with the drop-in is SFT with TRL's own trainer: losses, metrics, gradients, weights."""
 
+import copy
+import functools
+
 import pytest
 import tiny
 import torch
@@ -175,16 +178,29 @@ def test_lora_with_trained_head(tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 def test_lora_on_the_head(settings, tmp_path):
-    """Against peft's model and cross entropy, by hand: TRL's own head ignores an adapter, and TRL
-    refuses it."""
+    """TRL's own head ignores an adapter, and TRL refuses it."""
+    got = assert_as_by_hand(tmp_path, trl_parity.policy, head_lora(**settings), fused=not settings)
+    assert any("lm_head.lora_A" in name for name in got.gradients)
+
+
+def test_trained_tokens_of_a_tied_head(tmp_path):
+    """TRL's own head reads a bias that PEFT's module of the head does not have."""
+    tied = functools.partial(trl_parity.policy, tie_word_embeddings=True)
+    adapter = trl_parity.lora(trainable_token_indices=[3, 40, 50])
+    got = assert_as_by_hand(tmp_path, tied, adapter, fused=False)
+    assert any("trainable_tokens" in name for name in got.gradients)
+
+
+def assert_as_by_hand(tmp_path, make, adapter, fused: bool):
+    """Compare one step with PEFT's model and cross entropy, by hand; return the drop-in's run."""
     config = {"max_steps": 1, "per_device_train_batch_size": len(PAIRS)}  # all, in any order
-    build = arguments("tokens", peft_config=head_lora(**settings))
+    build = arguments("tokens", model=make, peft_config=copy.deepcopy(adapter))
     got = trl_parity.run("SFT", tmp_path, build, config)
     (row,) = [r for r in got.trainer.injection_report.rows if r.site == "add_fused_lm_head"]
-    assert row.swapped == (not settings), row
-    plain = trl_parity.policy()
+    assert row.swapped == fused, row
+    plain = make()
     set_seed(got.trainer.args.seed)  # as TRL does before it makes the adapter
-    model = get_peft_model(plain, head_lora(**settings)).train()
+    model = get_peft_model(plain, adapter).train()
     batch = next(iter(got.trainer.get_train_dataloader()))
     logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
@@ -192,12 +208,12 @@ def test_lora_on_the_head(settings, tmp_path):
     assert got.losses == pytest.approx([loss.item()], rel=1e-5)
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert got.gradients.keys() == expected.keys()
-    assert any("lm_head.lora_A" in name for name in expected)
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     assert got.log[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     for name, gradient in expected.items():
         clipped = gradient / max(1.0, norm)
         assert (got.gradients[name] - clipped).norm() <= 1e-5 * clipped.norm(), name
+    return got
 
 
 def head_lora(**settings):
