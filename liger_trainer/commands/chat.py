@@ -17,19 +17,21 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="folder of a finished run; hub name or folder"
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="folder of a finished run, or hub name or folder of a model",
     )
     parser.add_argument(
         "--new-tokens",
         type=int,
         default=256,
         metavar="N",
-        help="most that are generated (default: %(default)s)",
+        help="most tokens of an answer (default: %(default)s)",
     )
 
 
 def main(options: argparse.Namespace) -> int:
-    """Read a turn, write the answer, until the input ends."""
+    """Answer each line of the input, until it ends."""
     from transformers import TextStreamer
 
     from liger_trainer.runs.checks import require_for_model

@@ -189,6 +189,12 @@ def test_dry_run_shows_values_sources_plan_and_conflicts(tmp_path, recipe, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_kernels_and_their_switches_off_are_no_conflict(recipe, capsys):
+    off = ["training.use_liger_kernel=false", "training.liger_kernel_config=null"]
+    assert train(recipe, "--dry-run", *off) == 0
+    assert "# Conflicts\nnone" in capsys.readouterr().out
+
+
 def test_dry_run_names_conflicts(recipe, capsys):
     assert train(recipe) == 0
     capsys.readouterr()
@@ -212,6 +218,11 @@ def test_inspect_needs_only_the_configuration(tmp_path, capsys):
 def test_inspect_of_nothing_says_so(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_inspect_of_a_recipe_names_the_command_for_it(recipe, capsys):
+    assert cli.main(["inspect", str(recipe)]) == 2
+    assert f"`liger-trainer train {recipe} --dry-run`" in capsys.readouterr().err
 
 
 def test_overrides_may_stand_before_and_after_options(recipe, capsys):

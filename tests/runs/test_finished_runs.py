@@ -278,6 +278,11 @@ def test_push_makes_one_commit_of_the_model_and_its_card(here, capsys, monkeypat
     assert "liger-trainer train" in card
 
 
+def test_push_checks_the_name_of_the_repository(here, capsys):
+    assert run("push", "full", "--to", "two words", "--dry-run") == 2
+    assert "error: --to: " in capsys.readouterr().err
+
+
 def test_a_hub_that_refuses_is_told_in_one_line(here, capsys, monkeypatch):
     import huggingface_hub
 
