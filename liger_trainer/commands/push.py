@@ -6,7 +6,7 @@ import argparse
 
 HELP = "upload the model of a run to a hub"
 EXAMPLES = """examples:
-  liger-trainer push runs/smollm2-135m --to me/smollm2-humaneval --private
+  liger-trainer push runs/smollm2-135m --to me/smollm2-humaneval --private --license apache-2.0
   liger-trainer push runs/smollm2-135m --to me/smollm2-humaneval --dry-run
 
 The access token comes from `hf auth login` or HF_TOKEN. Checkpoints are not uploaded.
@@ -17,6 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--to", required=True, metavar="NAME", help="the repository: user/model")
+    parser.add_argument(
+        "--license",
+        metavar="ID",
+        help="license of the model, by its name on the hub, such as apache-2.0 (default: none)",
+    )
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument(
         "--dry-run",
@@ -39,7 +44,7 @@ def main(options: argparse.Namespace) -> int:
         validate_repo_id(options.to)
     except HFValidationError as error:
         raise ValueError(f"--to: {error}") from error
-    card = model_card(run)
+    card = model_card(run, options.to, options.license)
     # training_args.bin is a pickle, which nobody should have to trust.
     names = [n for n in run.record["files"] if n not in ("training_args.bin", "report.html")]
     if options.dry_run:

@@ -23,6 +23,7 @@ from liger_trainer.runs.engine import engine_of, save_whole_model
 from liger_trainer.runs.errors import RunError, reason
 from liger_trainer.runs.folder import Facts, RunFolder
 from liger_trainer.runs.health import Health
+from liger_trainer.runs.origin import origin
 from liger_trainer.runs.recipe.recipe import Recipe
 from liger_trainer.runs.report.html import write_report
 from liger_trainer.runs.report.samples import complete, samples_of
@@ -164,6 +165,8 @@ class _Run:
             self.folder.facts |= {
                 "samples": self.samples,
                 "base": location(self.recipe.model),
+                "origin": origin(self.recipe),
+                "machine": machine(),
                 "command": self.command,
                 "data": self.prepared.digest,
                 "engine": engine,
