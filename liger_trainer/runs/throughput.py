@@ -44,7 +44,8 @@ class Outline(TrainerCallback):
         factors += f" x {args.world_size} processes" if args.world_size > 1 else ""
         count = trained_parameters(self._trainer.model)
         print(
-            f"training: {self._rows} rows, {steps:,} step{'s' if steps > 1 else ''} of {together}"
+            f"training: {self._rows} row{'s' if self._rows != '1' else ''}, "
+            f"{steps:,} step{'s' if steps > 1 else ''} of {together}"
             f"{'' if together == alone else f' ({factors})'}, {count:,} parameters trained",
             flush=True,
         )

@@ -8,7 +8,7 @@ import signal
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from liger_trainer import cli
 from liger_trainer.runs import folder as run_folder
@@ -176,6 +176,17 @@ def test_debug_shows_the_traceback(recipe, capsys):
 def test_packing_needs_a_model_that_can_separate_examples(recipe, capsys):
     assert train(recipe, "data.packing=true", "training.use_cache=true") == 2
     assert "see each other" in capsys.readouterr().err
+
+
+def test_learned_positions_limit_the_length_of_rows(tmp_path, capsys):
+    values = tiny.recipe_values(tmp_path)
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    folder = tiny.saved_model(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, **sizes)).save_pretrained(folder)
+    recipe = tiny.write_recipe(tmp_path, values | {"model": {"name_or_path": str(folder)}})
+    assert train(recipe, "data.max_length=33") == 2
+    assert "embeddings of 32 positions only" in capsys.readouterr().err
+    assert train(recipe, "data.max_length=32", "training.max_steps=1") == 0
 
 
 def test_dry_run_shows_values_sources_plan_and_conflicts(tmp_path, recipe, capsys):
