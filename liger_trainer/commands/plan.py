@@ -78,10 +78,11 @@ def main(options: argparse.Namespace) -> int:
 
 def _print_setting(run: Run) -> None:
     w = run.weights
+    batches = "micro-batches" if run.accumulation > 1 else "micro-batch"
     kept = "checkpointed" if run.checkpointing else ("lean" if run.lean else "keep")
     print(
         f"{run.gpus} x {run.memory:g} GiB, {run.engine}; {w.trained + w.frozen:,} parameters, "
-        f"{w.trained:,} trained; {run.accumulation} x {run.tokens:,} tokens on a GPU, "
+        f"{w.trained:,} trained; {run.accumulation} {batches} of {run.tokens:,} tokens on a GPU, "
         f"activations {kept}\n"
     )
 
