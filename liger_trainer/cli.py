@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
+from typing import NoReturn
 
 import liger_trainer
 from liger_trainer.commands import (
@@ -21,7 +23,7 @@ from liger_trainer.commands import (
     recipes,
     train,
 )
-from liger_trainer.runs.errors import Reported, RunError, report
+from liger_trainer.runs.errors import WRONG_INPUT, Reported, RunError, report
 
 COMMANDS = (train, launch, recipes, data, inspect, plan, env, evaluate, generate, chat, merge, push)
 
@@ -37,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(options, "overrides") or any(w.startswith("-") for w in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}" + _as_override(rest, options))
+    if not (options.debug or sys.warnoptions):  # they are for those who write code, not recipes
+        warnings.simplefilter("ignore", FutureWarning)
     if rest:
         options.overrides = [*options.overrides, *rest]  # those that follow an option
     try:
@@ -56,9 +60,16 @@ def _as_override(rest: list[str], options: argparse.Namespace) -> str:
     return f" (a value of the recipe is given without dashes: {key}=VALUE)"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line, like all other errors of a command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(WRONG_INPUT, f"error: {message}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands, which sets `options.main` to the chosen command's."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="liger-trainer",
         description="Fine-tune a model by a recipe, and use what comes out.",
         epilog="`liger-trainer COMMAND --help` has examples.",

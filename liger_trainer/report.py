@@ -50,6 +50,11 @@ class Row:
         return self.status is Status.SWAPPED
 
     @property
+    def answer(self) -> str:
+        """Whether the site was swapped, for people: "yes", "no", "n/a" or "off"."""
+        return _SWAPPED[self.status]
+
+    @property
     def eligible(self) -> bool:
         """Whether a rule applies here: the site was swapped or refused."""
         return self.status in (Status.SWAPPED, Status.REFUSED)
@@ -125,11 +130,11 @@ class InjectionReport:
             pattern = re.sub(r"\d+", "*", row.site)
             groups[(row.rule, pattern, row.status, row.reason)].append(row)
         lines = [["rule", "site", "count", "swapped", "max error", "reason"]]
-        for (rule, pattern, status, reason), rows in groups.items():
+        for (rule, pattern, _, reason), rows in groups.items():
             errors = [row.max_error for row in rows if row.max_error is not None]
             error = f"{max(errors):.1e}" if errors else ""
             site = rows[0].site if len(rows) == 1 else pattern
-            lines.append([rule, site, str(len(rows)), _SWAPPED[status], error, reason])
+            lines.append([rule, site, str(len(rows)), rows[0].answer, error, reason])
         return lines
 
     def __str__(self) -> str:

@@ -19,13 +19,15 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="folder of a finished run; hub name or folder"
+        "model",
+        metavar="RUN_OR_MODEL",
+        help="folder of a finished run, or hub name or folder of a model",
     )
     add_new_tokens(parser, default=256)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Read a turn, write the answer, until the input ends."""
+    """Answer each line of the input, until it ends."""
     from transformers import TextStreamer
 
     from liger_trainer.runs.checks import require_for_model

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print a few examples as tokens, with those that are trained on, and lengths and counts."""
+    """Print a few examples as the model sees them, and how many there are, of what length."""
     if options.rows < 0:
         raise ValueError(f"--rows is {options.rows}; it must be at least 0")
     from liger_trainer.runs.build import load_data, load_rewards

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print two tables, and a third of what the installed versions lack."""
+    """Print versions, devices, missing packages, and what the installed versions lack."""
     import platform
 
     import torch

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print each metric, as it is now and as the run recorded it."""
+    """Print each held-out metric, as it is now and as the run recorded it."""
     from liger_trainer.commands.console import print_table
     from liger_trainer.runs.build import load_trained
     from liger_trainer.runs.checks import require

@@ -20,9 +20,11 @@ messages) or `messages`. Decoding is greedy.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--prompts", required=True, metavar="FILE", help=".txt or .jsonl")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="prompts, .txt or .jsonl")
     add_new_tokens(parser, default=128)
-    parser.add_argument("--output", metavar="FILE.jsonl", help="write here, not to the terminal")
+    parser.add_argument(
+        "--output", metavar="FILE.jsonl", help="file to write to, in place of the terminal"
+    )
 
 
 def add_new_tokens(parser: argparse.ArgumentParser, *, default: int) -> None:
@@ -32,7 +34,7 @@ def add_new_tokens(parser: argparse.ArgumentParser, *, default: int) -> None:
         type=int,
         default=default,
         metavar="N",
-        help="most that are generated (default: %(default)s)",
+        help="most tokens of a completion (default: %(default)s)",
     )
 
 
@@ -43,7 +45,7 @@ def check_new_tokens(options: argparse.Namespace) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print or write the completions."""
+    """Generate a completion of each prompt, with the base model and with the trained one."""
     from liger_trainer.commands.console import print_titled
     from liger_trainer.runs.checkpoints import write_whole
     from liger_trainer.runs.checks import require_for_model

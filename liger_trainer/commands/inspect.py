@@ -37,6 +37,9 @@ def main(options: argparse.Namespace) -> int:
     from liger_trainer.runs.load import ModelArguments, meta_model
 
     path = Path(options.model).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        plan = f"`liger-trainer train {options.model} --dry-run`"
+        raise ValueError(f"inspect takes a model, not a recipe; {plan} shows what a recipe swaps")
     if path.suffix == ".gguf":
         model = ModelArguments(str(path.parent), gguf_file=path.name)
     else:

@@ -32,7 +32,9 @@ work as well.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     train.add_arguments(parser)
-    parser.add_argument("--processes", type=int, required=True, metavar="N", help="one per GPU")
+    parser.add_argument(
+        "--processes", type=int, required=True, metavar="N", help="number of processes, one per GPU"
+    )
     accelerate = parser.add_argument(
         "--accelerate",
         default="ddp",

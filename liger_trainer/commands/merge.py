@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Save the merged model, all of it or nothing."""
+    """Merge the adapter of a run into its base model, and save the whole model."""
     import dataclasses
 
     from liger_trainer.runs.checks import require_for_model

@@ -15,18 +15,22 @@ EXAMPLES = """examples:
   liger-trainer plan mine.yaml --gpus 64 --memory 80 --bandwidth 50
   liger-trainer plan sft/qwen3-8b-lora --shape qwen3-8b --gpus 1 --memory 24
 
-Exit code 0: it fits; 1: it does not; 2: wrong input. `docs/planning.md` gives the formulas and
-compares them with measured steps.
+Exit code 0: it fits; 1: it does not; 2: wrong input. "Planning a run" in the documentation gives
+the formulas and compares them with measured steps.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     train.add_recipe(parser)
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--memory", type=float, required=True, metavar="GiB", help="of each GPU")
     parser.add_argument(
-        "--engine", choices=ENGINES, help="default: ddp on one GPU, fsdp2 on several"
+        "--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--memory", type=float, required=True, metavar="GiB", help="memory of each GPU"
+    )
+    parser.add_argument(
+        "--engine", choices=ENGINES, help="engine (default: ddp on one GPU, fsdp2 on several)"
     )
     parser.add_argument(
         "--shape",
@@ -34,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a known size, in place of the model's configuration: {', '.join(CONFIGS)}",
     )
     parser.add_argument(
-        "--bandwidth", type=float, metavar="GB/s", help="send rate of one GPU; prints times"
+        "--bandwidth",
+        type=float,
+        metavar="GB/s",
+        help="what one GPU can send; adds times and shares of the step",
     )
     parser.add_argument(
         "--tflops",
@@ -71,10 +78,11 @@ def main(options: argparse.Namespace) -> int:
 
 def _print_setting(run: Run) -> None:
     w = run.weights
+    batches = "micro-batches" if run.accumulation > 1 else "micro-batch"
     kept = "checkpointed" if run.checkpointing else ("lean" if run.lean else "keep")
     print(
         f"{run.gpus} x {run.memory:g} GiB, {run.engine}; {w.trained + w.frozen:,} parameters, "
-        f"{w.trained:,} trained; {run.accumulation} x {run.tokens:,} tokens on a GPU, "
+        f"{w.trained:,} trained; {run.accumulation} {batches} of {run.tokens:,} tokens on a GPU, "
         f"activations {kept}\n"
     )
 

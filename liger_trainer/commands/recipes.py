@@ -16,7 +16,9 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("action", nargs="?", choices=["list", "show"], default="list")
+    parser.add_argument(
+        "action", nargs="?", default="list", metavar="{list,show}", help="(default: %(default)s)"
+    )
     name = parser.add_argument("name", nargs="?", metavar="NAME", help="the recipe to show")
     name.completer = _names  # pyright: ignore[reportAttributeAccessIssue] (of argcomplete)
 
@@ -29,11 +31,13 @@ def _names(prefix: str, **_) -> list[str]:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the table, or the text of one recipe."""
+    """List the recipes with their model, memory and needs, or print one of them."""
     from liger_trainer.runs.shipped import recipe_names, shipped
 
     if options.action == "list" and options.name is None:
         return _list(recipe_names())
+    if options.action not in ("list", "show"):
+        raise ValueError(f"recipes: did you mean `liger-trainer recipes show {options.action}`?")
     if options.action == "list":
         raise ValueError(f"recipes list takes no name: `liger-trainer recipes show {options.name}`")
     if options.name is None:

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the commands that run a recipe."""
     add_recipe(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print every value, the injection plan and problems"
+        "--dry-run",
+        action="store_true",
+        help="print every value, the injection plan and problems, and do not train",
     )
     earlier = parser.add_mutually_exclusive_group()
     earlier.add_argument("--resume", action="store_true", help="continue a run, or extend it")
@@ -71,7 +73,7 @@ def _recipes(prefix: str, **_) -> list[str]:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Train, or say what would be done."""
+    """Train a model with a recipe, or print what would be done."""
     from liger_trainer.runs.processes import ending_together
 
     with ending_together(debug=options.debug):

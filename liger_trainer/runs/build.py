@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers
+from torch.nn import Embedding
 from transformers import ProgressCallback
 
 from liger_trainer.runs.adapters import located
@@ -48,6 +49,8 @@ def build_trainer(recipe: Recipe, args):
     transformers.set_seed(args.seed)
     build = _sft_trainer if recipe.kind.trainer is None else _trl_trainer
     trainer = build(recipe, args, tokenizer, prepared, rewards)
+    if "max_length" not in recipe.kind.unused_data:
+        _require_positions(trainer.model, recipe.data.max_length)
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
@@ -182,6 +185,21 @@ def _require_separation(model, args) -> None:
         raise ValueError(
             "data.packing: with training.use_cache packed examples would see each other. "
             "Set one of the two to false"
+        )
+
+
+def _require_positions(model, length: int) -> None:
+    """Raise ValueError if the model learned an embedding for fewer positions than `length`.
+
+    Rotary positions are computed, so a model that has those goes on past the number in its
+    configuration.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    tables = {m.num_embeddings for m in model.modules() if isinstance(m, Embedding)}
+    if most < length and tables & {most, most + 2}:  # OPT and BART leave two rows unused
+        raise ValueError(
+            f"data.max_length is {length}, and the model has embeddings of {most} positions only: "
+            f"set data.max_length to {most} or less"
         )
 
 

@@ -122,7 +122,7 @@ def conflicts(recipe: Recipe) -> list[str]:
         )
     if fields.get("save_only_model"):
         found.append("training.save_only_model leaves the optimizer out: such a run cannot resume")
-    if "liger_kernel_config" in fields and not fields.get("use_liger_kernel"):
+    if fields.get("liger_kernel_config") is not None and not fields.get("use_liger_kernel"):
         found.append("training.liger_kernel_config has no effect while use_liger_kernel is off")
     for key in ("eval_strategy", "load_best_model_at_end"):
         if not recipe.data.holds_out and fields.get(key) not in (None, False, "no"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.adapters import LOCATION, located
+from liger_trainer.runs.adapters import LOCATION, located, read_json
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.recipe.recipe import Recipe, recipe_of
 from liger_trainer.runs.secrets import HIDDEN
@@ -26,6 +26,10 @@ class FinishedRun:
     @property
     def is_adapter(self) -> bool:
         return (self.path / "adapter_config.json").is_file()
+
+    @property
+    def is_lora(self) -> bool:
+        return read_json(self.path / "adapter_config.json").get("peft_type") == "LORA"
 
     @property
     def tuned(self) -> ModelArguments:

@@ -23,12 +23,13 @@ from liger_trainer.runs.engine import engine_of, save_whole_model
 from liger_trainer.runs.errors import RunError, reason
 from liger_trainer.runs.folder import Facts, RunFolder
 from liger_trainer.runs.health import Health
+from liger_trainer.runs.origin import origin
 from liger_trainer.runs.recipe.recipe import Recipe
 from liger_trainer.runs.report.html import write_report
 from liger_trainer.runs.report.samples import complete, samples_of
 from liger_trainer.runs.report.summary import engine_told, machine, summarize
 from liger_trainer.runs.signals import EvaluationInterrupted, StopOnSignal, shield_workers
-from liger_trainer.runs.throughput import Outline, peak_memory_gib
+from liger_trainer.runs.throughput import Outline, peak_memory_gib, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ class _Run:
             self.folder.facts |= {
                 "samples": self.samples,
                 "base": location(self.recipe.model),
+                "origin": origin(self.recipe),
+                "machine": machine(),
                 "command": self.command,
                 "data": self.prepared.digest,
                 "engine": engine,
@@ -256,6 +259,7 @@ class _Run:
         summary = summarize(state.log_history)
         summary |= {
             "steps": state.global_step,
+            "trained_parameters": trained_parameters(self.trainer.model),
             "minutes": (time.perf_counter() - self.started) / 60,
             "engine": self.trainer.accelerator.distributed_type.value,
             "processes": self.args.world_size,
@@ -305,7 +309,7 @@ class _Run:
         prepared, budget = self.prepared, summary.get("activation_memory")
         write_report(
             path,
-            title=f"{self.recipe.path.stem}: {self.recipe.model.label}",
+            title=f"{self.recipe.path.stem}: {self.recipe.method} of {self.recipe.model.label}",
             summary=summary,
             log_history=self.trainer.state.log_history,
             injection=self.trainer.injection_report,
@@ -318,12 +322,13 @@ class _Run:
                 ),
             },
             samples=self.samples,
+            command=self.command,
             notes=[
-                f"{prepared.size} training rows ({prepared.kind})",
+                f"Begun {self.folder.facts['started']}.",
+                f"{prepared.size} training rows ({prepared.kind}), "
+                f"{summary['trained_parameters']:,} trained parameters.",
                 *prepared.notes,
-                f"begun {self.folder.facts['started']}",
-                *([f"activation memory {budget}"] if budget else []),
-                *([self.command] if self.command else []),
+                *([f"Activation memory: {budget}."] if budget else []),
             ],
         )
 

@@ -22,6 +22,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def trained_parameters(model) -> int:
+    """Return how many numbers of the whole model are trained, wherever their shards lie."""
+    # ZeRO-3 leaves nothing in a parameter and its size beside it.
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+
+
 class Outline(TrainerCallback):
     """Prints what is about to be trained: rows, steps, rows in a step, parameters."""
 
@@ -35,11 +42,10 @@ class Outline(TrainerCallback):
         alone, steps = args.per_device_train_batch_size, state.max_steps
         factors = f"{alone} per device x {args.gradient_accumulation_steps} accumulated"
         factors += f" x {args.world_size} processes" if args.world_size > 1 else ""
-        # ZeRO-3 leaves nothing in a parameter and its size beside it.
-        trained = [p for p in self._trainer.model.parameters() if p.requires_grad]
-        count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+        count = trained_parameters(self._trainer.model)
         print(
-            f"training: {self._rows} rows, {steps:,} step{'s' if steps > 1 else ''} of {together}"
+            f"training: {self._rows} row{'s' if self._rows != '1' else ''}, "
+            f"{steps:,} step{'s' if steps > 1 else ''} of {together}"
             f"{'' if together == alone else f' ({factors})'}, {count:,} parameters trained",
             flush=True,
         )

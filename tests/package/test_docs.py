@@ -1,4 +1,7 @@
-"""The documentation names what exists: commands, options, keys, recipes, links, messages."""
+"""The documentation names what exists: commands, options, keys, recipes, links, messages.
+
+Its Python runs as it is printed, in the order of each page.
+"""
 
 import ast
 import functools
@@ -8,6 +11,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from datasets import Dataset
 
 from liger_trainer.cli import build_parser
 from liger_trainer.runs import shipped
@@ -17,6 +24,7 @@ from liger_trainer.runs.recipe.parse import parse
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # that the pages name
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -190,3 +198,75 @@ def strings_of_the_package() -> list[str]:
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(node.value)
     return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return str(tiny.saved_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def given():
+    """What the pages take for granted: the reader's own model, data and loss."""
+    torch.manual_seed(0)
+    ids = torch.randint(3, 320, (4, 12))
+    pair = {"prompt": "two plus two ?", "chosen": " four .", "rejected": " cat ."}
+    return {
+        "model": tiny.model(),
+        "tokenizer": tiny.tokenizer(),
+        "batches": [{"input_ids": ids, "labels": ids}],
+        "input_ids": ids,
+        "labels": ids.clone(),
+        "dataset": Dataset.from_list([{"input_ids": row, "labels": row} for row in ids.tolist()]),
+        "pairs": Dataset.from_list([pair] * 2),
+        "my_loss": lambda logits, labels: torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        ),
+        "ref_log_probs": torch.zeros(2, 2),
+    }
+
+
+@pytest.fixture
+def process():
+    """A process group of one process, for what the pages shard."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def run(page, names, model):
+    """Run the blocks of a page with a small model in place of the one that they name."""
+    for number, code in enumerate(blocks(DOCS / f"{page}.md", "python")):
+        if not torch.cuda.is_available():  # as the page says
+            code = code.replace('Config("out", ', 'Config("out", bf16=False, ')
+        exec(compile(code.replace(MODEL, model), f"{page}, block {number}", "exec"), names)
+
+
+WITH_PYTHON = [p.stem for p in PAGES if p.parent == DOCS and blocks(p, "python")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON)
+def test_the_code_of_a_page_runs(page, given, saved, request, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    if page == "several-gpus":
+        request.getfixturevalue("process")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    run(page, given, saved)
+
+
+def test_the_readme_shows_what_the_index_shows():
+    readme = blocks(ROOT / "README.md", "python")
+    assert readme == blocks(DOCS / "index.md", "python")
+
+
+def test_the_loss_from_log_probabilities_is_dpo(given, saved):
+    """The page's call equals the formula, written out."""
+    run("custom-loop", given, saved)
+    model, ids, labels = given["model"], given["input_ids"], given["labels"]
+    model.zero_grad()
+    log_probs = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+    scores = log_probs.gather(-1, labels[:, 1:, None]).squeeze(-1).sum(-1)
+    margin = scores[:2] - scores[2:]
+    expected = -torch.nn.functional.logsigmoid(0.1 * margin).mean()
+    assert given["loss"].item() == pytest.approx(expected.item(), rel=1e-5)

@@ -39,7 +39,7 @@ FOLDERS = {
         ["checkpoints", "data", "throughput", "processes"],
         ["load", "report", "rewards"],
         ["recipe"],
-        ["build", "planning"],
+        ["build", "origin", "planning"],
         ["checks", "folder"],
         ["finished", "run"],
         ["card"],

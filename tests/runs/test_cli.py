@@ -8,7 +8,7 @@ import signal
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from liger_trainer import cli
 from liger_trainer.runs import folder as run_folder
@@ -181,6 +181,17 @@ def test_packing_needs_a_model_that_can_separate_examples(recipe, capsys):
     assert "see each other" in capsys.readouterr().err
 
 
+def test_learned_positions_limit_the_length_of_rows(tmp_path, capsys):
+    values = tiny.recipe_values(tmp_path)
+    sizes = {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    folder = tiny.saved_model(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=320, **sizes)).save_pretrained(folder)
+    recipe = tiny.write_recipe(tmp_path, values | {"model": {"name_or_path": str(folder)}})
+    assert train(recipe, "data.max_length=33") == 2
+    assert "embeddings of 32 positions only" in capsys.readouterr().err
+    assert train(recipe, "data.max_length=32", "training.max_steps=1") == 0
+
+
 def test_dry_run_shows_values_sources_plan_and_conflicts(tmp_path, recipe, capsys):
     assert train(recipe, "training.use_liger_kernel=true", "--dry-run", "training.seed=7") == 0
     printed = capsys.readouterr().out
@@ -190,6 +201,12 @@ def test_dry_run_shows_values_sources_plan_and_conflicts(tmp_path, recipe, capsy
     assert "coverage:" in printed
     assert "# Conflicts\nnone" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_kernels_and_their_switches_off_are_no_conflict(recipe, capsys):
+    off = ["training.use_liger_kernel=false", "training.liger_kernel_config=null"]
+    assert train(recipe, "--dry-run", *off) == 0
+    assert "# Conflicts\nnone" in capsys.readouterr().out
 
 
 def test_dry_run_names_conflicts(recipe, capsys):
@@ -215,6 +232,11 @@ def test_inspect_needs_only_the_configuration(tmp_path, capsys):
 def test_inspect_of_nothing_says_so(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_inspect_of_a_recipe_names_the_command_for_it(recipe, capsys):
+    assert cli.main(["inspect", str(recipe)]) == 2
+    assert f"`liger-trainer train {recipe} --dry-run`" in capsys.readouterr().err
 
 
 def test_overrides_may_stand_before_and_after_options(recipe, capsys):

@@ -61,6 +61,7 @@ def test_an_unknown_recipe_lists_near_names(capsys, words):
         (["show"], "which one? `liger-trainer recipes` lists the names"),
         (["list", "sft/qwen3-8b-lora"], "takes no name: `liger-trainer recipes show sft/qwen3"),
         (["show", "nothing"], "no recipe 'nothing'; `liger-trainer recipes` lists them"),
+        (["sft/qwen3-8b-lora"], "did you mean `liger-trainer recipes show sft/qwen3-8b-lora`?"),
     ],
 )
 def test_recipes_says_what_is_missing(capsys, words, message):
@@ -73,13 +74,19 @@ def test_recipes_says_what_is_missing(capsys, words, message):
     [
         (["train", "a", "--training.seed=3"], "without dashes: training.seed=VALUE)"),
         (["train", "a", "--learning_rate", "1"], "without dashes: training.learning_rate=VALUE)"),
-        (["merge", "a", "--seed"], "unrecognized arguments: --seed\n"),
+        (["merge", "a", "--seed"], "unrecognized arguments: --seed; see `liger-trainer --help`\n"),
+        (["plan", "a"], "arguments are required: --memory; see `liger-trainer plan --help`\n"),
+        (["data", "a", "--rows", "x"], "argument --rows: invalid int value: 'x'"),
     ],
 )
-def test_a_value_given_as_an_option_is_told_how_to_write(capsys, words, message):
-    with pytest.raises(SystemExit):
+def test_wrong_arguments_are_told_in_one_line(capsys, words, message):
+    with pytest.raises(SystemExit) as stopped:
         run(*words)
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in printed
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
 
 
 def test_version_and_module():

@@ -238,12 +238,42 @@ def test_there_is_a_plot_for_what_was_logged(monkeypatch, metrics, expected):
     assert [chart.name for chart, _ in drawn] == expected
     for chart, lines in drawn:
         assert len(lines) == 2 * len(chart.keys)  # in training and held out
-        for points, label, _ in lines:
+        for points, label, _, style in lines:
             assert len(points) == 2
-            assert ("held out" in label) == (points[0][0] == 0)
+            assert ("held out" in label) == (points[0][0] == 0) == (style == plots_module.DASHED)
+
+
+def test_every_key_of_a_chart_has_a_line():
+    keys = ("max_reward", "mean_reward", "min_reward")
+    (figure,) = plots([{"step": step, **dict.fromkeys(keys, 1.0)} for step in (1, 2)])
+    assert {"most", "mean", "least"} <= set(re.findall("<!-- (.*?) -->", figure))
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_plot_from_zero_is_drawn_of_any_number(value):
+    assert len(plots([{"step": step, "grad_norm": value} for step in (1, 2)])) == 1
 
 
 def test_the_report_tells_when_and_how(original):
     page = (original / "out" / "report.html").read_text()
-    assert f"begun {state(original / 'out')['started']}" in page
-    assert "liger-trainer train" in page
+    assert f"Begun {state(original / 'out')['started']}" in page
+    assert "<code>liger-trainer train" in page
+    assert " trained parameters." in page
+
+
+def test_places_are_counted_and_each_tells_its_status(tmp_path):
+    rows = [Row(f"layers.{status.name}", "rope", status, "") for status in Status]
+    path = write_report(
+        tmp_path / "report.html",
+        title="t",
+        summary=summarize([]) | {"steps": 0, "minutes": 0.0},
+        log_history=[],
+        injection=InjectionReport(tuple(rows)),
+        recipe={},
+        machine={},
+        notes=[],
+    )
+    page = path.read_text()
+    assert "<b>1 of 2</b>" in page
+    sites = page.partition("All 4 sites")[2]
+    assert re.findall("<td>(yes|no|n/a|off)</td>", sites) == ["yes", "no", "n/a", "off"]

@@ -18,17 +18,24 @@ _PAGE = """<!doctype html>
 <head><meta charset=utf-8><title>{{ title }}</title>
 <meta name=viewport content="width=device-width, initial-scale=1">
 <style>
-:root { color-scheme: light; --line: #e2e8f0; --soft: #64748b; --ink: #0f172a; }
+:root { color-scheme: light dark; --line: #e2e8f0; --soft: #64748b; --ink: #0f172a;
+  --page: #f8fafc; --box: #fff; --head: #f1f5f9; --refused: #fff7ed; }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #334155; --soft: #94a3b8; --ink: #e2e8f0; --page: #0f172a; --box: #172033;
+    --head: #1e293b; --refused: #43281c; }
+  figure svg { filter: invert(0.9) hue-rotate(180deg); }
+}
 * { box-sizing: border-box; }
 body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink);
-  background: #f8fafc; margin: 0; }
+  background: var(--page); margin: 0; }
 main { max-width: 1080px; margin: 0 auto; padding: 40px 24px 64px; }
 h1 { font-size: 26px; margin: 0 0 4px; letter-spacing: -0.01em; }
 h2 { font-size: 18px; margin: 40px 0 12px; }
-p.sub { color: var(--soft); margin: 0 0 24px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px; }
-.card, figure, .box { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
-.card { padding: 14px 16px; }
+.sub { color: var(--soft); margin: 0 0 4px; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 12px;
+  margin-top: 24px; }
+.card, figure, .box { background: var(--box); border: 1px solid var(--line); border-radius: 10px; }
+.card { padding: 14px 16px; color: inherit; text-decoration: none; }
 .card b { display: block; font-size: 21px; font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 .card span { color: var(--soft); font-size: 13px; }
@@ -38,10 +45,10 @@ figure svg { width: 100%; height: auto; display: block; }
 .box { overflow: auto; max-height: 560px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th, td { text-align: left; padding: 6px 14px; border-bottom: 1px solid var(--line); }
-th { position: sticky; top: 0; background: #f1f5f9; font-weight: 600; }
+th { position: sticky; top: 0; background: var(--head); font-weight: 600; }
 details { margin-top: 12px; }
 summary { cursor: pointer; color: var(--soft); margin-bottom: 8px; }
-tr.no td { background: #fff7ed; }
+tr.no td { background: var(--refused); }
 .texts td { white-space: pre-wrap; vertical-align: top; font-size: 13px; min-width: 180px; }
 pre { margin: 0; padding: 14px 16px; font-size: 13px; line-height: 1.5; }
 @media (max-width: 520px) { .plots { grid-template-columns: 1fr; } }
@@ -59,11 +66,18 @@ pre { margin: 0; padding: 14px 16px; font-size: 13px; line-height: 1.5; }
 </tbody></table></div>
 {% endmacro %}
 <body><main>
-<h1>{{ title }}</h1><p class=sub>{{ notes | join("; ") }}</p>
+<h1>{{ title }}</h1>
+{% if command %}
+<p class=sub><code>{{ command }}</code></p>
+{% endif %}
+{% for note in notes %}
+<p class=sub>{{ note }}</p>
+{% endfor %}
 <div class=cards>
 {% for value, name in cards %}
 <div class=card><b>{{ value }}</b><span>{{ name }}</span></div>
 {% endfor %}
+<a class=card href="#injection"><b>{{ swapped }}</b><span>places run on kernels</span></a>
 </div>
 <h2>Training</h2>
 <div class=plots>{% for figure in figures %}{{ figure | safe }}{% endfor %}</div>
@@ -72,7 +86,7 @@ pre { margin: 0; padding: 14px 16px; font-size: 13px; line-height: 1.5; }
 <p>Decoded greedily, at most {{ new_tokens }} tokens each.</p>
 {{ table(["prompt", "in the data", "before training", "after training"], samples, "texts") }}
 {% endif %}
-<h2>Injection</h2>
+<h2 id=injection>Injection</h2>
 {% if injection is none %}
 <p>use_liger_kernel is off: the model ran as it is.</p>
 {% else %}
@@ -96,7 +110,7 @@ where none is, "off" where it is switched off.</p>
 <h2>Recipe</h2>
 <div class=box><pre>{{ recipe }}</pre></div>
 <h2>Versions and machine</h2>
-{{ table(["What", "Value"], machine.items()) }}
+{{ table(["what", "value"], machine.items()) }}
 </main></body></html>
 """
 
@@ -111,6 +125,7 @@ def write_report(
     recipe: dict[str, Any],
     machine: dict[str, str],
     notes: list[str],
+    command: str | None = None,
     samples: list[dict[str, Any]] = (),
 ) -> Path:
     """Write the page and return its path.
@@ -124,12 +139,14 @@ def write_report(
         recipe: the recipe's nested values.
         machine: versions and hardware.
         notes: sentences below the heading.
+        command: the command that started the run.
         samples: held-out examples: `prompt`, `expected`, and the completions `before` and `after`.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     page = environment.from_string(_PAGE).render(
         title=title,
         notes=notes,
+        command=command,
         cards=_cards(summary),
         figures=plots(log_history),
         new_tokens=NEW_TOKENS,
@@ -140,6 +157,7 @@ def write_report(
         recipe=yaml.safe_dump(recipe, sort_keys=False),
         machine=machine,
         injection=injection,
+        swapped=_swapped(injection),
         sites=[_site(row) for row in injection.rows] if injection else [],
     )
     path.write_text(page + "\n", encoding="utf-8")
@@ -162,6 +180,13 @@ def _cards(summary: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _swapped(injection: InjectionReport | None) -> str:
+    if injection is None:
+        return "none"
+    eligible = [row for row in injection.rows if row.eligible]
+    return f"{sum(row.swapped for row in eligible)} of {len(eligible)}"
+
+
 def _site(row: Row) -> tuple[str, ...]:
     error = "" if row.max_error is None else f"{row.max_error:.1e}"
-    return row.site, row.rule, "yes" if row.swapped else "no", error, row.reason
+    return row.site, row.rule, row.answer, error, row.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2563eb", "#ea580c", "#16a34a", "#dc2626", "#64748b"
+SOLID, DASHED = "-", "--"
 
 _UNIT = re.compile(r"\((nats[^)]*|tokens|GiB)\)")
 
@@ -50,7 +52,10 @@ _CHARTS = (
     Chart("Margin of scores (chosen - rejected)", (("margin", ""),)),
     Chart("Share of pairs with the higher score on chosen", (("accuracy", ""),), limits=(0, 1.02)),
     Chart("Scores", (("max_reward", "most"), ("mean_reward", "mean"), ("min_reward", "least"))),
-    Chart("Log-probability", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
+    Chart(
+        "Log-probability of completions (nats)",
+        (("logps/chosen", "chosen"), ("logps/rejected", "rejected")),
+    ),
     Chart("KL to the reference (nats)", (("kl", ""),)),
     Chart("Entropy (nats per token)", (("entropy", ""),), from_zero=True),
     Chart("Likelihood loss of chosen (nats per token)", (("nll_loss", ""),)),
@@ -87,28 +92,35 @@ def plots(log_history: list[dict[str, Any]]) -> list[str]:
 
 
 def _lines(chart: Chart, log_history: list[dict[str, Any]]):
-    """Yield `(points, label, color)` of each line in the chart that was logged."""
-    colors = ((BLUE, ORANGE), (RED, GREEN))
+    """Yield `(points, label, color, style)` of each line in the chart that was logged.
+
+    Held-out lines are dashed; a color stands for a key, or for the split if there is one key.
+    """
     has_held_out = any(_series(log_history, f"eval_{key}") for key, _ in chart.keys)
-    for (key, name), pair in zip(chart.keys, colors, strict=False):
-        for prefix, split, color in (("", "training", pair[0]), ("eval_", "held out", pair[1])):
+    for (key, name), color in zip(chart.keys, (BLUE, RED, GREEN), strict=False):
+        held_out = color if name else ORANGE
+        for prefix, split, line in (
+            ("", "training", (color, SOLID)),
+            ("eval_", "held out", (held_out, DASHED)),
+        ):
             points = _series(log_history, prefix + key)
             words = [name, split if has_held_out else ""]
             if points:
-                yield points, ", ".join(filter(None, words)), color
+                yield points, ", ".join(filter(None, words)), *line
 
 
 def _series(log_history: list[dict[str, Any]], key: str) -> Points:
     return [(entry["step"], entry[key]) for entry in log_history if key in entry]
 
 
-def _plot(chart: Chart, lines: list[tuple[Points, str, str]]) -> str:
+def _plot(chart: Chart, lines: list[tuple[Points, str, str, str]]) -> str:
     """Return a line chart over optimizer steps, as inline SVG with unique ids."""
     figure = Figure(figsize=(5.6, 3.1), layout="constrained")
     axes = figure.add_subplot()
-    for points, label, color in lines:
+    for points, label, color, style in lines:
         marker = "o" if len(points) < 30 else None
-        axes.plot(*zip(*points, strict=True), color=color, label=label, marker=marker, markersize=4)
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, style, color=color, label=label, marker=marker, markersize=4)
     axes.set_title(chart.name, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("optimizer step", color=GREY)
     axes.set_ylabel(chart.unit, color=GREY)
@@ -120,11 +132,13 @@ def _plot(chart: Chart, lines: list[tuple[Points, str, str]]) -> str:
     if chart.limits:
         axes.set_ylim(*chart.limits)
     elif chart.from_zero:
-        axes.set_ylim(bottom=0)
-    if any(label for _, label, _ in lines):
-        axes.legend(frameon=False)
+        heights = [y for points, *_ in lines for _, y in points if math.isfinite(y)]
+        axes.set_ylim(0, 1.1 * max(heights, default=0) or None)  # room above a level line
+    if any(label for _, label, *_ in lines):  # below the axes, where it hides no line
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": chart.name, "svg.fonttype": "path"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        nameless = {"Date": None, "Creator": None}
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nameless)
     text = buffer.getvalue()
     return text[text.index("<svg") :]  # without the XML declaration

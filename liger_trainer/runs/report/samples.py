@@ -82,4 +82,11 @@ def _tokenized(row: dict, tokenizer) -> Sample:
 
 def _prompted(row: dict, tokenizer) -> Sample:
     expected = row.get("chosen") or (row.get("completion") if row.get("label", True) else "") or ""
-    return Sample(shown(row["prompt"]), prompt_ids(row["prompt"], tokenizer), shown(expected))
+    return Sample(shown(row["prompt"]), prompt_ids(row["prompt"], tokenizer), _answer(expected))
+
+
+def _answer(completion: str | list[dict]) -> str:
+    """Return a completion as `complete` would return it: without the names of roles."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(m.get("content") or "" for m in completion)
