@@ -17,7 +17,8 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
     """Return the arguments of the base model, and the folder of the adapter if they name one.
 
     The base is stated by the `run.json` next to the adapter, or else by `adapter_config.json`.
-    Raises ValueError for a run that left no model, and for an adapter without a base.
+    Raises ValueError for a run that left no model, and for an adapter without a base or on another
+    adapter.
     """
     folder = Path(arguments.name_or_path or "")
     if arguments.package is not None or not arguments.name_or_path or not folder.is_dir():
@@ -47,8 +48,14 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
     chosen = {key: base.get(key) for key in LOCATION}
     if arguments.config:
         chosen["config"] = {**(chosen["config"] or {}), **arguments.config}
-    # The base may itself be an adapter, which takes one more step.
-    return located(dataclasses.replace(arguments, **chosen))[0], folder
+    innermost, inner = located(dataclasses.replace(arguments, **chosen))
+    if inner is not None:
+        raise ValueError(
+            f"model.name_or_path: the base of the adapter in {folder} is itself an adapter, "
+            f"{inner}: merge that one first (`liger-trainer merge`), and write the folder of the "
+            f"merged model into base_model_name_or_path of {folder}/adapter_config.json"
+        )
+    return innermost, folder
 
 
 def location(arguments: Any) -> dict[str, Any]:
