@@ -42,8 +42,8 @@ class DeferredHead(CallableHead):
         # An adapter may have changed the layer for this call alone (parametrized its weight, say).
         if scope.is_recording() and isinstance(self, nn.Linear) and _unfit(self, False) is None:
             where = scope.RECORDED
-        can_defer = len(args) == 1 and not kwargs and _can_defer(args[0], where)
-        if where is None or _in_graph() or not can_defer:
+        unusual = where is None or _in_graph() or kwargs or len(args) != 1
+        if unusual or not _can_defer(args[0], where):
             return super().__call__(*args, **kwargs)
         return defer_call(self, args[0], vocabulary(self), self._liger_fused, where)
 
