@@ -195,7 +195,9 @@ def _require_positions(model, length: int) -> None:
     configuration.
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
-    tables = {m.num_embeddings for m in model.modules() if isinstance(m, Embedding)}
+    tokens = model.get_input_embeddings()
+    others = (m for m in model.modules() if isinstance(m, Embedding) and m is not tokens)
+    tables = {m.num_embeddings for m in others}
     if most < length and tables & {most, most + 2}:  # OPT and BART leave two rows unused
         raise ValueError(
             f"data.max_length is {length}, and the model has embeddings of {most} positions only: "
