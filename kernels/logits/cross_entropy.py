@@ -106,6 +106,7 @@ def _token_loss_kernel(
     y_label = transform(
         tl.load(logits_ptr + safe_label).to(tl.float32), scale, softcap, HAS_SOFTCAP
     )
+    origin = tl.where(y_label == -float("inf"), 0.0, y_label)
     top = -float("inf")
     sums = tl.zeros([BLOCK], tl.float32)
     smooth_sums = tl.zeros([BLOCK], tl.float32)
@@ -120,7 +121,7 @@ def _token_loss_kernel(
         sums = sums * tl.exp(top - shift) + tl.exp(y - shift)
         top = new_top
         if SMOOTH:
-            weighted = tl.where(mask, y - y_label, 0.0)
+            weighted = tl.where(mask, y - origin, 0.0)
             if HAS_CLASS_WEIGHT:
                 weighted *= tl.load(class_weight_ptr + cols, mask=mask, other=0.0).to(tl.float32)
             smooth_sums += weighted
@@ -132,10 +133,9 @@ def _token_loss_kernel(
         hard *= tl.load(class_weight_ptr + safe_label).to(tl.float32)
         total_weight = tl.load(total_weight_ptr)
     # Differences of logits, so that a common offset costs no precision.
-    nll = log_total + (top - y_label)
-    loss = hard * nll + z_loss * lse * lse
+    loss = hard * (log_total + (top - y_label)) + z_loss * lse * lse
     if SMOOTH:
-        loss += eps / V * (total_weight * nll - tl.sum(smooth_sums, 0))
+        loss += eps / V * (total_weight * (log_total + (top - origin)) - tl.sum(smooth_sums, 0))
     tl.store(loss_ptr + row, tl.where(in_range, loss, float("nan")))
 
     if WRITE_GRAD:

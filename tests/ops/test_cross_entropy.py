@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -66,6 +67,20 @@ def test_a_shift_of_all_logits_changes_nothing(kernel_device, options, shift):
         found.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_masked_classes(kernel_device, smoothing):
+    """Logits of -inf, at the label in the second row."""
+    logits, labels = problem(kernel_device, tokens=3)
+    labels[:] = torch.tensor([3, 5, 7])
+    logits[:, 5] = -math.inf
+    loss = cross_entropy(
+        logits, labels, reduction="none", options=LossOptions(label_smoothing=smoothing)
+    )
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    )
 
 
 @pytest.mark.parametrize("options", [LossOptions(), LossOptions(label_smoothing=0.3)])
