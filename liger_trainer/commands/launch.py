@@ -86,9 +86,9 @@ def main(options: argparse.Namespace) -> int:
         for process in left:
             process.kill()  # a third signal has interrupted torch, too, while it waited for them
         after = _record(options)
-        finished = after is not None and after["state"] == "finished" and after != before_run
-        # A signal in the final evaluation ends a run that is complete.
-        return 0 if finished and not left else INTERRUPTED
+        if left or after is None or after == before_run or after["state"] != "finished":
+            return INTERRUPTED
+        return bool(after["warnings"])  # a signal in the final evaluation: the run is complete
     finally:
         signal.signal(signal.SIGINT, before)
     return 0

@@ -270,6 +270,7 @@ class _Run:
         if budget is not None:
             summary["activation_memory"] = str(budget)
             self._say([f"activation memory {budget}"])
+        warnings = [] if interrupted else self._warnings()
         if self.folder is not None:
             self.folder.begin()
             if interrupted:
@@ -277,14 +278,14 @@ class _Run:
             else:
                 report = self.recipe.output_dir / "report.html"
                 files = sorted({*self.folder.facts["files"], report.name})
-                self.folder.write("finished", summary=summary, files=files)
+                self.folder.write("finished", summary=summary, files=files, warnings=warnings)
                 self._report(report, summary)
         return RunResult(
             self.recipe.output_dir,
             interrupted,
             summary,
             report,
-            [] if interrupted else self._warnings(),
+            warnings,
             self.args.process_index == 0,
         )
 

@@ -213,20 +213,21 @@ def test_processes_on_cpus_train_together_and_stop_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("state", "minutes", "code"),
-    [("finished", 9.0, 0), ("finished", None, 130), ("interrupted", 9.0, 130)],
-    ids=["finished", "an earlier run is in the folder", "interrupted"],
+    ("changes", "code"),
+    [
+        ({"command": "again"}, 0),
+        ({}, 130),
+        ({"state": "interrupted"}, 130),
+        ({"warnings": ["a loss was NaN"]}, 1),
+    ],
+    ids=["finished", "an earlier run is in the folder", "interrupted", "finished with a warning"],
 )
-def test_a_signal_after_training_does_not_fail_a_finished_run(
-    finished, monkeypatch, state, minutes, code
-):
+def test_a_signal_after_training_does_not_fail_a_finished_run(finished, monkeypatch, changes, code):
     """Torch's launcher raises for any signal, whatever the processes have done with it."""
 
     def signaled(_):
         record = json.loads((finished / "run.json").read_text())
-        if minutes is not None:
-            record["summary"]["minutes"] = minutes
-        (finished / "run.json").write_text(json.dumps(record | {"state": state}))
+        (finished / "run.json").write_text(json.dumps(record | changes))
         raise SignalException("SIGTERM", signal.SIGTERM)
 
     monkeypatch.setattr("accelerate.commands.launch.launch_command", signaled)
