@@ -1,27 +1,21 @@
-"""Replacements for methods of TRL's trainers that read whole logits.
+"""Which methods of TRL's trainers are replaced, and their rows in the injection report.
 
-TRL's stable trainers score tokens through their fused-head interface (`trl/fused_head.py`). Its
-experimental ones read `outputs.logits`, and distillation reads the heads' weights. The replacements
-apply if logits are deferred; otherwise TRL's own functions run.
+`trl/replacements.py` has the replacements. Further methods keep TRL's code, in which only the names
+of functions that take whole logits stand for ours.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FunctionType
 
-import torch
-from torch import nn
 from transformers import Trainer
 
-from liger_trainer.deferred.scope import loss_scope
-from liger_trainer.deferred.token_scores import divergence, fusable, token_scores
-from liger_trainer.injection.rules.head import defers_logits
 from liger_trainer.report import Row, Status
 from liger_trainer.request import config_of
 from liger_trainer.source import rebind
+from liger_trainer.trl.replacements import FUNCTIONS, METHODS, defers, in_loss_scope
 
 
 def overrides(trainer: type) -> dict[str, object]:
@@ -33,7 +27,7 @@ def overrides(trainer: type) -> dict[str, object]:
     for cls in trainer.__mro__:
         if not cls.__module__.startswith("trl."):
             continue
-        special = _METHODS.get(cls.__qualname__, {})
+        special = METHODS.get(cls.__qualname__, {})
         for name, attribute in vars(cls).items():
             if name in names or _owner(trainer, name) is not cls or name == "__init__":
                 continue
@@ -56,7 +50,7 @@ def override_rows(trainer: Trainer) -> Iterator[Row]:
     """Yield a row of the injection report for each of `overrides` that the trainer has."""
     names = ("model", "teacher_model")
     models = {name: getattr(trainer, name, None) for name in names}
-    plain = [name for name, m in models.items() if m is not None and not _defers(trainer, m)]
+    plain = [name for name, m in models.items() if m is not None and not defers(trainer, m)]
     refused = Status.REFUSED if config_of(trainer).fused_linear_cross_entropy else Status.OFF
     for cls in type(trainer).__mro__:
         for name, attribute in vars(cls).items():
@@ -82,17 +76,8 @@ def _why_unused(trainer: Trainer, name: str) -> str | None:
     return None
 
 
-def _defers(trainer: Trainer, model: nn.Module) -> bool:
-    unwrapped = trainer.accelerator.unwrap_model(model)
-    inner = getattr(unwrapped, "get_base_model", None)
-    return defers_logits(inner() if callable(inner) else unwrapped)
-
-
 def _owner(trainer: type, name: str) -> type | None:
     return next((cls for cls in trainer.__mro__ if name in vars(cls)), None)
-
-
-# --- TRL's functions of logits, by their names ---------------------------------------------------
 
 
 def _rebound(attribute: object) -> tuple[object, list[str]] | None:
@@ -102,7 +87,7 @@ def _rebound(attribute: object) -> tuple[object, list[str]] | None:
     if not isinstance(function, FunctionType):
         return None
     changed, names = function, []
-    for name, make in _FUNCTIONS.items():
+    for name, make in FUNCTIONS.items():
         original = _global(function, name)
         rebound = None if original is None else rebind(changed, original, make(original))
         if rebound is not None:
@@ -110,242 +95,12 @@ def _rebound(attribute: object) -> tuple[object, list[str]] | None:
             names.append(name)
     if not names:
         return None
-    changed = _in_loss_scope(changed)
+    changed = in_loss_scope(changed)
     if function is not attribute:  # a static or class method
         changed = type(attribute)(changed)
     return changed, names
 
 
-def _in_loss_scope(method: Callable) -> Callable:
-    """Return `method` such that the logits of forwards in it are deferred."""
-
-    @functools.wraps(method)
-    def scoped(*args, **kwargs):
-        with loss_scope():
-            return method(*args, **kwargs)
-
-    return scoped
-
-
 def _global(function: FunctionType, name: str) -> object | None:
     module = sys.modules.get(function.__module__)
     return getattr(module, name, None)
-
-
-def _selective_log_softmax(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def selective_log_softmax(logits, index, temperature=1.0, row_mask=None):
-        if fusable(logits) is None or index.shape != logits.shape[:-1]:
-            return original(logits, index, temperature=temperature, row_mask=row_mask)
-        labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
-        return token_scores(logits, labels, temperature=temperature).log_probs
-
-    return selective_log_softmax
-
-
-def _selective_log_softmax_and_entropy(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def selective_log_softmax_and_entropy(
-        logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None
-    ):
-        if fusable(logits) is None or index.shape != logits.shape[:-1]:
-            return original(logits, index, entropy_requires_grad, temperature, row_mask)
-        labels = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
-        scores = token_scores(logits, labels, temperature=temperature, outputs=("entropy",))
-        entropy = scores.entropy if entropy_requires_grad else scores.entropy.detach()
-        return scores.log_probs, entropy
-
-    return selective_log_softmax_and_entropy
-
-
-def _chunked_divergence_loss(original: Callable) -> Callable:
-    """Use the deferred logits that the hidden states carry (`_hidden_with_logits`), not scale and
-    softcap from the models' configurations."""
-
-    @functools.wraps(original)
-    def chunked_divergence_loss(
-        student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta, *args, **kwargs
-    ):
-        student, teacher = (
-            getattr(hidden, "_liger_logits", None) for hidden in (student_hidden, teacher_hidden)
-        )
-        if student is None or teacher is None or args:
-            return original(
-                student_hidden, teacher_hidden, student_weight, teacher_weight, mask, beta,
-                *args, **kwargs,
-            )  # fmt: skip
-        mask = mask != 0
-        loss, entropy = divergence(
-            student,
-            teacher,
-            mask,
-            beta=beta,
-            temperature=kwargs.get("temperature", 1.0),
-            num_items_in_batch=kwargs.get("num_items_in_batch"),
-        )
-        return loss, entropy.sum(), mask.sum()
-
-    return chunked_divergence_loss
-
-
-_FUNCTIONS = {
-    "selective_log_softmax": _selective_log_softmax,
-    "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
-    "_chunked_divergence_loss": _chunked_divergence_loss,
-}
-
-
-# --- whole methods: one pass over the logits where TRL makes several -----------------------------
-
-
-def _orpo_forward(original: Callable) -> Callable:
-    """Score pairs; the negative log-likelihood of the chosen includes the prompt (ORPO)."""
-
-    @functools.wraps(original)
-    def concatenated_forward(self, model, batch):
-        def nll_labels(inputs, chosen):
-            attended = inputs["concatenated_attention_mask"][:chosen] == 1
-            return inputs["concatenated_input_ids"][:chosen].masked_fill(~attended, -100)
-
-        if not _scores_pairs(self, model):
-            return original(self, model, batch)
-        pair = _paired_forward(self, model, batch, self.padding_value, nll_labels)
-        chosen, sums, counts, nll, logits, aux = pair
-        logps = sums / counts
-        return (
-            logps[:chosen],
-            logps[chosen:],
-            logits[:chosen, :-1],
-            logits[chosen:, :-1],
-            nll,
-            *aux,
-        )
-
-    return concatenated_forward
-
-
-def _cpo_forward(original: Callable) -> Callable:
-    """Score pairs; the negative log-likelihood of the chosen covers the completion (CPO, SimPO)."""
-
-    @functools.wraps(original)
-    def concatenated_forward(self, model, batch):
-        def nll_labels(inputs, chosen):
-            return inputs["concatenated_labels"][:chosen]
-
-        if not _scores_pairs(self, model):
-            return original(self, model, batch)
-        pair = _paired_forward(self, model, batch, self.pad_token_id, nll_labels)
-        chosen, sums, counts, nll, logits, aux = pair
-        logps = sums / counts if self.loss_type in ("ipo", "simpo") else sums
-        if self.cpo_alpha == 0:
-            nll = torch.zeros_like(nll)
-        return (logps[:chosen], logps[chosen:], logits[:chosen], logits[chosen:], nll, *aux)
-
-    return concatenated_forward
-
-
-def _scores_pairs(trainer, model) -> bool:
-    return not trainer.is_encoder_decoder and _defers(trainer, model)
-
-
-@_in_loss_scope
-def _paired_forward(self, model, batch, padding_value, nll_labels):
-    """Run one forward over chosen and rejected, and score each token once.
-
-    Returns (number of chosen, log-probability [B] and number of tokens [B] of each completion, NLL
-    per token of the chosen, logits, (aux loss,) or ()).
-    """
-    inputs = self.concatenated_inputs(
-        batch, padding_value=padding_value, device=self.accelerator.device
-    )
-    chosen = batch["chosen_labels"].shape[0]
-    router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-    outputs = model(
-        inputs["concatenated_input_ids"],
-        attention_mask=inputs["concatenated_attention_mask"],
-        use_cache=False,
-        **router,
-    )
-    logits = outputs.logits
-    completion = inputs["concatenated_labels"]
-    nll = nll_labels(inputs, chosen)
-    # A token is scored if either term needs it; in both, its label is the token itself.
-    labels = completion.clone()
-    labels[:chosen] = torch.where(nll != -100, nll, completion[:chosen])
-    log_probs = token_scores(logits[:, :-1], labels[:, 1:]).log_probs
-    mask, nll_mask = completion[:, 1:] != -100, nll[:, 1:] != -100
-    sums, counts = (log_probs * mask).sum(-1), mask.sum(-1)
-    nll = -(log_probs[:chosen] * nll_mask).sum() / nll_mask.sum()
-    return chosen, sums, counts, nll, logits, (outputs.aux_loss,) if router else ()
-
-
-def _hidden_with_logits(original: Callable) -> Callable:
-    """Return hidden states from the model's own forward, with the deferred logits attached."""
-
-    @functools.wraps(original)
-    @_in_loss_scope
-    def get_last_hidden_state(
-        self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images
-    ):
-        inner = getattr(unwrapped_model, "get_base_model", None)
-        model = inner() if callable(inner) else unwrapped_model
-        if defers_logits(model):
-            given = {name: value for name, value in images.items() if value is not None}
-            outputs = model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given
-            )
-            logits = outputs.logits[:, :-1][:, -logits_to_keep:]
-            head = fusable(logits)
-            if head is not None:
-                hidden = head.terms[0].hidden
-                # A separate view: an attribute on a tensor that the logits hold would be a cycle.
-                carrier = hidden.view_as(hidden)
-                carrier._liger_logits = logits
-                return carrier
-        return original(self, unwrapped_model, input_ids, attention_mask, logits_to_keep, **images)
-
-    return get_last_hidden_state
-
-
-def _generalized_jsd(original: staticmethod) -> staticmethod:
-    function = original.__func__
-
-    @functools.wraps(function)
-    def generalized_jsd_loss(
-        student_logits,
-        teacher_logits,
-        labels=None,
-        beta=0.5,
-        temperature=1.0,
-        reduction="batchmean",
-        num_items_in_batch=None,
-    ):
-        deferred = fusable(student_logits) is not None and fusable(teacher_logits) is not None
-        if not deferred or labels is None or (num_items_in_batch is None and reduction == "mean"):
-            return function(
-                student_logits, teacher_logits, labels, beta, temperature, reduction,
-                num_items_in_batch,
-            )  # fmt: skip
-        loss, _ = divergence(
-            student_logits,
-            teacher_logits,
-            labels != -100,
-            beta=beta,
-            temperature=temperature,
-            reduction="mean" if reduction == "batchmean" else reduction,
-            num_items_in_batch=num_items_in_batch,
-        )
-        return loss
-
-    return staticmethod(generalized_jsd_loss)
-
-
-_ONCE = "each token is scored once, from deferred logits"
-_METHODS: dict[str, dict[str, tuple[Callable, str]]] = {
-    "ORPOTrainer": {"concatenated_forward": (_orpo_forward, _ONCE)},
-    "CPOTrainer": {"concatenated_forward": (_cpo_forward, _ONCE)},
-    "DistillationTrainer": {
-        "_get_last_hidden_state": (_hidden_with_logits, "hidden states carry deferred logits")
-    },
-    "GKDTrainer": {"generalized_jsd_loss": (_generalized_jsd, "divergence of deferred logits")},
-}

@@ -32,7 +32,7 @@ FOLDERS = {
         ["linear_log_prob_loss", "preference"],  # former paths
     ],
     "injection": [["probe", "rewind"], ["memory_budget"], ["rules"], ["walk"]],
-    "trl": [["checks", "fused_head", "overrides"], ["__init__"]],
+    "trl": [["checks", "fused_head", "replacements"], ["overrides"], ["__init__"]],
     "runs": [
         ["adapters", "engine", "errors", "files", "health", "packages", "secrets", "signals"],
         ["shipped", "typed"],
