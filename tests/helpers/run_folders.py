@@ -9,8 +9,12 @@ from liger_trainer import cli
 SECRET = "hf_0123456789abcdef"
 
 
+def run(*words):
+    return cli.main([str(word) for word in words])
+
+
 def train(path, *arguments):
-    return cli.main(["train", str(path), *arguments])
+    return run("train", path, *arguments)
 
 
 def state(folder):

@@ -14,17 +14,13 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from run_folders import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from liger_trainer import __version__, cli
 from liger_trainer.commands import launch
 from liger_trainer.runs import packages, shipped
 from liger_trainer.runs.recipe.recipe import load_recipe
-
-
-def run(*words):
-    return cli.main([str(word) for word in words])
-
 
 # Shipped recipes
 
