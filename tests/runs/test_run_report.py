@@ -4,12 +4,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import tiny
 from run_folders import state
 
 from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.runs.report import plots as plots_module
 from liger_trainer.runs.report.html import write_report
 from liger_trainer.runs.report.plots import plots
+from liger_trainer.runs.report.samples import samples_of
 from liger_trainer.runs.report.summary import headline_metrics, summarize
 
 LOG = [
@@ -277,3 +279,14 @@ def test_places_are_counted_and_each_tells_its_status(tmp_path):
     assert "<b>1 of 2</b>" in page
     sites = page.partition("All 4 sites")[2]
     assert re.findall("<td>(yes|no|n/a|off)</td>", sites) == ["yes", "no", "n/a", "off"]
+
+
+def test_a_sample_of_chat_messages_has_their_content():
+    """Content is text, or a list of parts."""
+    parts = [{"type": "text", "text": "four ."}]
+    rows = [
+        {"prompt": "two plus two ?", "chosen": [{"role": "assistant", "content": content}]}
+        for content in ("four .", parts, None)
+    ]
+    found = [sample.expected for sample in samples_of(rows, tiny.tokenizer(), 3)]
+    assert found == ["four .", str(parts), ""]

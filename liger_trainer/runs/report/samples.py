@@ -89,4 +89,4 @@ def _answer(completion: str | list[dict]) -> str:
     """Return a completion as `complete` would return it: without the names of roles."""
     if isinstance(completion, str):
         return completion
-    return "\n".join(m.get("content") or "" for m in completion)
+    return "\n".join(str(m.get("content") or "") for m in completion)  # text, or a list of parts
