@@ -60,12 +60,16 @@ def main(options: argparse.Namespace) -> int:
     if options.dry_run:
         return train.main(options)
     words = command(options)
-    before_run = _record(options)
     import psutil
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from liger_trainer.runs import folder
+    from liger_trainer.runs.recipe.recipe import load_recipe
+
+    output = load_recipe(options.recipe, options.overrides).output_dir
+    earlier = folder.read(output)
     sys.stdout.flush()
     sys.stderr.flush()
     # Ctrl-C reaches the processes too, which save a checkpoint: this one waits for them.
@@ -85,21 +89,13 @@ def main(options: argparse.Namespace) -> int:
         left = psutil.Process().children(recursive=True)
         for process in left:
             process.kill()  # a third signal has interrupted torch, too, while it waited for them
-        after = _record(options)
-        if left or after is None or after == before_run or after["state"] != "finished":
+        found = folder.read(output)
+        if left or found is None or found == earlier or found["state"] != "finished":
             return INTERRUPTED
-        return bool(after["warnings"])  # a signal in the final evaluation: the run is complete
+        return bool(found["warnings"])  # a signal in the final evaluation: the run is complete
     finally:
         signal.signal(signal.SIGINT, before)
     return 0
-
-
-def _record(options: argparse.Namespace) -> dict | None:
-    """Return what the output folder tells about the run in it, or None if it holds none."""
-    from liger_trainer.runs import folder
-    from liger_trainer.runs.recipe.recipe import load_recipe
-
-    return folder.read(load_recipe(options.recipe, options.overrides).output_dir)
 
 
 def _ended(rank: int, code: int) -> int:

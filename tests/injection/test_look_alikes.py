@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import tiny_model
+from plain_mlp import Mlp
 from plain_norm import Norm
 from torch import nn
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
@@ -250,16 +251,6 @@ def test_the_bias_of_a_norm_is_found_by_what_it_does(norm):
     expected = model(x)
     assert inject(model).coverage["layer_norm"] == (1, 1)
     torch.testing.assert_close(model(x), expected)
-
-
-class Mlp(nn.Module):
-    def __init__(self, between):
-        super().__init__()
-        self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.between = between
-
-    def forward(self, x):
-        return self.between(self.gate(x)) * self.up(x)
 
 
 class SquaredRelu(nn.Module):
