@@ -45,7 +45,7 @@ FOLDERS = {
         ["card"],
     ],
     "runs/planning": [["memory", "shapes"], ["counts", "traffic"], ["estimate"]],
-    "runs/recipe": [["methods", "parse"], ["recipe"], ["compare", "resolved"]],
+    "runs/recipe": [["methods", "parse"], ["sections"], ["recipe"], ["compare", "resolved"]],
     "runs/report": [["plots", "samples", "summary"], ["html"]],
     "runs/rewards": [["judge"], ["sandbox"], ["rewards"]],
     "runs/data": [

@@ -14,7 +14,8 @@ from liger_trainer.runs.load import load_config
 from liger_trainer.runs.planning.counts import shape_of, weights_of
 from liger_trainer.runs.planning.memory import Run, peak, usable
 from liger_trainer.runs.planning.shapes import CONFIGS, config_of
-from liger_trainer.runs.recipe.recipe import Recipe, defaults
+from liger_trainer.runs.recipe.recipe import Recipe
+from liger_trainer.runs.recipe.sections import defaults
 
 _METHODS = {"sft": 1, "dpo": 2, "orpo": 2, "cpo": 2, "simpo": 2}  # sequences per example
 # Bytes of optimizer states per trained element; None: two values of the weight's own dtype.

@@ -6,7 +6,8 @@ import json
 import os
 from typing import Any
 
-from liger_trainer.runs.recipe.recipe import SECTIONS, Recipe, defaults
+from liger_trainer.runs.recipe.recipe import Recipe
+from liger_trainer.runs.recipe.sections import SECTIONS, defaults
 
 # Keys that affect neither the trained model nor the order of random draws. The location of the data
 # is among them, because its contents are compared once they are loaded.

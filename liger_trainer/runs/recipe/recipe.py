@@ -1,19 +1,14 @@
 """A recipe: YAML plus command-line overrides, checked key by key before anything is loaded.
 
-Precedence: command line, then YAML, then defaults. The keys of `training` are the fields of the
-*installed* `transformers.TrainingArguments` or of the method's TRL configuration, and the keys of
-`peft` are those of `peft.LoraConfig`. A key that a release has dropped is therefore an error.
+Precedence: command line, then YAML, then defaults.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import os
-import typing
 from collections.abc import Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,7 @@ import torch
 from liger_trainer.config import KernelConfig
 from liger_trainer.request import CONFIG, FLAG
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.files import expanded, read_text, suggest_path
+from liger_trainer.runs.files import read_text, suggest_path
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.recipe.methods import (
     METHODS,
@@ -30,41 +25,20 @@ from liger_trainer.runs.recipe.methods import (
     arguments_class,
     derived_fields,
     interpret,
-    refuse_unused,
     training_defaults,
 )
 from liger_trainer.runs.recipe.parse import parse
+from liger_trainer.runs.recipe.sections import (
+    CLASSES,
+    OWN_KEYS,
+    SECTIONS,
+    check_sections,
+    defaults,
+    lora_class,
+)
 from liger_trainer.runs.rewards.rewards import RewardArguments
 from liger_trainer.runs.secrets import hidden, hidden_override
 from liger_trainer.runs.shipped import recipe_names, shipped
-from liger_trainer.runs.typed import admits, convert, known
-
-# Fields that may be paths; only in these are `~` and environment variables expanded.
-_MODEL_PATHS = ("name_or_path", "tokenizer", "chat_template", "cache_dir", "offload_folder")
-_PATHS = {
-    "model": _MODEL_PATHS,
-    "teacher": _MODEL_PATHS,
-    "data": ("path", "eval_path", "mix"),
-    "training": ("output_dir",),
-}
-# Options that a later release of transformers renamed: old name, new name.
-_RENAMED = {
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-
-
-SECTIONS = ("model", "data", "training", "peft", "reward", "teacher")
-_OPTIONAL = ("peft", "reward", "teacher")
-# Classes of the sections that depend neither on the method nor on an optional package.
-_CLASSES = {
-    "model": ModelArguments,
-    "data": DataArguments,
-    "reward": RewardArguments,
-    "teacher": ModelArguments,
-}
-# Keys of `training` for this package, whether or not the configuration has such fields.
-_OWN = {FLAG: bool, CONFIG: dict[str, bool | str | float] | None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +88,7 @@ class Recipe:
         """
         cls = arguments_class(self.method)
         given = self.training_fields().items()
-        fields = {k: v for k, (v, _) in given if k not in _OWN or hasattr(cls, k)}
+        fields = {k: v for k, (v, _) in given if k not in OWN_KEYS or hasattr(cls, k)}
         fields.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
         if "LOCAL_RANK" in os.environ and not torch.accelerator.is_available():
             fields.setdefault("use_cpu", True)  # else each process would train on its own
@@ -147,7 +121,7 @@ class Recipe:
         if self.values.get("peft") is None:
             return None
         try:
-            return _lora_class()(**{"task_type": "CAUSAL_LM", **self.values["peft"]})
+            return lora_class()(**{"task_type": "CAUSAL_LM", **self.values["peft"]})
         except (ValueError, TypeError) as error:
             raise ValueError(f"peft: {error}") from error
 
@@ -204,19 +178,12 @@ def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ())
     method = values.setdefault("method", "sft")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: {method!r} is not one of {', '.join(METHODS)}")
-    values = _check(values, method, sources)
+    values = check_sections(values, method, sources)
     stem = path.stem if method == "sft" else f"{method}-{path.stem}"
     values["training"].setdefault("output_dir", f"runs/{stem}")
     KernelConfig.from_dict(values["training"].get("liger_kernel_config") or {})
-    filled = {name: cls(**values[name]) for name, cls in _CLASSES.items() if name in values}
+    filled = {name: cls(**values[name]) for name, cls in CLASSES.items() if name in values}
     return Recipe(path, method, values=values, sources=sources, **filled)
-
-
-def defaults(section: str, method: str) -> dict[str, Any]:
-    """Return the default values of a section, except those that a factory creates."""
-    found = {f.name: f.default for f in dataclasses.fields(_class_of(section, method))}
-    usual = training_defaults(method) if section == "training" else {}
-    return {k: v for k, v in found.items() if v is not dataclasses.MISSING} | usual
 
 
 def _find(name: str | Path) -> Path:
@@ -269,81 +236,3 @@ def _apply(override: str, values: dict[str, Any], sources: dict[str, str]) -> No
     whole = isinstance(value, dict) and not parents
     for name in [f"{key}.{name}" for name in value] if whole else [key]:
         sources[".".join(name.split(".")[:2])] = source
-
-
-def _check(values: dict[str, Any], method: str, sources: dict[str, str]) -> dict[str, Any]:
-    """Return `values` with every section checked against its dataclass.
-
-    Integers become floats where the field is one, and `~` and variables are expanded in paths.
-    """
-    elsewhere = functools.partial(_elsewhere, method)
-    known("recipe", values, ["method", *SECTIONS], elsewhere)
-    checked = {"method": method}
-    for section in SECTIONS:
-        given = values.get(section)
-        if given is None and section in _OPTIONAL:
-            continue
-        given = {} if given is None else given
-        if not isinstance(given, dict):
-            raise ValueError(f"{section}: expected keys and values, found {hidden(given)!r}")
-        cls = _class_of(section, method)
-        fields = [f.name for f in dataclasses.fields(cls) if f.init]
-        hints = typing.get_type_hints(cls)
-        if section == "training":
-            given = _renamed(given, fields, sources)
-            fields, hints = list(dict.fromkeys([*fields, *_OWN])), _OWN | hints
-        known(section, given, fields, elsewhere)
-        checked[section] = {
-            k: convert(f"{section}.{k}", v, hints[k])
-            for k, v in given.items()
-            if v is not None or (admits(hints[k], None) and k != "output_dir")  # else the default
-        }
-        for key in _PATHS.get(section, ()):
-            if checked[section].get(key):
-                checked[section][key] = expanded(f"{section}.{key}", checked[section][key])
-    dropout = checked.get("peft", {}).get("lora_dropout", 0.0)
-    if not 0 <= dropout < 1:  # PEFT reads a negative one as 0; with 1, nothing is trained
-        raise ValueError(f"peft.lora_dropout is {dropout}; it must be at least 0 and below 1")
-    refuse_unused(method, checked)
-    return checked
-
-
-def _elsewhere(method: str, key: str) -> str:
-    """Return `section.key` of the first section that has the key; the key alone if none has."""
-    for section in SECTIONS:
-        if section == "peft" and find_spec("peft") is None:
-            continue
-        if key in (f.name for f in dataclasses.fields(_class_of(section, method)) if f.init):
-            return f"{section}.{key}"
-    return key
-
-
-def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) -> dict[str, Any]:
-    """Return `given` with renamed options under the name that the installed version has."""
-    given = dict(given)
-    for old, new in _RENAMED.items():
-        if old in given and new in given:
-            raise ValueError(f"training: {old} and {new} are the same option; keep one")
-        wrong, right = (old, new) if new in fields else (new, old)
-        if wrong in given:
-            given[right] = given.pop(wrong)
-            if f"training.{wrong}" in sources:
-                sources[f"training.{right}"] = sources.pop(f"training.{wrong}")
-    return given
-
-
-def _class_of(section: str, method: str) -> type:
-    """Return the dataclass of a section. Raises ValueError if its package is not installed."""
-    if section == "training":
-        return arguments_class(method)
-    if section == "peft":
-        return _lora_class()
-    return _CLASSES[section]
-
-
-def _lora_class() -> type:
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError("peft: the section needs `pip install peft`") from error
-    return LoraConfig
