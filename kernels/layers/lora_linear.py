@@ -8,8 +8,10 @@ dropout, s a number. One summand per adapter.
 Backward, with h = s D(x) Aᵀ, which forward saves in addition to x, and dh = s dy B:
     dx = dy W + Σ D(dh A)    dA = dhᵀ D(x)    dB = dyᵀ h    dW = dyᵀ x    db = Σ dy
 
-x is kept once, in the dtype of the base's product, whatever the adapters' dtype. Their products are
-added to y and dx in place. Dropout draws a seed and makes its mask from that, in backward again.
+x is kept once, in the dtype of the base's product, whatever the adapters' dtype. The adapters'
+products are written to y and dx first, and the base's GEMMs add theirs: these read what they add to
+while they compute, which a pass of its own would not hide. Dropout draws a seed and makes its mask
+from that, in backward again.
 
 Precision of the adapters' GEMMs:
 - x and the adapters have the same dtype (under autocast, the adapters are rounded to x's): in that
@@ -83,17 +85,21 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, y, settings, *matrices):
         x_NI = as_rows(x)
-        if y is None:
-            y_NO = F.linear(x_NI, weight, bias)
-        else:
-            y_NO = torch.empty(len(x_NI), y.shape[-1], dtype=y.dtype, device=y.device)
+        width = weight.shape[0] if y is None else y.shape[-1]
+        y_NO = torch.empty(len(x_NI), width, dtype=(x if y is None else y).dtype, device=x.device)
+        if y is not None:
             y_NO.view(y.shape).copy_(y)
+        elif bias is not None:
+            y_NO.copy_(bias)
+        is_empty = y is None and bias is None
         needs, kept = ctx.needs_input_grad, []
         for i, (products, scale, dropout, seed) in enumerate(settings):
             A, B = matrices[2 * i], matrices[2 * i + 1]
             D_NI = x_NI * dropout_mask(x_NI, seed, dropout) if dropout else x_NI
-            h = products.add_product(y_NO, D_NI, A, B.t(), scale)
+            h = products.add_product(y_NO, D_NI, A, B.t(), scale, int(i > 0 or not is_empty))
             kept.append(h if needs[6 + 2 * i] else None)
+        if y is None:
+            y_NO.addmm_(x_NI, weight.to(y_NO.dtype).t())
         keeps_x = needs[1] or any(needs[5::2])
         if not keeps_x:
             depends_on(ctx, x)
@@ -118,13 +124,10 @@ class _LoRALinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_y = needs[:4]
         dy_NO, x_NI = as_rows(dy), None if x is None else as_rows(x)
 
-        dx_NI, has_dx = None, weight is not None
-        if needs_x and has_dx:
-            dx_NI = dy_NO @ (weight if weight.dtype == dy.dtype else weight.to(dy.dtype))
-        elif needs_x:
+        dx_NI, has_dx, grads = None, False, []
+        if needs_x:
             shape = len(dy_NO), ctx.x_shape[-1]
             dx_NI = torch.empty(shape, dtype=ctx.x_dtype, device=dy.device)
-        grads = []
         for i, (products, scale, dropout, seed) in enumerate(ctx.settings):
             A, B = matrices[2 * i], matrices[2 * i + 1]
             needs_A, needs_B = needs[5 + 2 * i], needs[6 + 2 * i]
@@ -145,6 +148,8 @@ class _LoRALinear(torch.autograd.Function):
                     dA = products.gradient_a(dh, x_NI if keep is None else x_NI * keep)
                 has_dx = True
             grads += [dA, dB]
+        if dx_NI is not None and weight is not None:
+            dx_NI.addmm_(dy_NO, weight.to(dx_NI.dtype))
         return (
             None if dx_NI is None else dx_NI.view(ctx.x_shape),
             dy_NO.t() @ x_NI if needs_weight and x_NI is not None else None,
