@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 from alignment_cases import CASES, Sizes
-from timing import environment, measure, print_table
+from timing import add_case_option, chosen_cases, environment, measure, print_table
 
 CONTENDERS = ("floor", "grouped", "generic", "eager", "TRL", "liger")
 PEERS = ("TRL", "liger")
@@ -147,21 +147,21 @@ def run(name: str, sizes: Sizes, contenders: list[str]) -> tuple[list[str], list
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
-    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    add_case_option(parser)
+    parser.add_argument("--contender", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU")
     options = parser.parse_args()
     if not (options.smoke or torch.cuda.is_available()):
         parser.error("needs a CUDA device; --smoke runs without one")
     times, differences = [], []
-    for name in options.cases:
+    for name in chosen_cases(CASES, options.case):
         release()
-        row, difference = run(name, SMOKE if options.smoke else FULL, options.contenders)
+        row, difference = run(name, SMOKE if options.smoke else FULL, options.contender)
         times.append(row)
         differences.append(difference)
         print(row, flush=True)
     print(environment())
-    columns = ["case", *options.contenders]
+    columns = ["case", *options.contender]
     print_table("Alignment heads, ms (peak MiB beyond inputs; and gradients)", columns, times)
     print_table("Relative differences of loss, d hidden, d weight", columns, differences)
     if options.smoke and any(ANOTHER in row for row in times):

@@ -12,7 +12,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from timing import environment, measure, measure_graph, print_table
+from timing import add_case_option, chosen_cases, environment, measure, measure_graph, print_table
 
 from liger_trainer.kernels.layers.glu import geglu, swiglu
 from liger_trainer.kernels.layers.layer_norm import layer_norm
@@ -157,17 +157,15 @@ def copy_bandwidth():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    add_case_option(parser)
     parser.add_argument("--ours", action="store_true", help="leave the peers out")
     options = parser.parse_args()
     columns = ["liger_trainer"] if options.ours else [
         "liger_trainer", "eager", "F.*", "compile", "liger"]  # fmt: skip
     print(f"copy: {copy_bandwidth():.2f} TB/s")
     rows = []
-    for name, make in CASES.items():
-        if options.only not in name:
-            continue
-        leaves, size, contenders = make()
+    for name in chosen_cases(CASES, options.case):
+        leaves, size, contenders = CASES[name]()
         with torch.no_grad():
             first = contenders["liger_trainer"]()
         outputs = first if isinstance(first, tuple) else (first,)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import environment, measure, print_table
+from timing import add_case_option, chosen_cases, environment, measure, print_table
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from liger_trainer.kernels.layers.packed_attention import dense_mask, documents_of, packed_attention
@@ -134,19 +134,18 @@ def cell(name: str, case: Case) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="", help="cases whose name contains this")
-    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    add_case_option(parser)
+    parser.add_argument("--contender", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--json", help="also write the cells to this file")
     options = parser.parse_args()
     rows = []
-    for name, case in CASES.items():
-        if options.case in name:
-            position_ids = positions(case)
-            bounds = measure(lambda ids=position_ids: documents_of(ids))[0]
-            cells = [cell(contender_, case) for contender_ in options.contenders]
-            rows.append([name, *cells, f"{bounds:.2f}"])
-            print(rows[-1], flush=True)
-    columns = ["case", *options.contenders, "bounds"]
+    for name in chosen_cases(CASES, options.case):
+        position_ids = positions(CASES[name])
+        bounds = measure(lambda ids=position_ids: documents_of(ids))[0]
+        cells = [cell(contender_, CASES[name]) for contender_ in options.contender]
+        rows.append([name, *cells, f"{bounds:.2f}"])
+        print(rows[-1], flush=True)
+    columns = ["case", *options.contender, "bounds"]
     print(environment())
     print_table("Attention of packed rows, forward and backward, ms (MiB)", columns, rows)
     if options.json:

@@ -30,7 +30,7 @@ import sys
 from pathlib import Path
 
 import torch
-from timing import environment, print_table
+from timing import add_case_option, chosen_cases, environment, print_table
 
 CASES = {
     f"{shape} {what}, {length}": (shape, what, length)
@@ -123,7 +123,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="*", default=[""], help="cases that contain one of these")
+    add_case_option(parser)
     parser.add_argument("--engine", nargs="*", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--variant", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--worlds", nargs="*", type=int, default=[1, 2, 4, 8])
@@ -143,7 +143,7 @@ def main():
     results = {}
     if options.json and options.json.exists():
         results = json.loads(options.json.read_text())["results"]
-    chosen = [name for name in cases if any(part in name for part in options.case)]
+    chosen = chosen_cases(cases, options.case)
     for name, engine, variant in itertools.product(chosen, options.engine, options.variant):
         needed = [p for p in (ENGINES[engine], VARIANTS[variant]) if p]
         missing = [p for p in needed if importlib.util.find_spec(p) is None]

@@ -1,12 +1,29 @@
-"""Timing on a CUDA device: medians of events, peak memory, machine and versions."""
+"""What the benchmarks share: cases by name, timing on a CUDA device, the machine, tables."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+
+
+def add_case_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--case", nargs="*", default=[""], help="names of cases, or parts of names")
+
+
+def chosen_cases(cases: Iterable[str], parts: Iterable[str]) -> list[str]:
+    """Return the cases of these names, and for any other text those whose names contain it.
+
+    Raises SystemExit for a text that no name contains.
+    """
+    names = list(cases)
+    for part in parts:
+        if not any(part in name for name in names):
+            raise SystemExit(f"no case has {part!r} in its name; there are: " + "; ".join(names))
+    return [n for n in names if any(p == n if p in names else p in n for p in parts)]
 
 
 def measure(fn: Callable[[], object], *, warmup: int = 3, repeats: int = 12) -> tuple[float, float]:

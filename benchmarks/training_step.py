@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timing import environment, print_table
+from timing import add_case_option, chosen_cases, environment, print_table
 
 from liger_trainer.runs.planning.shapes import config_of
 
@@ -308,14 +308,9 @@ def sized(name: str, smoke: bool) -> Case:
     return CASES[name]._replace(batch=2, length=64) if smoke else CASES[name]
 
 
-def chosen_cases(parts: list[str]) -> list[str]:
-    """Return the cases of these names, and for any other text those whose names contain it."""
-    return [name for name in CASES if any(p == name if p in CASES else p in name for p in parts)]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs="*", default=[""], help="names of cases, or parts of names")
+    add_case_option(parser)
     parser.add_argument("--contender", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--flags", default="{}", help="liger_kernel_config of liger-trainer, JSON")
     parser.add_argument(
@@ -338,7 +333,7 @@ def main():
     results = {}
     if options.json and options.json.exists():
         results = json.loads(options.json.read_text())["results"]
-    for name in chosen_cases(options.case):
+    for name in chosen_cases(CASES, options.case):
         results.setdefault(name, {}).update(compete(name, options.contender, options))
         print(name, results[name], flush=True)
         if options.json:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from timing import environment, print_table
+from timing import add_case_option, chosen_cases, environment, print_table
 from training_step import SHAPES
 
 CONTENDERS = ("TRL", "TRL + liger layers", "liger_trainer")
@@ -263,7 +263,7 @@ def compete(name: str, options: argparse.Namespace) -> tuple[list[str], list[str
     """Return the rows of the two tables."""
     figures, checks, truth = [name], [name], None
     tolerances = SMOKE_TOLERANCES if options.smoke else TOLERANCES[CASES[name].method]
-    for contender in options.contenders:
+    for contender in options.contender:
         found = missing(contender, options.smoke) or start(name, contender, options)
         if isinstance(found, str):
             figures.append(found)
@@ -278,8 +278,8 @@ def compete(name: str, options: argparse.Namespace) -> tuple[list[str], list[str
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
-    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    add_case_option(parser)
+    parser.add_argument("--contender", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--processes", type=int, default=1, help="one per GPU")
     parser.add_argument("--accelerate", default="ddp", choices=("ddp", "fsdp2", "zero2", "zero3"))
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
@@ -294,13 +294,13 @@ def main():
             print(json.dumps(found), flush=True)
         return
     rows, checks = [], []
-    for name in options.cases:
+    for name in chosen_cases(CASES, options.case):
         row, check = compete(name, options)
         rows.append(row)
         checks.append(check)
         print(row, flush=True)
     print(environment())
-    columns = ["case", *options.contenders]
+    columns = ["case", *options.contender]
     size = " (tiny models)" if options.smoke else ""
     engine = f", {options.accelerate} on {options.processes} GPUs" * (options.processes > 1)
     print_table(f"Training with TRL{engine}, tokens/s, peak GiB{size}", columns, rows)
