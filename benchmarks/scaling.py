@@ -113,8 +113,11 @@ def plot(results: dict[str, dict], path: Path) -> None:
             )
             if points:
                 axis.plot(*zip(*points, strict=True), marker="o", label=variant)
-        axis.set(title=panel, xlabel="GPUs", ylabel="tokens/s per GPU")
-        axis.set_ylim(bottom=0)
+        axis.set(title=panel.replace(" | ", ", "), xlabel="GPUs", ylabel="tokens/s per GPU")
+        axis.set_xscale("log", base=2)
+        worlds = sorted({int(w) for v in VARIANTS for w in results.get(f"{panel} | {v}", {})})
+        axis.set_xticks(worlds, worlds)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
