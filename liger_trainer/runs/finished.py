@@ -11,6 +11,7 @@ from typing import Any
 from liger_trainer.runs import folder as run_folder
 from liger_trainer.runs.adapters import LOCATION, located, read_json
 from liger_trainer.runs.load import ModelArguments
+from liger_trainer.runs.recipe.compare import weight_differences
 from liger_trainer.runs.recipe.recipe import Recipe, recipe_of
 from liger_trainer.runs.secrets import HIDDEN
 
@@ -57,14 +58,13 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
         )
     values = {section: _known(keys) for section, keys in record["recipe"].items()}
     values["training"]["output_dir"] = str(path)
-    before = {"method": values["method"], "peft": values.get("peft"), **values["model"]}
     run = FinishedRun(path, record, recipe_of(values, path / "run.yaml", overrides))
-    now = run.recipe.values
-    now = {"method": now["method"], "peft": now.get("peft"), **now["model"]}
-    for key in ("method", "peft", *LOCATION):
-        if now.get(key) != before.get(key):
-            name = key if key in ("method", "peft") else f"model.{key}"
-            raise ValueError(f"{name}: the run in {path} was trained with another value; leave it")
+    changed = weight_differences(record["recipe"], run.recipe)
+    if changed:
+        raise ValueError(
+            f"the weights in {path} are of another recipe ({'; '.join(changed)}): leave these "
+            "values as they are"
+        )
     located(run.tuned)  # raises if the model is no longer there
     return run
 

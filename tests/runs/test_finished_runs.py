@@ -130,10 +130,23 @@ def test_evaluate_needs_something_held_out(here, capsys):
     assert "the recipe has no held-out examples" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("override", ["peft.r=2", "method=reward", "model.name_or_path=lora"])
-def test_evaluate_keeps_what_was_trained(here, capsys, override):
-    assert run("evaluate", "full", override) == 2
-    assert "the run in full was trained with another value" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "override", "changed"),
+    [
+        ("full", "peft.r=2", "peft: none -> some"),
+        ("full", "method=reward", "method: sft -> reward"),
+        ("full", "model.name_or_path=lora", " -> lora"),
+        ("full", "model.config={rope_theta: 5.0}", "model.config: None -> {'rope_theta': 5.0}"),
+        ("lora", "peft.lora_alpha=4", "peft.lora_alpha: 64 -> 4"),
+        ("lora", "peft=null", "peft: some -> none"),
+    ],
+)
+def test_evaluate_keeps_what_was_trained(here, capsys, name, override, changed):
+    """With another scale, an adapter's weights would load, and be another model."""
+    assert run("evaluate", name, override) == 2
+    error = capsys.readouterr().err
+    assert f"the weights in {name} are of another recipe (" in error
+    assert changed in error
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Precedence: command line, then YAML, then defaults.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -171,6 +172,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Return the checked recipe of nested values. Raises ValueError as `load_recipe` does."""
+    values = copy.deepcopy(values)  # overrides must not change the caller's
     given = {section: keys for section, keys in values.items() if isinstance(keys, dict)}
     sources = {f"{section}.{key}": "recipe" for section, keys in given.items() for key in keys}
     for override in overrides:
