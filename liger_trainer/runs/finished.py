@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.adapters import LOCATION, located, read_json
+from liger_trainer.runs.adapters import LOCATION, located, read_json, require_finished
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.recipe.compare import weight_differences
 from liger_trainer.runs.recipe.recipe import Recipe, recipe_of
@@ -51,11 +51,7 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
             f"{path} holds no run: it has no {run_folder.RUN_FILE}. Give the folder that "
             "training.output_dir was"
         )
-    if record["state"] != "finished":
-        raise ValueError(
-            f"the run in {path} is {record['state']}, not finished: finish it with "
-            "`liger-trainer train`, its recipe and --resume"
-        )
+    require_finished(path, record["state"])
     values = {section: _known(keys) for section, keys in record["recipe"].items()}
     values["training"]["output_dir"] = str(path)
     run = FinishedRun(path, record, recipe_of(values, path / "run.yaml", overrides))

@@ -234,8 +234,8 @@ def read(path: Path) -> dict[str, Any] | None:
     needed = ("state", "id", "recipe", "files", "replaced")
     if not isinstance(found, dict) or not all(key in found for key in needed):
         raise ValueError(
-            f"{file} is from another version of liger-trainer: choose another training.output_dir, "
-            "or remove the file"
+            f"{file} is from another version of liger-trainer: use that one, or train in another "
+            "training.output_dir"
         )
     return found
 

@@ -61,12 +61,18 @@ def test_dpo_begins_from_a_run(here, tmp_path, first):
     ("words", "message"),
     [
         (["lora.yaml", "model.name_or_path=lora"], "is an adapter already; remove the section"),
-        (["full.yaml", "model.name_or_path=./cut"], "left no model; its state is 'running'"),
+        (["full.yaml", "model.name_or_path=./cut"], "the run in cut is interrupted, not finished"),
+        (["full.yaml", "model.name_or_path=./gone"], "the model of the run in gone is gone"),
     ],
 )
 def test_what_no_stage_can_begin_from(here, capsys, words, message):
-    (here / "cut").mkdir(exist_ok=True)
-    (here / "cut" / "run.json").write_text('{"state": "running"}')
+    """The model in `cut` is whole, but not that of the run that was to extend it."""
+    record = json.loads((here / "full" / "run.json").read_text())
+    if not (here / "gone").exists():
+        shutil.copytree(here / "full", here / "cut", dirs_exist_ok=True)
+        (here / "cut" / "run.json").write_text(json.dumps(record | {"state": "interrupted"}))
+        (here / "gone").mkdir()
+        (here / "gone" / "run.json").write_text(json.dumps(record))
     assert run("train", *words, "training.output_dir=other") == 2
     assert message in capsys.readouterr().err
 
