@@ -84,7 +84,7 @@ an error that names the nearest known one.
 
 ## method
 
-| method | trainer | columns of an example | fixed settings | refused keys of `data` |
+| method | trainer | columns of an example | fixed settings | unused keys of `data` |
 |---|---|---|---|---|
 {_lines(_methods())}
 

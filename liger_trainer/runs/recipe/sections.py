@@ -17,7 +17,12 @@ from liger_trainer.request import CONFIG, FLAG
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.files import expanded
 from liger_trainer.runs.load import ModelArguments
-from liger_trainer.runs.recipe.methods import arguments_class, refuse_unused, training_defaults
+from liger_trainer.runs.recipe.methods import (
+    METHODS,
+    arguments_class,
+    refuse_unused,
+    training_defaults,
+)
 from liger_trainer.runs.rewards.rewards import RewardArguments
 from liger_trainer.runs.secrets import hidden
 from liger_trainer.runs.typed import admits, convert, known
@@ -70,7 +75,7 @@ def lora_class() -> type:
 def defaults(section: str, method: str) -> dict[str, Any]:
     """Return the default values of a section, except those that a factory creates."""
     found = {f.name: f.default for f in dataclasses.fields(_class_of(section, method))}
-    usual = training_defaults(method) if section == "training" else {}
+    usual = training_defaults(method) | METHODS[method].fixed if section == "training" else {}
     return {k: v for k, v in found.items() if v is not dataclasses.MISSING} | usual
 
 
