@@ -16,7 +16,8 @@ from transformers import ProgressCallback
 
 from liger_trainer.runs.adapters import located
 from liger_trainer.runs.data.collate import Collator
-from liger_trainer.runs.data.prepare import Prepared, Purpose, prepare
+from liger_trainer.runs.data.prepare import Prepared, prepare
+from liger_trainer.runs.data.task import Purpose
 from liger_trainer.runs.data.vision import VisionCollator
 from liger_trainer.runs.engine import is_same_in_all_processes
 from liger_trainer.runs.load import load_model, load_processor, load_tokenizer, one_line

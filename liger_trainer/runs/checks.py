@@ -16,6 +16,7 @@ from liger_trainer.runs.data.prepare import fit, processor_for
 from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.sources import first_rows
 from liger_trainer.runs.data.splits import part_of
+from liger_trainer.runs.data.task import Task
 from liger_trainer.runs.load import ModelArguments, load_config, load_tokenizer, meta_model
 from liger_trainer.runs.packages import Need, missing, needed_by_model
 from liger_trainer.runs.recipe.recipe import Recipe
@@ -192,7 +193,7 @@ def check_data(recipe: Recipe) -> None:
     for part, split in loaded:
         form = form_of(part.columns, purpose.examples, part.source.form)
         sieve = Sieve(f"first {split}", invalid=data.invalid)
-        fit(part, data, tokenizer, form, sieve, purpose, processor, recipe.data_seed)
+        fit(part, Task(purpose, form, data, tokenizer, recipe.data_seed, sieve), processor)
 
 
 def _is_local(path: str) -> bool:

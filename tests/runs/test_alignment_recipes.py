@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from liger_trainer import cli
 from liger_trainer.runs.build import build_trainer
-from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.task import Purpose
 from liger_trainer.runs.load import load_tokenizer
 from liger_trainer.runs.recipe import methods
 from liger_trainer.runs.recipe.compare import differences

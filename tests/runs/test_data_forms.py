@@ -7,7 +7,8 @@ import tiny
 
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.forms import form_of
-from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.task import Purpose
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 from liger_trainer.runs.recipe.methods import METHODS
 
