@@ -48,8 +48,10 @@ def build_trainer(recipe: Recipe, args):
         # first process sends batches to the others, requires batches of equal length.
         args.accelerator_config.dispatch_batches = False
     transformers.set_seed(args.seed)
-    build = _sft_trainer if recipe.kind.trainer is None else _trl_trainer
-    trainer = build(recipe, args, tokenizer, prepared, rewards)
+    if recipe.kind.trainer is None:
+        trainer = _sft_trainer(recipe, args, tokenizer, prepared)
+    else:
+        trainer = _trl_trainer(recipe, args, tokenizer, prepared, rewards)
     if "max_length" not in recipe.kind.unused_data:
         _require_positions(trainer.model, recipe.data.max_length)
     if not args.disable_tqdm:
@@ -92,10 +94,12 @@ def load_rewards(recipe: Recipe) -> list:
             sys.path.remove(place)
 
 
-def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: list):
+def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared):
     model = load_model(recipe.model)
     if recipe.data.packing:
-        _require_separation(model, args)
+        found = packing_problems(model, use_cache=args.use_cache)
+        if found:
+            raise ValueError("; ".join(found))
     model = recipe.adapted(model)
     collator = _collator(model, args, tokenizer, prepared)
     trainer = trainer_class(recipe.method)(
@@ -175,18 +179,20 @@ def _sharded(args) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
-def _require_separation(model, args) -> None:
-    """Raise ValueError unless packed examples are kept apart: by position ids, without a cache."""
+def packing_problems(model, *, use_cache: bool) -> list[str]:
+    """Return why the model would mix packed examples: position ids keep them apart, no cache."""
+    found = []
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
+        found.append(
             f"data.packing: {type(model).__name__} takes no position_ids, so packed examples would "
             "see each other. Set data.packing to false"
         )
-    if args.use_cache:
-        raise ValueError(
+    if use_cache:
+        found.append(
             "data.packing: with training.use_cache packed examples would see each other. "
             "Set one of the two to false"
         )
+    return found
 
 
 def _require_positions(model, length: int) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 
 import torch
 
 from liger_trainer.runs.adapters import located
-from liger_trainer.runs.build import check_generations, load_rewards, purpose_of
+from liger_trainer.runs.build import check_generations, load_rewards, packing_problems, purpose_of
 from liger_trainer.runs.data.arguments import is_file_name
 from liger_trainer.runs.data.forms import form_of
 from liger_trainer.runs.data.prepare import fit, processor_for
@@ -157,11 +156,8 @@ def model_problems(recipe: Recipe) -> list[str]:
         )
     model = meta_model(recipe.model, scores=recipe.kind.scores)
     if recipe.data.packing:
-        forward = inspect.signature(model.forward)
-        if "position_ids" not in forward.parameters:
-            found.append("data.packing: the model takes no position_ids, so examples would mix")
-        if recipe.values["training"].get("use_cache"):
-            found.append("data.packing: with training.use_cache examples would mix")
+        use_cache = bool(recipe.values["training"].get("use_cache"))
+        found += packing_problems(model, use_cache=use_cache)
     try:
         recipe.adapted(model)
     except ValueError as error:

@@ -175,13 +175,13 @@ class _Run:
 
     def _begin_samples(self) -> list[dict[str, str]]:
         """Return completions before training, for the report, if one process can generate them."""
-        trainer, count = self.trainer, self.recipe.data.samples
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        sharded |= getattr(trainer.model, "_tp_size", None) is not None
         if self.folder is None:
             return []
         if self.start.earlier.get("samples"):
             return self.start.earlier["samples"]
+        trainer, count = self.trainer, self.recipe.data.samples
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        sharded |= getattr(trainer.model, "_tp_size", None) is not None
         nothing_to_show = self.prepared.eval is None or not count or self.recipe.kind.scores
         if nothing_to_show or sharded or self.start.checkpoint is not None:
             return []

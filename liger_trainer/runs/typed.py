@@ -45,7 +45,7 @@ def convert(where: str, value: Any, hint: Any) -> Any:
 
     Raises ValueError otherwise.
     """
-    if (where == "training.bf16" and value == "auto") or admits(hint, value):
+    if admits(hint, value):
         return value
     if _is_int(value) and admits(hint, float(value)):
         return float(value)
@@ -91,7 +91,7 @@ def _words(hint: Any) -> str:
         told = [_words(a) for a in arguments if a is not types.NoneType]
         return " or ".join(dict.fromkeys(told))
     if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return "one of " * (len(arguments) > 1) + ", ".join(map(str, arguments))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in hint)
     return _NAMES.get(origin or hint, "a mapping")

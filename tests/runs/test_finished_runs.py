@@ -122,7 +122,7 @@ def test_missing_packages_are_named_before_anything_is_loaded(
     (here / "quantized.gguf").touch()
     (here / "prompts.txt").write_text("hello")
     monkeypatch.setattr(packages, "installed", lambda *names: False)
-    monkeypatch.setattr(load, "folder", lambda arguments: pytest.fail("it is being loaded"))
+    monkeypatch.setattr(load, "place_of", lambda arguments: pytest.fail("it is being loaded"))
     if not found:
         with pytest.raises(pytest.fail.Exception, match="being loaded"):
             run(*words)

@@ -90,6 +90,7 @@ def test_nested_keys_can_be_set(minimal):
         ("training.max_steps=1.5", "training.max_steps: 1.5 is not a whole number"),
         ("training.use_liger_kernel=1", "1 is not true or false"),
         ("training.use_liger_kernel=yes", "'yes' is not true or false"),
+        ("training.bf16=maybe", "'maybe' is not true or false or auto"),
         ("data.columns=[a]", r"data.columns: \['a'\] is not a mapping"),
         ("data.path=3", "data.path: 3 is not text or a list"),
         ("learning_rate=1", "unknown key 'learning_rate'; did you mean training.learning_rate"),

@@ -27,6 +27,17 @@ _OPTIMIZERS = {
     "sgd": 0,
 }
 _MAX_GPUS = 4096
+# Changes of a `Run`, and how a user makes them.
+_CHECKPOINTED = {"checkpointing": True}
+_REDUCED = {"reduce_each": True}
+_SETTINGS = {
+    "engine": "--engine {}",
+    "checkpointing": "training.gradient_checkpointing=true",
+    "reduce_each": (
+        "training.accelerator_config='{{gradient_accumulation_kwargs: {{sync_each_batch: true}}}}'"
+    ),
+    "batch": "training.per_device_train_batch_size={}",
+}
 
 
 def fits(run: Run) -> bool:
@@ -95,18 +106,6 @@ def ways_out(run: Run) -> list[str]:
         if more is not None:
             return [", ".join([*_settings(run, change), f"{more} GPUs"])]
     return []
-
-
-_CHECKPOINTED = {"checkpointing": True}
-_REDUCED = {"reduce_each": True}
-_SETTINGS = {
-    "engine": "--engine {}",
-    "checkpointing": "training.gradient_checkpointing=true",
-    "reduce_each": (
-        "training.accelerator_config='{{gradient_accumulation_kwargs: {{sync_each_batch: true}}}}'"
-    ),
-    "batch": "training.per_device_train_batch_size={}",
-}
 
 
 def _batches(run: Run) -> list[dict]:

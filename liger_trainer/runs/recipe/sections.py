@@ -100,6 +100,7 @@ def check_sections(values: dict[str, Any], method: str, sources: dict[str, str])
         if section == "training":
             given = _renamed(given, fields, sources)
             fields, hints = list(dict.fromkeys([*fields, *OWN_KEYS])), OWN_KEYS | hints
+            hints["bf16"] |= typing.Literal["auto"]  # see `training_arguments`
         known(section, given, fields, elsewhere)
         checked[section] = {
             k: convert(f"{section}.{k}", v, hints[k])
