@@ -13,7 +13,7 @@ _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_FILES = ("config.json", "adapter_config.json")
 
 
-def located(arguments: Any) -> tuple[Any, Path | None]:
+def base_and_adapter(arguments: Any) -> tuple[Any, Path | None]:
     """Return the arguments of the base model, and the folder of the adapter if they name one.
 
     The base is stated by the `run.json` next to the adapter, or else by `adapter_config.json`.
@@ -50,7 +50,7 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
     chosen = {key: base.get(key) for key in LOCATION}
     if arguments.config:
         chosen["config"] = {**(chosen["config"] or {}), **arguments.config}
-    innermost, inner = located(dataclasses.replace(arguments, **chosen))
+    innermost, inner = base_and_adapter(dataclasses.replace(arguments, **chosen))
     if inner is not None:
         raise ValueError(
             f"model.name_or_path: the base of the adapter in {folder} is itself an adapter, "
@@ -72,9 +72,9 @@ def require_finished(folder: Path, state: str) -> None:
         )
 
 
-def location(arguments: Any) -> dict[str, Any]:
+def base_location(arguments: Any) -> dict[str, Any]:
     """Return the location of the base model of `arguments`, which `run.json` stores as `base`."""
-    base, _ = located(arguments)
+    base, _ = base_and_adapter(arguments)
     return {key: getattr(base, key) for key in LOCATION if getattr(base, key) is not None}
 
 

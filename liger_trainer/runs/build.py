@@ -14,7 +14,7 @@ import transformers
 from torch.nn import Embedding
 from transformers import ProgressCallback
 
-from liger_trainer.runs.adapters import located
+from liger_trainer.runs.adapters import base_and_adapter
 from liger_trainer.runs.data.collate import Collator
 from liger_trainer.runs.data.prepare import Prepared, prepare
 from liger_trainer.runs.data.task import Purpose
@@ -150,7 +150,7 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     precomputed = getattr(args, "precompute_ref_log_probs", False)
     # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so TRL then
     # requires a separate model for them.
-    adapted = peft_config is not None or located(recipe.model)[1] is not None
+    adapted = peft_config is not None or base_and_adapter(recipe.model)[1] is not None
     if recipe.kind.reference and not adapted and not (precomputed and not _sharded(args)):
         given["ref_model"] = load_model(recipe.model)
     try:

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from liger_trainer.runs.adapters import located
+from liger_trainer.runs.adapters import base_and_adapter
 from liger_trainer.runs.build import check_generations, load_rewards, packing_problems, purpose_of
 from liger_trainer.runs.data.arguments import is_file_name
 from liger_trainer.runs.data.forms import form_of
@@ -52,7 +52,7 @@ def require(recipe: Recipe) -> None:
 
 def require_for_model(arguments: ModelArguments) -> None:
     """Raise ValueError with every package without which the model cannot be loaded."""
-    base, adapter = located(arguments)
+    base, adapter = base_and_adapter(arguments)
     needs = list(needed_by_model(vars(base)))
     if adapter is not None:
         needs.append(Need(f"the adapter in {adapter}", ("peft",)))
@@ -90,7 +90,7 @@ def problems(recipe: Recipe) -> list[str]:
             "before training; remove the key"
         )
     try:
-        _, adapter = located(recipe.model)
+        _, adapter = base_and_adapter(recipe.model)
     except ValueError as error:
         return [*found, str(error)]
     if adapter is not None and recipe.values.get("peft") is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.adapters import LOCATION, located, read_json, require_finished
+from liger_trainer.runs.adapters import LOCATION, base_and_adapter, read_json, require_finished
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.recipe.compare import weight_differences
 from liger_trainer.runs.recipe.recipe import Recipe, recipe_of
@@ -61,7 +61,7 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
             f"the weights in {path} are of another recipe ({'; '.join(changed)}): leave these "
             "values as they are"
         )
-    located(run.tuned)  # raises if the model is no longer there
+    base_and_adapter(run.tuned)  # raises if the model is no longer there
     return run
 
 

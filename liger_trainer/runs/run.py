@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from liger_trainer.injection.memory_budget import budget_of
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.adapters import location
+from liger_trainer.runs.adapters import base_location
 from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, resume_hint
 from liger_trainer.runs.checks import require
@@ -164,7 +164,7 @@ class _Run:
         if self.folder is not None:
             self.folder.facts |= {
                 "samples": self.samples,
-                "base": location(self.recipe.model),
+                "base": base_location(self.recipe.model),
                 "origin": origin(self.recipe),
                 "machine": machine(),
                 "command": self.command,

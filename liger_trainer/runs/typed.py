@@ -22,18 +22,21 @@ _NAMES = {
 
 
 def known(
-    where: str, given: Iterable[str], names: list[str], elsewhere: Callable[[str], str] = str
+    where: str,
+    given: Iterable[str],
+    names: list[str],
+    elsewhere: Callable[[str], str | None] = lambda key: None,
 ) -> None:
     """Raise ValueError for a key that is not in `names`.
 
-    The message suggests the key of another section that `elsewhere` finds by that name, or else
-    the nearest key.
+    The message suggests the key of another section that `elsewhere` finds by that name, or else the
+    nearest of `names`.
     """
     for key in given:
         if key not in names:
             other = elsewhere(str(key))
             close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-            if other != str(key):
+            if other is not None:
                 hint = f"did you mean {other}?"
             else:
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

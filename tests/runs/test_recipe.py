@@ -170,6 +170,6 @@ def test_bf16_auto_follows_the_machine(minimal, monkeypatch, native):
         recipe_module, "arguments_class", lambda method: lambda **fields: given.update(fields)
     )
     monkeypatch.setattr(recipe_module, "check_sections", lambda values, *_: values)
-    monkeypatch.setattr(recipe_module, "interpret", lambda args: None)
+    monkeypatch.setattr(recipe_module, "check_options", lambda args: None)
     load_recipe(minimal, ["training.bf16=auto"]).training_arguments()
     assert given["bf16"] is native

@@ -16,7 +16,7 @@ from liger_trainer.runs.data.mixing import concatenated, mixed
 from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.splits import Part, load_splits
 from liger_trainer.runs.data.task import Purpose, Task
-from liger_trainer.runs.data.text import stream, tokenized
+from liger_trainer.runs.data.text import tokenized, tokenized_stream
 from liger_trainer.runs.data.vision import (
     VisionCollator,
     has_images,
@@ -122,7 +122,7 @@ def fit(part: Part, task: Task, processor: Any | None) -> Dataset | IterableData
         purpose = replace(task.purpose, check=check)
         task = replace(task, tokenizer=processor.tokenizer, purpose=purpose)
     if is_text:
-        return stream(rows, part.columns, task) if is_stream else tokenized(rows, task)
+        return tokenized_stream(rows, part.columns, task) if is_stream else tokenized(rows, task)
     return stream_examples(part, task) if is_stream else prepare_examples(rows, task)
 
 

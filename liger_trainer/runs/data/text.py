@@ -47,7 +47,7 @@ def tokenized(rows: Dataset, task: Task) -> Dataset:
     return encoded.select_columns(list(_TOKENS))
 
 
-def stream(rows: IterableDataset, columns: list[str], task: Task) -> IterableDataset:
+def tokenized_stream(rows: IterableDataset, columns: list[str], task: Task) -> IterableDataset:
     """Return a stream of `input_ids` and `labels`, encoded from `columns` while training.
 
     A row that cannot be trained on raises ValueError when it is read, or is dropped.

@@ -9,7 +9,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from liger_trainer.config import KernelConfig
-from liger_trainer.runs.adapters import located
+from liger_trainer.runs.adapters import base_and_adapter
 from liger_trainer.runs.load import load_config
 from liger_trainer.runs.planning.counts import shape_of, weights_of
 from liger_trainer.runs.planning.memory import Run, peak, usable
@@ -149,7 +149,7 @@ def _covered(recipe: Recipe, fields: dict) -> KernelConfig:
         raise ValueError(
             f"plan: the formulas assume that all kernels are on; off: {', '.join(switched_off)}"
         )
-    if located(recipe.model)[1] is not None:
+    if base_and_adapter(recipe.model)[1] is not None:
         raise ValueError("plan: the model is an adapter; name its base, and give a peft section")
     if recipe.model.quantization:
         raise ValueError("plan: model.quantization is not covered")

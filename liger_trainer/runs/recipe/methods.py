@@ -156,7 +156,7 @@ def derived_fields(method: str, model, data) -> dict[str, tuple[Any, str]]:
     return derived
 
 
-def interpret(args) -> None:
+def check_options(args) -> None:
     """Raise the error that Trainer would raise later, for options that it interprets only then."""
     try:
         args.get_process_log_level()

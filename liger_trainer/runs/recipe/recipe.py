@@ -24,8 +24,8 @@ from liger_trainer.runs.recipe.methods import (
     METHODS,
     Method,
     arguments_class,
+    check_options,
     derived_fields,
-    interpret,
     training_defaults,
 )
 from liger_trainer.runs.recipe.parse import parse
@@ -103,7 +103,7 @@ class Recipe:
             fields["bf16"] = native_bf16() and not fields.get("fp16")
         try:
             args = cls(**fields)
-            interpret(args)
+            check_options(args)
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"training: {error}") from error
         return args

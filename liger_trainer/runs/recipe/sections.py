@@ -117,14 +117,14 @@ def check_sections(values: dict[str, Any], method: str, sources: dict[str, str])
     return checked
 
 
-def _elsewhere(method: str, key: str) -> str:
-    """Return `section.key` of the first section that has the key; the key alone if none has."""
+def _elsewhere(method: str, key: str) -> str | None:
+    """Return `section.key` of the first section that has the key, or None."""
     for section in SECTIONS:
         if section == "peft" and find_spec("peft") is None:
             continue
         if key in (f.name for f in dataclasses.fields(_class_of(section, method)) if f.init):
             return f"{section}.{key}"
-    return key
+    return None
 
 
 def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) -> dict[str, Any]:
