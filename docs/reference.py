@@ -84,7 +84,7 @@ an error that names the nearest known one.
 
 ## method
 
-| method | trainer | columns of an example | fixed settings | refused keys of `data` |
+| method | trainer | columns of an example | fixed settings | unused keys of `data` |
 |---|---|---|---|---|
 {_lines(_methods())}
 
@@ -111,8 +111,10 @@ An entry of `data.mix` has these keys, with the same meaning as for a single dat
 
 The keys are the fields of the installed `transformers.TrainingArguments`, or of the method's TRL
 configuration (`DPOConfig` for `dpo`, and so on). `bf16: auto` is the one value that this package
-adds: it turns bf16 on if the machine computes it natively. These defaults differ from the
-dataclass:
+adds: it turns bf16 on if the machine computes it natively. `save_on_each_node: true` is for
+machines with a disk each: all save checkpoints, and the first saves the trained model. It is
+refused if they share `output_dir`, because they would write the same files. These defaults differ
+from the dataclass:
 
 | method | defaults |
 |---|---|

@@ -46,30 +46,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _configurations(prefix: str, **_) -> list[str]:
-    """For completion in the shell: names of configurations, and files."""
-    from glob import glob
-
+    """For completion in the shell."""
     from liger_trainer.runs.shipped import accelerate_names
 
-    found = [*accelerate_names(), *glob(f"{prefix}*.yaml"), *glob(f"{prefix}*/")]
-    return [name for name in found if name.startswith(prefix)]
+    return train.completions(prefix, accelerate_names())
 
 
 def main(options: argparse.Namespace) -> int:
     """Check the recipe, start the processes through accelerate, and wait for them."""
     if options.dry_run:
         return train.main(options)
-    words = command(options)
     import psutil
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     from liger_trainer.runs import folder
+    from liger_trainer.runs.checks import require
     from liger_trainer.runs.recipe.recipe import load_recipe
 
-    output = load_recipe(options.recipe, options.overrides).output_dir
-    earlier = folder.read(output)
+    words = command(options)
+    recipe = load_recipe(options.recipe, options.overrides)
+    require(recipe)
+    output, earlier = recipe.output_dir, folder.read(recipe.output_dir)
     sys.stdout.flush()
     sys.stderr.flush()
     # Ctrl-C reaches the processes too, which save a checkpoint: this one waits for them.
@@ -111,9 +110,6 @@ def command(options: argparse.Namespace) -> list[str]:
     """Return the words of the `accelerate launch` command. Raises ValueError for wrong options."""
     import torch
 
-    from liger_trainer.runs.checks import require
-    from liger_trainer.runs.recipe.recipe import load_recipe
-
     if options.processes < 1:
         raise ValueError(f"--processes is {options.processes}; it must be at least 1")
     if torch.cuda.is_available() and options.processes > torch.cuda.device_count():
@@ -122,7 +118,6 @@ def command(options: argparse.Namespace) -> list[str]:
         )
     configuration = _configuration(options.accelerate)
     _check_engine(options.accelerate, configuration)
-    require(load_recipe(options.recipe, options.overrides))
     flags = [f"--{name}" for name in ("resume", "overwrite", "debug") if getattr(options, name)]
     started = ["liger-trainer", "launch", options.recipe]
     started += map(hidden_override, options.overrides)

@@ -63,12 +63,17 @@ def add_overrides(parser: argparse.ArgumentParser, description: str) -> None:
 
 
 def _recipes(prefix: str, **_) -> list[str]:
-    """Return recipe names, files and folders that begin with `prefix`, for shell completion."""
-    from glob import glob
-
+    """For completion in the shell."""
     from liger_trainer.runs.shipped import recipe_names
 
-    found = [*recipe_names(), *glob(f"{prefix}*.yaml"), *glob(f"{prefix}*/")]
+    return completions(prefix, recipe_names())
+
+
+def completions(prefix: str, names: list[str]) -> list[str]:
+    """Return those of `names`, and the YAML files and folders, that begin with `prefix`."""
+    from glob import glob
+
+    found = [*names, *glob(f"{prefix}*.yaml"), *glob(f"{prefix}*/")]
     return [name for name in found if name.startswith(prefix)]
 
 

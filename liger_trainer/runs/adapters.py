@@ -13,21 +13,23 @@ _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_FILES = ("config.json", "adapter_config.json")
 
 
-def located(arguments: Any) -> tuple[Any, Path | None]:
+def base_and_adapter(arguments: Any) -> tuple[Any, Path | None]:
     """Return the arguments of the base model, and the folder of the adapter if they name one.
 
     The base is stated by the `run.json` next to the adapter, or else by `adapter_config.json`.
-    Raises ValueError for a run that left no model, and for an adapter without a base or on another
-    adapter.
+    Raises ValueError for a run that is not finished or whose model is gone, and for an adapter
+    without a base or on another adapter.
     """
     folder = Path(arguments.name_or_path or "")
     if arguments.package is not None or not arguments.name_or_path or not folder.is_dir():
         return arguments, None
     run = read_json(folder / "run.json")
+    if "state" in run:
+        require_finished(folder, run["state"])
     if not any((folder / name).is_file() for name in MODEL_FILES) and run:
         raise ValueError(
-            f"model.name_or_path: the run in {folder} left no model; its state is "
-            f"{run.get('state')!r}: finish it with --resume"
+            f"model.name_or_path: the model of the run in {folder} is gone: there is neither "
+            f"{' nor '.join(MODEL_FILES)}"
         )
     if not (folder / "adapter_config.json").is_file():
         return arguments, None
@@ -48,7 +50,7 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
     chosen = {key: base.get(key) for key in LOCATION}
     if arguments.config:
         chosen["config"] = {**(chosen["config"] or {}), **arguments.config}
-    innermost, inner = located(dataclasses.replace(arguments, **chosen))
+    innermost, inner = base_and_adapter(dataclasses.replace(arguments, **chosen))
     if inner is not None:
         raise ValueError(
             f"model.name_or_path: the base of the adapter in {folder} is itself an adapter, "
@@ -58,9 +60,21 @@ def located(arguments: Any) -> tuple[Any, Path | None]:
     return innermost, folder
 
 
-def location(arguments: Any) -> dict[str, Any]:
+def require_finished(folder: Path, state: str) -> None:
+    """Raise ValueError unless a run is finished.
+
+    Until then, a model in its folder is that of the run that it extends, or partly saved.
+    """
+    if state != "finished":
+        raise ValueError(
+            f"the run in {folder} is {state}, not finished: finish it with `liger-trainer train`, "
+            "its recipe and --resume"
+        )
+
+
+def base_location(arguments: Any) -> dict[str, Any]:
     """Return the location of the base model of `arguments`, which `run.json` stores as `base`."""
-    base, _ = located(arguments)
+    base, _ = base_and_adapter(arguments)
     return {key: getattr(base, key) for key in LOCATION if getattr(base, key) is not None}
 
 

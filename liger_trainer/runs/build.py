@@ -14,9 +14,10 @@ import transformers
 from torch.nn import Embedding
 from transformers import ProgressCallback
 
-from liger_trainer.runs.adapters import located
+from liger_trainer.runs.adapters import base_and_adapter
 from liger_trainer.runs.data.collate import Collator
-from liger_trainer.runs.data.prepare import Prepared, Purpose, prepare
+from liger_trainer.runs.data.prepare import Prepared, prepare
+from liger_trainer.runs.data.task import Purpose
 from liger_trainer.runs.data.vision import VisionCollator
 from liger_trainer.runs.engine import is_same_in_all_processes
 from liger_trainer.runs.load import load_model, load_processor, load_tokenizer, one_line
@@ -47,8 +48,10 @@ def build_trainer(recipe: Recipe, args):
         # first process sends batches to the others, requires batches of equal length.
         args.accelerator_config.dispatch_batches = False
     transformers.set_seed(args.seed)
-    build = _sft_trainer if recipe.kind.trainer is None else _trl_trainer
-    trainer = build(recipe, args, tokenizer, prepared, rewards)
+    if recipe.kind.trainer is None:
+        trainer = _sft_trainer(recipe, args, tokenizer, prepared)
+    else:
+        trainer = _trl_trainer(recipe, args, tokenizer, prepared, rewards)
     if "max_length" not in recipe.kind.unused_data:
         _require_positions(trainer.model, recipe.data.max_length)
     if not args.disable_tqdm:
@@ -91,10 +94,12 @@ def load_rewards(recipe: Recipe) -> list:
             sys.path.remove(place)
 
 
-def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: list):
+def _sft_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared):
     model = load_model(recipe.model)
     if recipe.data.packing:
-        _require_separation(model, args)
+        found = packing_problems(model, use_cache=args.use_cache)
+        if found:
+            raise ValueError("; ".join(found))
     model = recipe.adapted(model)
     collator = _collator(model, args, tokenizer, prepared)
     trainer = trainer_class(recipe.method)(
@@ -145,7 +150,7 @@ def _trl_trainer(recipe: Recipe, args, tokenizer, prepared: Prepared, rewards: l
     precomputed = getattr(args, "precompute_ref_log_probs", False)
     # Under FSDP the policy is not sharded yet when the log-probabilities are computed, so TRL then
     # requires a separate model for them.
-    adapted = peft_config is not None or located(recipe.model)[1] is not None
+    adapted = peft_config is not None or base_and_adapter(recipe.model)[1] is not None
     if recipe.kind.reference and not adapted and not (precomputed and not _sharded(args)):
         given["ref_model"] = load_model(recipe.model)
     try:
@@ -174,18 +179,20 @@ def _sharded(args) -> bool:
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
-def _require_separation(model, args) -> None:
-    """Raise ValueError unless packed examples are kept apart: by position ids, without a cache."""
+def packing_problems(model, *, use_cache: bool) -> list[str]:
+    """Return why the model would mix packed examples: position ids keep them apart, no cache."""
+    found = []
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
+        found.append(
             f"data.packing: {type(model).__name__} takes no position_ids, so packed examples would "
             "see each other. Set data.packing to false"
         )
-    if args.use_cache:
-        raise ValueError(
+    if use_cache:
+        found.append(
             "data.packing: with training.use_cache packed examples would see each other. "
             "Set one of the two to false"
         )
+    return found
 
 
 def _require_positions(model, length: int) -> None:

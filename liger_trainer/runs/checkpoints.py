@@ -84,10 +84,10 @@ def newest(folder: Path, run: str) -> tuple[Path | None, list[str]]:
     """Return the newest complete checkpoint of `run`, and a sentence about each skipped one."""
     skipped = []
     for checkpoint in reversed(numbered(folder)):
-        reason = flaw(checkpoint, run)
-        if not reason:
+        wrong = flaw(checkpoint, run)
+        if not wrong:
             return checkpoint, skipped
-        skipped.append(f"{checkpoint.name} is left aside: {reason}")
+        skipped.append(f"{checkpoint.name} is left aside: {wrong}")
     return None, skipped
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 
 import torch
 
-from liger_trainer.runs.adapters import located
-from liger_trainer.runs.build import check_generations, load_rewards, purpose_of
+from liger_trainer.runs.adapters import base_and_adapter
+from liger_trainer.runs.build import check_generations, load_rewards, packing_problems, purpose_of
 from liger_trainer.runs.data.arguments import is_file_name
 from liger_trainer.runs.data.forms import form_of
 from liger_trainer.runs.data.prepare import fit, processor_for
 from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.sources import first_rows
 from liger_trainer.runs.data.splits import part_of
+from liger_trainer.runs.data.task import Task
 from liger_trainer.runs.load import ModelArguments, load_config, load_tokenizer, meta_model
 from liger_trainer.runs.packages import Need, missing, needed_by_model
 from liger_trainer.runs.recipe.recipe import Recipe
@@ -52,7 +52,7 @@ def require(recipe: Recipe) -> None:
 
 def require_for_model(arguments: ModelArguments) -> None:
     """Raise ValueError with every package without which the model cannot be loaded."""
-    base, adapter = located(arguments)
+    base, adapter = base_and_adapter(arguments)
     needs = list(needed_by_model(vars(base)))
     if adapter is not None:
         needs.append(Need(f"the adapter in {adapter}", ("peft",)))
@@ -90,7 +90,7 @@ def problems(recipe: Recipe) -> list[str]:
             "before training; remove the key"
         )
     try:
-        _, adapter = located(recipe.model)
+        _, adapter = base_and_adapter(recipe.model)
     except ValueError as error:
         return [*found, str(error)]
     if adapter is not None and recipe.values.get("peft") is not None:
@@ -156,11 +156,8 @@ def model_problems(recipe: Recipe) -> list[str]:
         )
     model = meta_model(recipe.model, scores=recipe.kind.scores)
     if recipe.data.packing:
-        forward = inspect.signature(model.forward)
-        if "position_ids" not in forward.parameters:
-            found.append("data.packing: the model takes no position_ids, so examples would mix")
-        if recipe.values["training"].get("use_cache"):
-            found.append("data.packing: with training.use_cache examples would mix")
+        use_cache = bool(recipe.values["training"].get("use_cache"))
+        found += packing_problems(model, use_cache=use_cache)
     try:
         recipe.adapted(model)
     except ValueError as error:
@@ -192,7 +189,7 @@ def check_data(recipe: Recipe) -> None:
     for part, split in loaded:
         form = form_of(part.columns, purpose.examples, part.source.form)
         sieve = Sieve(f"first {split}", invalid=data.invalid)
-        fit(part, data, tokenizer, form, sieve, purpose, processor, recipe.data_seed)
+        fit(part, Task(purpose, form, data, tokenizer, recipe.data_seed, sieve), processor)
 
 
 def _is_local(path: str) -> bool:

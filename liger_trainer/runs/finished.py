@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.adapters import LOCATION, located, read_json
+from liger_trainer.runs.adapters import LOCATION, base_and_adapter, read_json, require_finished
 from liger_trainer.runs.load import ModelArguments
+from liger_trainer.runs.recipe.compare import weight_differences
 from liger_trainer.runs.recipe.recipe import Recipe, recipe_of
 from liger_trainer.runs.secrets import HIDDEN
 
@@ -50,22 +51,17 @@ def open_run(path: str | Path, overrides: Iterable[str] = ()) -> FinishedRun:
             f"{path} holds no run: it has no {run_folder.RUN_FILE}. Give the folder that "
             "training.output_dir was"
         )
-    if record["state"] != "finished":
-        raise ValueError(
-            f"the run in {path} is {record['state']}, not finished: finish it with "
-            "`liger-trainer train`, its recipe and --resume"
-        )
+    require_finished(path, record["state"])
     values = {section: _known(keys) for section, keys in record["recipe"].items()}
     values["training"]["output_dir"] = str(path)
-    before = {"method": values["method"], "peft": values.get("peft"), **values["model"]}
     run = FinishedRun(path, record, recipe_of(values, path / "run.yaml", overrides))
-    now = run.recipe.values
-    now = {"method": now["method"], "peft": now.get("peft"), **now["model"]}
-    for key in ("method", "peft", *LOCATION):
-        if now.get(key) != before.get(key):
-            name = key if key in ("method", "peft") else f"model.{key}"
-            raise ValueError(f"{name}: the run in {path} was trained with another value; leave it")
-    located(run.tuned)  # raises if the model is no longer there
+    changed = weight_differences(record["recipe"], run.recipe)
+    if changed:
+        raise ValueError(
+            f"the weights in {path} are of another recipe ({'; '.join(changed)}): leave these "
+            "values as they are"
+        )
+    base_and_adapter(run.tuned)  # raises if the model is no longer there
     return run
 
 

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, wait_for_everyone
 from filelock import FileLock, Timeout
 
 from liger_trainer.runs import checkpoints
@@ -143,19 +143,20 @@ def locked(
 
 
 @dataclass
-class Facts:
-    """What all processes need to know about the folder, which the first process locks."""
+class Start:
+    """Where a run starts: what all processes need to know of the folder, which the first locks."""
 
-    checkpoint: str | None
-    run: str
-    earlier: dict[str, Any]  # run.json of the run that is resumed
+    checkpoint: str | None  # the one to resume from
+    run: str  # the id of the run
+    earlier: dict[str, Any]  # run.json of the run that is resumed; empty for a new one
 
 
 @contextmanager
-def shared(recipe: Recipe, args, **options: bool) -> Iterator[tuple[RunFolder | None, Facts]]:
-    """Yield the folder, which the first process locks, and None in all others; and its facts.
+def shared(recipe: Recipe, args, **options: bool) -> Iterator[tuple[RunFolder | None, Start]]:
+    """Yield the folder, which the first process locks, and None in all others; and the start.
 
-    All processes raise ValueError if it cannot be locked, or if a machine lacks its checkpoint.
+    All processes raise ValueError if it cannot be locked, if a machine lacks the checkpoint, and if
+    machines that share the folder were all to save in it.
     """
     with ExitStack() as stack:
         folder = None
@@ -164,7 +165,7 @@ def shared(recipe: Recipe, args, **options: bool) -> Iterator[tuple[RunFolder | 
             try:
                 folder = stack.enter_context(locked(recipe, processes=args.world_size, **options))
                 checkpoint = str(folder.checkpoint) if folder.checkpoint else None
-                outcome = [Facts(checkpoint, folder.id, folder.resumed)]
+                outcome = [Start(checkpoint, folder.id, folder.resumed)]
             except (ValueError, OSError) as error:
                 if args.world_size == 1:
                     raise
@@ -173,13 +174,40 @@ def shared(recipe: Recipe, args, **options: bool) -> Iterator[tuple[RunFolder | 
             broadcast_object_list(outcome)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
-        checkpoint = outcome[0].checkpoint
-        if in_any_process(checkpoint is not None and not os.path.isdir(checkpoint), args):
+        start = outcome[0]
+        _check_machines(recipe.output_dir, start, args)
+        yield folder, start
+
+
+def _check_machines(path: Path, start: Start, args) -> None:
+    """Raise ValueError, in all processes, if machines lack the checkpoint or would write alike.
+
+    With `save_on_each_node`, the first process of every machine saves, which is meant for disks of
+    their own. Whether the disk is shared shows in a file that the first process of all creates.
+    """
+    first_on_machine = args.local_process_index == 0
+    if start.checkpoint is not None:
+        flaw = checkpoints.flaw(Path(start.checkpoint), start.run) if first_on_machine else ""
+        if in_any_process(bool(flaw), args):
             raise ValueError(
-                f"--resume: not every machine has {checkpoint}; training.output_dir must be a "
-                "folder that they share"
+                f"--resume: not every machine has {start.checkpoint}; training.output_dir must be "
+                "a folder that they share, or training.save_on_each_node be true from the start"
             )
-        yield folder, outcome[0]
+    if not args.save_on_each_node or args.world_size == 1:
+        return
+    mark = path / f".{start.run}"
+    if args.process_index == 0:
+        mark.touch()
+    wait_for_everyone()
+    is_seen = args.process_index > 0 and first_on_machine and mark.exists()
+    is_seen = in_any_process(is_seen, args)
+    if args.process_index == 0:
+        mark.unlink()
+    if is_seen:
+        raise ValueError(
+            f"training.save_on_each_node: the machines share {path}, so all of them would write "
+            "the same files; remove the key"
+        )
 
 
 def refusal(
@@ -234,8 +262,8 @@ def read(path: Path) -> dict[str, Any] | None:
     needed = ("state", "id", "recipe", "files", "replaced")
     if not isinstance(found, dict) or not all(key in found for key in needed):
         raise ValueError(
-            f"{file} is from another version of liger-trainer: choose another training.output_dir, "
-            "or remove the file"
+            f"{file} is from another version of liger-trainer: use that one, or train in another "
+            "training.output_dir"
         )
     return found
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from liger_trainer.runs.adapters import located
+from liger_trainer.runs.adapters import base_and_adapter
 from liger_trainer.runs.files import read_text, suggest_path
 
 _LOADING_KEYS = (
@@ -40,6 +40,7 @@ _WEIGHT_KEYS = (
     "tp_plan",
     "use_safetensors",
 )
+_MISMATCH = re.compile(r"size mismatch for [^:]*: .*?in current model is [^.]*(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class ModelArguments:
             )
 
 
-def folder(arguments: ModelArguments) -> str:
+def place_of(arguments: ModelArguments) -> str:
     """Return where the model is: a hub name, a path, or a folder inside an installed package.
 
     Raises ValueError for a package that is not installed, FileNotFoundError for a missing folder.
@@ -147,8 +148,8 @@ def _check_place(path: Path, arguments: ModelArguments) -> None:
 
 def load_config(arguments: ModelArguments):
     """Return the model's configuration, without reading weights."""
-    arguments, _ = located(arguments)
-    place = folder(arguments)
+    arguments, _ = base_and_adapter(arguments)
+    place = place_of(arguments)
     with one_line(arguments.label):
         config = AutoConfig.from_pretrained(place, **_given(arguments, _LOADING_KEYS))
     for key, value in (arguments.config or {}).items():
@@ -192,8 +193,8 @@ def load_processor(arguments: ModelArguments):
 
 def _load_with(arguments: ModelArguments, cls: type):
     """Load a tokenizer or processor from `model.tokenizer`, the adapter, or the model's folder."""
-    base, adapter = located(arguments)
-    source, keys = folder(base), _LOADING_KEYS
+    base, adapter = base_and_adapter(arguments)
+    source, keys = place_of(base), _LOADING_KEYS
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         source, keys = str(adapter), ("trust_remote_code",)
     if arguments.tokenizer:
@@ -219,7 +220,7 @@ def load_model(arguments: ModelArguments, *, scores: bool = False):
 
     With `scores`, it returns one number per sequence instead of logits: a reward model.
     """
-    base, adapter = located(arguments)
+    base, adapter = base_and_adapter(arguments)
     kwargs = _given(base, _LOADING_KEYS + _WEIGHT_KEYS)
     quantization = quantization_config(base)
     if quantization is not None:
@@ -229,7 +230,7 @@ def load_model(arguments: ModelArguments, *, scores: bool = False):
         config.num_labels = 1
     with one_line(base.label):
         kind = _auto_class(config, scores)
-        model = kind.from_pretrained(folder(base), config=config, **kwargs)
+        model = kind.from_pretrained(place_of(base), config=config, **kwargs)
     return model if adapter is None else _with_adapter(model, adapter)
 
 
@@ -275,7 +276,7 @@ def quantization_config(arguments: ModelArguments):
 
 def meta_model(arguments: ModelArguments, *, scores: bool = False):
     """Return the model, with its adapter if it has one, on the meta device: without weights."""
-    config, (_, adapter) = load_config(arguments), located(arguments)
+    config, (_, adapter) = load_config(arguments), base_and_adapter(arguments)
     kwargs = _given(arguments, ("attn_implementation", "trust_remote_code"))
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # no warnings such as flash attention "on a CPU"
@@ -320,9 +321,6 @@ def one_line(label: str) -> Iterator[None]:
         if mismatch is not None:
             reason = f"its weights are those of another model ({mismatch[0]}, and maybe others)"
         raise ValueError(f"model: {label} cannot be loaded: {reason}") from error
-
-
-_MISMATCH = re.compile(r"size mismatch for [^:]*: .*?in current model is [^.]*(?=\.)")
 
 
 def _given(arguments: ModelArguments, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from liger_trainer.runs.adapters import located, read_json
+from liger_trainer.runs.adapters import base_and_adapter, read_json
 from liger_trainer.runs.data.sources import files_of
 from liger_trainer.runs.load import ModelArguments
 from liger_trainer.runs.recipe.recipe import Recipe
@@ -28,7 +28,7 @@ def origin(recipe: Recipe) -> dict[str, Any]:
 
 
 def _base(arguments: ModelArguments) -> str | None:
-    base, _ = located(arguments)
+    base, _ = base_and_adapter(arguments)
     if base.package is not None or base.name_or_path is None:
         return None
     if _is_on_a_hub(base.name_or_path):

@@ -15,13 +15,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from liger_trainer.injection.memory_budget import budget_of
 from liger_trainer.runs import folder as run_folder
-from liger_trainer.runs.adapters import location
+from liger_trainer.runs.adapters import base_location
 from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.checkpoints import SAVE_ERRORS, guard_saves, resume_hint
 from liger_trainer.runs.checks import require
 from liger_trainer.runs.engine import engine_of, save_whole_model
 from liger_trainer.runs.errors import RunError, reason
-from liger_trainer.runs.folder import Facts, RunFolder
+from liger_trainer.runs.folder import RunFolder, Start
 from liger_trainer.runs.health import Health
 from liger_trainer.runs.origin import origin
 from liger_trainer.runs.recipe.recipe import Recipe
@@ -65,27 +65,27 @@ def run(
     """
     require(recipe)
     args = recipe.training_arguments()
-    with run_folder.shared(recipe, args, resume=resume, overwrite=overwrite) as (folder, facts):
-        return _Run(recipe, args, folder, facts, command).go()
+    with run_folder.shared(recipe, args, resume=resume, overwrite=overwrite) as (folder, start):
+        return _Run(recipe, args, folder, start, command).go()
 
 
 class _NoStepsLeft(Exception):  # noqa: N818 (it is not an error)
     """The checkpoint was saved after the last step, so nothing is left to train."""
 
 
-class _Start(TrainerCallback):
+class _FirstStep(TrainerCallback):
     """Refuse to train if no steps are left, and take over the folder after the first step."""
 
-    def __init__(self, folder: RunFolder | None, facts: Facts):
-        self.folder, self.facts = folder, facts
+    def __init__(self, folder: RunFolder | None, start: Start):
+        self.folder, self.start = folder, start
 
     def on_train_begin(self, args, state, control, **kwargs):
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
         if state.best_model_checkpoint is None and state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)  # the folder was moved
-        if self.facts.checkpoint is None or state.global_step < state.max_steps:
+        if self.start.checkpoint is None or state.global_step < state.max_steps:
             return
-        if self.facts.earlier.get("state") == "finished" or state.global_step > state.max_steps:
+        if self.start.earlier.get("state") == "finished" or state.global_step > state.max_steps:
             raise ValueError(
                 f"--resume: the run has done {state.global_step} steps, and this recipe asks for "
                 f"{state.max_steps}: set a larger training.max_steps or num_train_epochs"
@@ -107,8 +107,8 @@ class _Start(TrainerCallback):
 class _Run:
     """One run, from the data to the report. `folder` is None except in the first process."""
 
-    def __init__(self, recipe, args, folder: RunFolder | None, facts: Facts, command: str):
-        self.recipe, self.args, self.folder, self.facts = recipe, args, folder, facts
+    def __init__(self, recipe, args, folder: RunFolder | None, start: Start, command: str):
+        self.recipe, self.args, self.folder, self.start = recipe, args, folder, start
         self.command = command
         self.started = time.perf_counter()
         self.stop, self.health = StopOnSignal(), Health()
@@ -130,14 +130,14 @@ class _Run:
         return self._finish(self.stop.stopped)
 
     def _prepare(self) -> None:
-        trainer, args, facts = self.trainer, self.args, self.facts
+        trainer, args, start = self.trainer, self.args, self.start
         engine = engine_of(trainer.accelerator)
-        if facts.earlier.get("data", self.prepared.digest) != self.prepared.digest:
+        if start.earlier.get("data", self.prepared.digest) != self.prepared.digest:
             raise ValueError(
                 "--resume: the data is not what the run began with; put it back as it was, or "
                 "start another run"
             )
-        before = facts.earlier.get("engine", engine)
+        before = start.earlier.get("engine", engine)
         if before != engine:
             raise ValueError(
                 f"--resume: the run was {before}, this one is {engine}, which sees different "
@@ -146,15 +146,15 @@ class _Run:
         if trainer.injection_report is not None:
             self._say([f"\n{trainer.injection_report}\n"])
         first = self.recipe.values["training"].get("eval_on_start", True)
-        args.eval_on_start = bool(first and self.prepared.eval and facts.checkpoint is None)
+        args.eval_on_start = bool(first and self.prepared.eval and start.checkpoint is None)
         outline = Outline(trainer, self.prepared.size)
-        for callback in (_Start(self.folder, facts), outline, self.health, self.stop):
+        for callback in (_FirstStep(self.folder, start), outline, self.health, self.stop):
             trainer.add_callback(callback)
         self.health.watch(trainer)
         shield_workers(trainer)
         guard_saves(
             trainer,
-            facts.run,
+            start.run,
             saving=self.stop.saving,
             healthy=lambda: self.health.check(trainer.model, args, trainer.state.global_step),
         )
@@ -164,7 +164,7 @@ class _Run:
         if self.folder is not None:
             self.folder.facts |= {
                 "samples": self.samples,
-                "base": location(self.recipe.model),
+                "base": base_location(self.recipe.model),
                 "origin": origin(self.recipe),
                 "machine": machine(),
                 "command": self.command,
@@ -175,15 +175,15 @@ class _Run:
 
     def _begin_samples(self) -> list[dict[str, str]]:
         """Return completions before training, for the report, if one process can generate them."""
+        if self.folder is None:
+            return []
+        if self.start.earlier.get("samples"):
+            return self.start.earlier["samples"]
         trainer, count = self.trainer, self.recipe.data.samples
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         sharded |= getattr(trainer.model, "_tp_size", None) is not None
-        if self.folder is None:
-            return []
-        if self.facts.earlier.get("samples"):
-            return self.facts.earlier["samples"]
         nothing_to_show = self.prepared.eval is None or not count or self.recipe.kind.scores
-        if nothing_to_show or sharded or self.facts.checkpoint is not None:
+        if nothing_to_show or sharded or self.start.checkpoint is not None:
             return []
         found = samples_of(self.prepared.eval, trainer.processing_class, count)
         return [{**asdict(sample), "before": self._complete(sample.ids)} for sample in found]
@@ -195,7 +195,7 @@ class _Run:
     def _train(self) -> None:
         trainer = self.trainer
         try:
-            trainer.train(resume_from_checkpoint=self.facts.checkpoint)
+            trainer.train(resume_from_checkpoint=self.start.checkpoint)
         except _NoStepsLeft:
             trainer.is_in_train = False
         except KeyboardInterrupt:  # in the evaluation after the last step, one process can go on
@@ -213,6 +213,8 @@ class _Run:
             )
 
     def _save(self) -> None:
+        """Save the trained model in the folder of the first process, whoever saved checkpoints."""
+        self.args.save_on_each_node = False
         self.stop.saving(True, model=True)
         try:
             with contextlib.ExitStack() as stack:
@@ -230,7 +232,7 @@ class _Run:
         except SAVE_ERRORS as error:
             raise RunError(
                 f"the model could not be saved in {self.recipe.output_dir}: {reason(error)}. "
-                + resume_hint(self.recipe.output_dir, self.facts.run)
+                + resume_hint(self.recipe.output_dir, self.start.run)
             ) from error
         finally:
             self.stop.saving(False)
@@ -303,7 +305,7 @@ class _Run:
         return (
             f"the weights became NaN or infinite by step {self.health.diverged}, and are not "
             "saved. Lower training.learning_rate, or look for examples that give no finite loss. "
-            + resume_hint(self.recipe.output_dir, self.facts.run)
+            + resume_hint(self.recipe.output_dir, self.start.run)
         )
 
     def _report(self, path: Path, summary: dict[str, Any]) -> None:

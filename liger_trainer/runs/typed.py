@@ -22,18 +22,21 @@ _NAMES = {
 
 
 def known(
-    where: str, given: Iterable[str], names: list[str], elsewhere: Callable[[str], str] = str
+    where: str,
+    given: Iterable[str],
+    names: list[str],
+    elsewhere: Callable[[str], str | None] = lambda key: None,
 ) -> None:
     """Raise ValueError for a key that is not in `names`.
 
-    The message suggests the key of another section that `elsewhere` finds by that name, or else
-    the nearest key.
+    The message suggests the key of another section that `elsewhere` finds by that name, or else the
+    nearest of `names`.
     """
     for key in given:
         if key not in names:
             other = elsewhere(str(key))
             close = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-            if other != str(key):
+            if other is not None:
                 hint = f"did you mean {other}?"
             else:
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
@@ -45,7 +48,7 @@ def convert(where: str, value: Any, hint: Any) -> Any:
 
     Raises ValueError otherwise.
     """
-    if (where == "training.bf16" and value == "auto") or admits(hint, value):
+    if admits(hint, value):
         return value
     if _is_int(value) and admits(hint, float(value)):
         return float(value)
@@ -91,7 +94,7 @@ def _words(hint: Any) -> str:
         told = [_words(a) for a in arguments if a is not types.NoneType]
         return " or ".join(dict.fromkeys(told))
     if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, arguments))
+        return "one of " * (len(arguments) > 1) + ", ".join(map(str, arguments))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return "one of " + ", ".join(str(member.value) for member in hint)
     return _NAMES.get(origin or hint, "a mapping")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from liger_trainer.runs.adapters import located
+from liger_trainer.runs.adapters import base_and_adapter
 from liger_trainer.runs.load import ModelArguments
 
 
@@ -17,7 +17,7 @@ def adapter(folder, base):
 
 def test_the_base_and_the_adapter_on_it(tmp_path):
     path = adapter(tmp_path / "outer", "org/model")
-    base, folder = located(ModelArguments(path))
+    base, folder = base_and_adapter(ModelArguments(path))
     assert (base.name_or_path, str(folder)) == ("org/model", path)
 
 
@@ -26,4 +26,4 @@ def test_an_adapter_on_an_adapter_is_refused(tmp_path):
     inner = adapter(tmp_path / "inner", "org/model")
     outer = adapter(tmp_path / "outer", inner)
     with pytest.raises(ValueError, match=r"is itself an adapter, .*/inner: merge that one first"):
-        located(ModelArguments(outer))
+        base_and_adapter(ModelArguments(outer))

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from liger_trainer import cli
 from liger_trainer.runs.build import build_trainer
-from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.task import Purpose
 from liger_trainer.runs.load import load_tokenizer
 from liger_trainer.runs.recipe import methods
+from liger_trainer.runs.recipe.compare import differences
 from liger_trainer.runs.recipe.recipe import load_recipe
 from liger_trainer.runs.throughput import Throughput
 
@@ -223,6 +225,20 @@ def test_what_a_method_cannot_use_is_refused(tmp_path, capsys, method, override,
     errors = [e for e in capsys.readouterr().err.splitlines() if e.startswith("error: ")]
     assert len(errors) == 1
     assert re.search(message, errors[0]), errors[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("dpo", ["data.packing=false", "data.assistant_only=true"]),
+        ("orpo", ["data.streaming=false"]),
+        ("grpo", ["data.packing=false", "data.num_proc=null", "data.max_length=null"]),
+        ("simpo", ["training.loss_type=simpo"]),
+    ],
+)
+def test_what_a_method_does_anyway_may_be_said(tmp_path, method, overrides):
+    recipe = recipe_of(tmp_path, method)
+    assert differences(load_recipe(recipe).values, load_recipe(recipe, overrides)) == []
 
 
 def shell_words(text):

@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.task import Purpose
 
 GOOD = [{"role": "user", "content": "what is two ?"}, {"role": "assistant", "content": "four ."}]
 

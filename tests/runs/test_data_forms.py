@@ -7,7 +7,8 @@ import tiny
 
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.forms import form_of
-from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.task import Purpose
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 from liger_trainer.runs.recipe.methods import METHODS
 
@@ -103,6 +104,8 @@ def test_alpaca_is_a_question_and_its_answer(tmp_path):
     rows = [row, row | {"input": ""}, row | {"output": ""}]
     with pytest.raises(ValueError, match="row 3 because `output` is empty"):
         prepared(tmp_path, rows)
+    with pytest.raises(ValueError, match="row 1 because `output` is 5, no text"):
+        prepared(tmp_path, [row | {"output": 5}])
     found = prepared(tmp_path, rows[:1])
     assert shown(found)[0] == (
         "<|im_start|>user\nthe cat ?\n\nthe mat<|im_end|>\n<|im_start|>assistant\nsat<|im_end|>\n"

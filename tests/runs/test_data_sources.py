@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from liger_trainer import cli
 from liger_trainer.runs.data.arguments import DataArguments, Source
-from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.data.sources import load_source
+from liger_trainer.runs.data.task import Purpose
 from liger_trainer.runs.recipe.recipe import load_recipe
 from liger_trainer.runs.report import html
 from liger_trainer.runs.throughput import Throughput

@@ -12,7 +12,8 @@ from PIL import Image
 from liger_trainer import cli
 from liger_trainer.runs.build import build_trainer
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.prepare import prepare
+from liger_trainer.runs.data.task import Purpose
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 from liger_trainer.runs.data.vision import VisionCollator
 from liger_trainer.runs.recipe.recipe import load_recipe

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from liger_trainer import cli
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.data.rows import RowError
+from liger_trainer.runs.data.task import Purpose
 from liger_trainer.runs.report import html
 from liger_trainer.runs.throughput import Throughput
 

@@ -5,8 +5,9 @@ import pytest
 import tiny
 
 from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.prepare import Purpose, prepare
+from liger_trainer.runs.data.prepare import prepare
 from liger_trainer.runs.data.splits import load_splits
+from liger_trainer.runs.data.task import Purpose
 
 CHAT = [
     {"role": "user", "content": "what is two ?"},

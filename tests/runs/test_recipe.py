@@ -90,6 +90,7 @@ def test_nested_keys_can_be_set(minimal):
         ("training.max_steps=1.5", "training.max_steps: 1.5 is not a whole number"),
         ("training.use_liger_kernel=1", "1 is not true or false"),
         ("training.use_liger_kernel=yes", "'yes' is not true or false"),
+        ("training.bf16=maybe", "'maybe' is not true or false or auto"),
         ("data.columns=[a]", r"data.columns: \['a'\] is not a mapping"),
         ("data.path=3", "data.path: 3 is not text or a list"),
         ("learning_rate=1", "unknown key 'learning_rate'; did you mean training.learning_rate"),
@@ -169,6 +170,6 @@ def test_bf16_auto_follows_the_machine(minimal, monkeypatch, native):
         recipe_module, "arguments_class", lambda method: lambda **fields: given.update(fields)
     )
     monkeypatch.setattr(recipe_module, "check_sections", lambda values, *_: values)
-    monkeypatch.setattr(recipe_module, "interpret", lambda args: None)
+    monkeypatch.setattr(recipe_module, "check_options", lambda args: None)
     load_recipe(minimal, ["training.bf16=auto"]).training_arguments()
     assert given["bf16"] is native

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,3 +91,50 @@ def test_two_processes_share_a_run_and_one_speaks(finished):
     checkpoint, _ = checkpoints.newest(finished, found["id"])
     assert checkpoints.step(checkpoint) == found["summary"]["steps"]
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {p.name for p in checkpoint.iterdir()}
+
+
+def on_two_machines(folders, *words):
+    """Train with a process each in two folders, for the launcher two machines; return both codes
+    and what was printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    launch += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    train = ["-m", "liger_trainer.cli", "train", "recipe.yaml", "training.save_on_each_node=true"]
+    running = [
+        subprocess.Popen(
+            [*launch, f"--node-rank={rank}", *train, *words],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, folder in enumerate(folders)
+    ]
+    printed = "".join(process.communicate(timeout=200)[0] for process in running)
+    return [process.returncode for process in running], printed
+
+
+def test_machines_with_a_disk_each_save_their_checkpoints(finished, tmp_path_factory):
+    shutil.rmtree(finished)
+    first, second = finished.parent, tmp_path_factory.mktemp("second")
+    shutil.copy(first / "recipe.yaml", second)
+    codes, printed = on_two_machines([first, second], "training.max_steps=2")
+    assert codes == [0, 0], printed
+    for folder in (first, second):
+        assert not checkpoints.flaw(folder / "out/checkpoint-2", state(finished)["id"])
+    # The trained model is in the run's folder, that of the first process.
+    assert {p.name for p in (second / "out").iterdir()} == {"checkpoint-2"}
+    shutil.rmtree(second / "out")
+    codes, printed = on_two_machines([first, second], "training.max_steps=4", "--resume")
+    assert all(codes)
+    assert "--resume: not every machine has out/checkpoint-2" in printed
+
+
+def test_machines_that_share_a_disk_do_not_all_save_there(finished):
+    shutil.rmtree(finished)
+    codes, printed = on_two_machines([finished.parent] * 2)
+    assert all(codes)
+    assert "training.save_on_each_node: the machines share out" in printed
+    assert not finished.exists()

@@ -17,9 +17,7 @@ from collections.abc import Callable, Iterable
 
 from datasets import Dataset, Json, Value, concatenate_datasets
 
-from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS, Conversation, pruned
-from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import (
     ROW,
     RowCheck,
@@ -30,6 +28,7 @@ from liger_trainer.runs.data.rows import (
     columns,
     converted,
 )
+from liger_trainer.runs.data.task import Task
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
 
 COLUMNS = {
@@ -39,30 +38,17 @@ COLUMNS = {
 }
 
 
-def prepare_examples(
-    dataset: Dataset,
-    data: DataArguments,
-    tokenizer,
-    form: Form,
-    sieve: Sieve,
-    *,
-    needed: Iterable[str],
-    check: Callable[[dict], None] | None,
-    seed: int,
-) -> Dataset:
-    """Return the examples that can be trained on, with the columns of `form.kind`.
+def prepare_examples(dataset: Dataset, task: Task) -> Dataset:
+    """Return the examples that can be trained on, of rows that are `numbered`.
 
-    Args:
-        dataset: rows that are `numbered`.
-        needed: further columns that must exist, and are kept.
-        check: raises RowError for a row that cannot be used for another reason.
-        seed: shuffles the two examples that each pair becomes.
+    They have the columns of the form's kind, and prompts also those that the purpose needs.
 
-    Raises ValueError for missing columns, labels that are not true or false or are all the same,
-    and, unless `sieve` drops such rows, for an empty text, equal completions, and a prompt that
-    leaves its completion no room within `data.max_length`.
+    Raises ValueError for missing columns, labels that are not true or false, and, unless the sieve
+    drops such rows, for an empty text, equal completions, and a prompt that leaves its completion
+    no room within `data.max_length`.
     """
-    kind, num_proc = form.kind, data.num_proc
+    form, sieve, num_proc = task.form, task.sieve, task.data.num_proc
+    kind = form.kind
     if form.convert is not None:
         desc = f"From {form.name}"
         dataset = converted(dataset, form.convert, sieve, num_proc, replaced=form.used, desc=desc)
@@ -74,17 +60,18 @@ def prepare_examples(
         _require(dataset, "pairs", ("chosen", "rejected"), ())
         dataset = _with_prompt(dataset, sieve)
     if source != kind:
-        dataset = _unpaired(dataset, seed)
-    _require(dataset, kind, COLUMNS[kind], needed)
+        dataset = _unpaired(dataset, task.seed)
+    _require(dataset, kind, COLUMNS[kind], task.purpose.needed)
     dataset = _unmixed(dataset, [name for name in COLUMNS[kind] if name != "label"])
     if kind == "labeled":
         _check_labels(dataset, sieve.split)
-    if kind == "prompts" and tokenizer.chat_template is None and not _is_text(dataset, "prompt"):
+    has_template = task.tokenizer.chat_template is not None
+    if kind == "prompts" and not has_template and not _is_text(dataset, "prompt"):
         raise ValueError(
             "data: the prompts are chat messages, but the tokenizer has no chat template. Use the "
             "instruction-tuned model, set model.chat_template to a Jinja file, or use strings"
         )
-    dataset = checked(dataset, row_check(kind, tokenizer, data.max_length, check), sieve, num_proc)
+    dataset = checked(dataset, row_check(task), sieve, num_proc)
     if kind == "prompts":
         return dataset.remove_columns(ROW)  # rewards take any other column
     keep = [*COLUMNS[kind], *TEMPLATE_COLUMNS, "images"]
@@ -250,23 +237,23 @@ def sides(example: dict) -> list[dict]:
     return [{**kept, "completion": example[name]} for name in names]
 
 
-def row_check(
-    kind: str, tokenizer, max_length: int, check: Callable[[dict], None] | None
-) -> RowCheck:
-    """Return the function that checks a row of `kind`."""
-    check_row = {
+def row_check(task: Task) -> RowCheck:
+    """Return the function that checks a row with the columns of the form's kind."""
+    tokenizer, max_length = task.tokenizer, task.data.max_length
+    check_kind = {
         "pairs": lambda row: _check_pair(row, tokenizer, max_length),
         "labeled": lambda row: _check_labeled(row, tokenizer, max_length),
         "prompts": lambda row: _check_prompt(row, tokenizer),
-    }[kind]
+    }[task.form.kind]
+    check_purpose = task.purpose.check
 
-    def with_check(row: dict) -> list[str]:
-        unshown = check_row(row)
-        if check is not None:
-            check(row)
+    def check_row(row: dict) -> list[str]:
+        unshown = check_kind(row)
+        if check_purpose is not None:
+            check_purpose(row)
         return unshown
 
-    return with_check
+    return check_row
 
 
 def _check_pair(example: dict, tokenizer, max_length: int) -> list[str]:

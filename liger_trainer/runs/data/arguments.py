@@ -20,8 +20,6 @@ _NOT_STREAMED = {
     "eval_fraction": "hold out a file or a split of its own: data.eval_path or data.eval_split",
     "num_proc": "use training.dataloader_num_workers",
 }
-
-
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")  # formats that `datasets` reads
 

@@ -3,7 +3,7 @@ checked when it is reached."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from datasets import IterableDataset
 
@@ -15,43 +15,33 @@ from liger_trainer.runs.data.alignment import (
     row_check,
     split_prompt,
 )
-from liger_trainer.runs.data.arguments import DataArguments, Source
 from liger_trainer.runs.data.conversation import TEMPLATE_COLUMNS
 from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import RowError, Sieve, check_text, encoded_stream
 from liger_trainer.runs.data.sources import first_rows
+from liger_trainer.runs.data.splits import Part
+from liger_trainer.runs.data.task import Task
 
 _FIRST = 100  # rows that are checked before training, and tell whether all are text or messages
 
 
-def stream_examples(
-    rows: IterableDataset,
-    source: Source,
-    columns: list[str],
-    data: DataArguments,
-    tokenizer,
-    form: Form,
-    sieve: Sieve,
-    *,
-    needed: Iterable[str],
-    check: Callable[[dict], None] | None,
-) -> IterableDataset:
+def stream_examples(part: Part, task: Task) -> IterableDataset:
     """Return the examples of rows that are read while training, as `prepare_examples` does.
 
     The first rows of the source are checked before training. A later row that cannot be trained on
     raises ValueError when it is reached, or is left out.
     """
-    kind = form.kind
-    if kind == "labeled" and {"chosen", "rejected"} <= set(columns):
+    form, sieve = task.form, task.sieve
+    if form.kind == "labeled" and {"chosen", "rejected"} <= set(part.columns):
         raise ValueError(
             "data.streaming: pairs cannot stream for kto, which learns from each answer by itself; "
             "give every answer a row with `prompt`, `completion` and `label`, or remove the key"
         )
-    head = first_rows(source, _FIRST, streaming=True)
+    head = first_rows(part.source, _FIRST, streaming=True)
     first = Sieve(f"first {sieve.split}", sieve.dataset, sieve.invalid)
-    known = prepare_examples(head, data, tokenizer, form, first, needed=needed, check=check, seed=0)
+    known = prepare_examples(head, replace(task, sieve=first))
     kept, is_text = known.column_names, isinstance(known[0]["prompt"], str)
-    check_row = row_check(kind, tokenizer, data.max_length, check)
+    check_row = row_check(task)
 
     def fitted(row: dict) -> dict:
         try:
@@ -60,9 +50,9 @@ def stream_examples(
         except RowError as error:
             return {**dict.fromkeys(kept), "flaw": str(error)}
         found = {name: example.get(name) for name in kept}
-        return {**found, **_template_arguments(example, kind, kept), "flaw": ""}
+        return {**found, **_template_arguments(example, form.kind, kept), "flaw": ""}
 
-    return encoded_stream(rows, columns, fitted, sieve).remove_columns("flaw")
+    return encoded_stream(part.rows, part.columns, fitted, sieve).remove_columns("flaw")
 
 
 def _example(row: dict, form: Form, is_text: bool) -> dict:

@@ -116,8 +116,12 @@ def _chat(role: str, content: str) -> dict[str, str]:
 
 def _answer(row: dict, column: str) -> Messages:
     value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"`{column}` is " + ("empty" if value == "" or value else "missing"))
+    if value is None:
+        raise RowError(f"`{column}` is missing")
+    if not isinstance(value, str):
+        raise RowError(f"`{column}` is {value!r}, no text")
+    if not value.strip():
+        raise RowError(f"`{column}` is empty")
     return [_chat("assistant", value)]
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 from datasets import Dataset, IterableDataset, Json, concatenate_datasets, interleave_datasets
 
+_OPTIONS = "chat_template_kwargs"
 SOURCE = "__source__"  # temporary column with the index of a row's data set
 
 
@@ -69,9 +70,6 @@ def _aligned(parts: list[Dataset], labels: list[str]) -> list[Dataset]:
     for name in dict.fromkeys(name for part in parts for name in part.features):
         parts = _unified(parts, labels, name)
     return parts
-
-
-_OPTIONS = "chat_template_kwargs"
 
 
 def _without_options(part: Dataset) -> Dataset:

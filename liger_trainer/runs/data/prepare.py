@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -16,7 +15,8 @@ from liger_trainer.runs.data.forms import TEXT_FORMS, Form, form_of
 from liger_trainer.runs.data.mixing import concatenated, mixed
 from liger_trainer.runs.data.rows import Sieve
 from liger_trainer.runs.data.splits import Part, load_splits
-from liger_trainer.runs.data.text import stream, tokenized
+from liger_trainer.runs.data.task import Purpose, Task
+from liger_trainer.runs.data.text import tokenized, tokenized_stream
 from liger_trainer.runs.data.vision import (
     VisionCollator,
     has_images,
@@ -25,23 +25,8 @@ from liger_trainer.runs.data.vision import (
     with_images,
 )
 
+_TEXT = Purpose()
 _TEXT_KINDS = {form.kind for form in TEXT_FORMS}
-
-
-@dataclass(frozen=True)
-class Purpose:
-    """What a method requires of its examples."""
-
-    examples: str = "text"  # `Method.examples`; all but "text" are tokenized by its trainer
-    needed: Iterable[str] = ()  # further columns that must exist, for reward functions
-    # raises RowError for a row that a reward function could never reward
-    check: Callable[[dict], None] | None = None
-    # loads the processor of text and images; None for a method that takes no images
-    load_processor: Callable[[], Any] | None = None
-    tools: bool = True  # its trainer passes a column `tools` to the chat template
-
-
-TEXT = Purpose()
 
 
 @dataclass(frozen=True)
@@ -62,7 +47,7 @@ class Prepared:
         return "streamed" if isinstance(self.train, IterableDataset) else str(len(self.train))
 
 
-def prepare(data: DataArguments, tokenizer, purpose: Purpose = TEXT, *, seed: int) -> Prepared:
+def prepare(data: DataArguments, tokenizer, purpose: Purpose = _TEXT, *, seed: int) -> Prepared:
     """Load and split the data; tokenize (and pack) text, check other examples.
 
     Raises ValueError if no format is recognized, if no example has a label left, and, unless
@@ -78,7 +63,8 @@ def prepare(data: DataArguments, tokenizer, purpose: Purpose = TEXT, *, seed: in
         form = form_of(part.columns, purpose.examples, part.source.form)
         if form.convert and split == "training":
             notes.append(f"{part.source.label}: {form.name} rows, taken as {form.kind}")
-        fitted[split].append(fit(part, data, tokenizer, form, sieve, purpose, processor, seed))
+        task = Task(purpose, form, data, tokenizer, seed, sieve)
+        fitted[split].append(fit(part, task, processor))
         sieves.append(sieve)
         kinds.append(form.kind)
     labels = {split: [part.source.label for part in some] for split, some in parts.items()}
@@ -100,16 +86,6 @@ def prepare(data: DataArguments, tokenizer, purpose: Purpose = TEXT, *, seed: in
     return Prepared(train, held_out, kind, tuple(notes), splits.digest, tuple(sieves), processor)
 
 
-def _unused_tools(part: Part, form: Form) -> str:
-    """Return a note that only reward functions get `tools`; raise ValueError if nothing does."""
-    if form.kind != "prompts":
-        raise ValueError(
-            f"data: {part.source.label} has a column `tools`, which the trainer of this method "
-            "does not give to the chat template; remove the column, or use dpo or kto"
-        )
-    return f"{part.source.label}: `tools` go to reward functions, not to the chat template"
-
-
 def processor_for(parts: list[Part], data: DataArguments, purpose: Purpose) -> Any | None:
     """Return the processor if any of the data sets has images, else None.
 
@@ -129,36 +105,32 @@ def processor_for(parts: list[Part], data: DataArguments, purpose: Purpose) -> A
     return purpose.load_processor()
 
 
-def fit(
-    part: Part,
-    data: DataArguments,
-    tokenizer,
-    form: Form,
-    sieve: Sieve,
-    purpose: Purpose,
-    processor: Any | None,
-    seed: int,
-) -> Dataset | IterableDataset:
+def fit(part: Part, task: Task, processor: Any | None) -> Dataset | IterableDataset:
     """Return the rows that can be trained on: text as ids and labels, others as trainers take them.
 
     Raises ValueError as `prepare` does.
     """
-    rows, check = part.rows, purpose.check
-    if "tools" in part.columns and not purpose.tools:
-        sieve.notes.append(_unused_tools(part, form))
+    rows, sieve = part.rows, task.sieve
+    is_text, is_stream = task.form.kind in _TEXT_KINDS, isinstance(rows, IterableDataset)
+    if "tools" in part.columns and not task.purpose.tools:
+        sieve.notes.append(_unused_tools(part, task.form))
     if processor is not None:
-        rows = with_images(rows, part.source, sieve, data.num_proc)
-        if form.kind in _TEXT_KINDS:
-            return prepare_images(rows, data, processor, form, sieve)
-        tokenizer = processor.tokenizer
-        check = length_check(VisionCollator(processor, pairs=True), data.max_length)
-    if form.kind in _TEXT_KINDS:
-        if isinstance(rows, IterableDataset):
-            return stream(rows, part.columns, data, tokenizer, form, sieve)
-        return tokenized(rows, data, tokenizer, form, sieve)
-    wanted = {"needed": purpose.needed, "check": check}
-    if isinstance(rows, IterableDataset):
-        return stream_examples(
-            rows, part.source, part.columns, data, tokenizer, form, sieve, **wanted
+        rows = with_images(rows, part.source, sieve, task.data.num_proc)
+        if is_text:
+            return prepare_images(rows, processor, task)
+        check = length_check(VisionCollator(processor, pairs=True), task.data.max_length)
+        purpose = replace(task.purpose, check=check)
+        task = replace(task, tokenizer=processor.tokenizer, purpose=purpose)
+    if is_text:
+        return tokenized_stream(rows, part.columns, task) if is_stream else tokenized(rows, task)
+    return stream_examples(part, task) if is_stream else prepare_examples(rows, task)
+
+
+def _unused_tools(part: Part, form: Form) -> str:
+    """Return a note that only reward functions get `tools`; raise ValueError if nothing does."""
+    if form.kind != "prompts":
+        raise ValueError(
+            f"data: {part.source.label} has a column `tools`, which the trainer of this method "
+            "does not give to the chat template; remove the column, or use dpo or kto"
         )
-    return prepare_examples(rows, data, tokenizer, form, sieve, seed=seed, **wanted)
+    return f"{part.source.label}: `tools` go to reward functions, not to the chat template"

@@ -157,22 +157,22 @@ def without_flawed(dataset: Dataset, flaws: list[str], sieve: Sieve) -> Dataset:
 
 def encoded_stream(
     rows: IterableDataset,
-    columns: list[str],
+    replaced: list[str],
     encode: Callable[[dict], dict],
     sieve: Sieve,
     **options,
 ) -> IterableDataset:
-    """Return what `encode` makes of each row of a stream, in place of `columns`.
+    """Return what `encode` makes of each row of a stream, in place of the columns `replaced`.
 
     A row for which its `flaw` is not empty raises ValueError when it is read, or is dropped.
     `options` are those of `IterableDataset.map`.
     """
 
-    def checked(row: dict) -> dict:
+    def encode_or_refuse(row: dict) -> dict:
         found = encode(row)
         if found["flaw"]:
             sieve.refuse(f"row {row[ROW]} of the {sieve.examples} because {found['flaw']}")
         return found
 
-    found = rows.map(checked, remove_columns=[*columns, ROW], **options)
+    found = rows.map(encode_or_refuse, remove_columns=[*replaced, ROW], **options)
     return found.filter(lambda row: not row["flaw"])

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 
-from liger_trainer.runs.data.arguments import DataArguments
-from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import (
     ROW,
     RowError,
@@ -17,6 +15,7 @@ from liger_trainer.runs.data.rows import (
     note_unshown,
     without_flawed,
 )
+from liger_trainer.runs.data.task import Task
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX, encoder
 
 _IDS = Sequence(Value("int64"))
@@ -31,45 +30,41 @@ _ENCODED = Features(
 )
 
 
-def tokenized(rows: Dataset, data: DataArguments, tokenizer, form: Form, sieve: Sieve) -> Dataset:
+def tokenized(rows: Dataset, task: Task) -> Dataset:
     """Return `input_ids` and `labels` of the rows that can be trained on.
 
     Raises ValueError as `without_flawed` does, and if messages meet no chat template.
     """
     encoded = rows.map(
-        row_encoder(data, tokenizer, form),
+        row_encoder(task),
         remove_columns=[name for name in rows.column_names if name != ROW],
         features=Features({**_ENCODED, ROW: rows.features[ROW]}),
-        num_proc=data.num_proc,
-        desc=f"Tokenizing {sieve.split} examples",
+        num_proc=task.data.num_proc,
+        desc=f"Tokenizing {task.sieve.split} examples",
     )
-    encoded = without_flawed(encoded, encoded["flaw"][:], sieve)
-    _note(encoded, data, sieve)
+    encoded = without_flawed(encoded, encoded["flaw"][:], task.sieve)
+    _note(encoded, task.data.max_length, task.sieve)
     return encoded.select_columns(list(_TOKENS))
 
 
-def stream(
-    rows: IterableDataset,
-    columns: list[str],
-    data: DataArguments,
-    tokenizer,
-    form: Form,
-    sieve: Sieve,
-) -> IterableDataset:
-    """Return a stream of `input_ids` and `labels`, encoded while training.
+def tokenized_stream(rows: IterableDataset, columns: list[str], task: Task) -> IterableDataset:
+    """Return a stream of `input_ids` and `labels`, encoded from `columns` while training.
 
     A row that cannot be trained on raises ValueError when it is read, or is dropped.
     """
-    encode = row_encoder(data, tokenizer, form)
-    found = encoded_stream(rows, columns, encode, sieve, features=_ENCODED)
+    found = encoded_stream(rows, columns, row_encoder(task), task.sieve, features=_ENCODED)
     return found.select_columns(list(_TOKENS))
 
 
-def row_encoder(data: DataArguments, tokenizer, form: Form) -> Callable[[dict], dict]:
+def row_encoder(task: Task) -> Callable[[dict], dict]:
     """Return a function from a row to the columns of `_ENCODED`; `flaw` states why a row cannot be
     trained on."""
+    form, data = task.form, task.data
     encode = encoder(
-        tokenizer, kind=form.kind, max_length=data.max_length, assistant_only=data.assistant_only
+        task.tokenizer,
+        kind=form.kind,
+        max_length=data.max_length,
+        assistant_only=data.assistant_only,
     )
     no_label = (
         f"there is nothing to train on within data.max_length ({data.max_length} tokens): raise "
@@ -91,13 +86,13 @@ def row_encoder(data: DataArguments, tokenizer, form: Form) -> Callable[[dict], 
     return encoded
 
 
-def _note(encoded: Dataset, data: DataArguments, sieve: Sieve) -> None:
+def _note(encoded: Dataset, max_length: int, sieve: Sieve) -> None:
     """Add notes about parts of the rows that the model will not see."""
-    sieve.cut = sum(length > data.max_length for length in encoded["length"])
+    sieve.cut = sum(length > max_length for length in encoded["length"])
     if sieve.cut:
         sieve.notes.append(
             f"cut {sieve.cut} of {len(encoded)} {sieve.examples} at data.max_length "
-            f"({data.max_length} tokens)"
+            f"({max_length} tokens)"
         )
     note_unshown(encoded["unshown"], sieve)
 

@@ -15,11 +15,12 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, Value
 
-from liger_trainer.runs.data.arguments import DataArguments, Source
+from liger_trainer.runs.data.arguments import Source
 from liger_trainer.runs.data.conversation import REASONING, pruned
 from liger_trainer.runs.data.forms import Form
 from liger_trainer.runs.data.rows import RowError, Sieve, checked
 from liger_trainer.runs.data.sources import files_of
+from liger_trainer.runs.data.task import Task
 from liger_trainer.runs.data.text import check_form
 from liger_trainer.runs.data.tokenize import IGNORE_INDEX
 
@@ -96,15 +97,14 @@ def with_images(
     return checked(rows, check_row, sieve, num_proc).cast_column("images", [Image()])
 
 
-def prepare_images(
-    rows: Dataset, data: DataArguments, processor, form: Form, sieve: Sieve
-) -> Dataset:
+def prepare_images(rows: Dataset, processor, task: Task) -> Dataset:
     """Return `prompt`, `completion` and `images` of the rows that can be trained on.
 
     If all tokens are trained on, return `messages` and `images` instead. Rows are not truncated: a
     row that is longer than `data.max_length` cannot be used. Raises ValueError for rows that are
     neither messages nor prompt and completion.
     """
+    form, data = task.form, task.data
     if form.kind not in ("messages", "prompt_completion"):
         raise ValueError(
             f"data: {form.name} rows cannot have images; give messages, or prompt and completion"
@@ -118,7 +118,7 @@ def prepare_images(
     def check_row(row: dict) -> None:
         check({**convert(row), "images": row["images"]})
 
-    rows = checked(rows, check_row, sieve, data.num_proc)
+    rows = checked(rows, check_row, task.sieve, data.num_proc)
     names = ("prompt", "completion") if data.assistant_only else ("messages",)
     return rows.map(
         convert,

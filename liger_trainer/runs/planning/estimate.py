@@ -9,7 +9,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from liger_trainer.config import KernelConfig
-from liger_trainer.runs.adapters import located
+from liger_trainer.runs.adapters import base_and_adapter
 from liger_trainer.runs.load import load_config
 from liger_trainer.runs.planning.counts import shape_of, weights_of
 from liger_trainer.runs.planning.memory import Run, peak, usable
@@ -27,6 +27,17 @@ _OPTIMIZERS = {
     "sgd": 0,
 }
 _MAX_GPUS = 4096
+# Changes of a `Run`, and how a user makes them.
+_CHECKPOINTED = {"checkpointing": True}
+_REDUCED = {"reduce_each": True}
+_SETTINGS = {
+    "engine": "--engine {}",
+    "checkpointing": "training.gradient_checkpointing=true",
+    "reduce_each": (
+        "training.accelerator_config='{{gradient_accumulation_kwargs: {{sync_each_batch: true}}}}'"
+    ),
+    "batch": "training.per_device_train_batch_size={}",
+}
 
 
 def fits(run: Run) -> bool:
@@ -97,18 +108,6 @@ def ways_out(run: Run) -> list[str]:
     return []
 
 
-_CHECKPOINTED = {"checkpointing": True}
-_REDUCED = {"reduce_each": True}
-_SETTINGS = {
-    "engine": "--engine {}",
-    "checkpointing": "training.gradient_checkpointing=true",
-    "reduce_each": (
-        "training.accelerator_config='{{gradient_accumulation_kwargs: {{sync_each_batch: true}}}}'"
-    ),
-    "batch": "training.per_device_train_batch_size={}",
-}
-
-
 def _batches(run: Run) -> list[dict]:
     """Return changes to fewer examples per micro-batch, the largest number first."""
     each = run.tokens // run.batch
@@ -150,7 +149,7 @@ def _covered(recipe: Recipe, fields: dict) -> KernelConfig:
         raise ValueError(
             f"plan: the formulas assume that all kernels are on; off: {', '.join(switched_off)}"
         )
-    if located(recipe.model)[1] is not None:
+    if base_and_adapter(recipe.model)[1] is not None:
         raise ValueError("plan: the model is an adapter; name its base, and give a peft section")
     if recipe.model.quantization:
         raise ValueError("plan: model.quantization is not covered")

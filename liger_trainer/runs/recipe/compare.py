@@ -1,11 +1,17 @@
-"""Differences between a recipe and that of an earlier run."""
+"""Differences between a recipe and that of an earlier run, for two questions.
+
+`differences`: would the recipe make another run? Then an earlier one cannot continue by it.
+`weight_differences`: would it train another model? Then an earlier one's weights do not fit it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
+from liger_trainer.runs.adapters import LOCATION
 from liger_trainer.runs.recipe.recipe import Recipe
 from liger_trainer.runs.recipe.sections import SECTIONS, defaults
 
@@ -43,11 +49,38 @@ _LENGTH = {"max_steps", "num_train_epochs"}
 
 
 def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = False) -> list[str]:
-    """Return `section.key: before -> now` for every value that would make `recipe` a different run.
+    """Return `section.key: before -> now` for every value that would make `recipe` another run.
 
     Args:
         before: the values of the earlier recipe, as `run.json` holds them.
         resuming: allow the run to become longer or shorter.
+    """
+
+    def counts(section: str, key: str) -> bool:
+        may_change = resuming and section == "training" and key in _LENGTH
+        return not may_change and key not in _HARMLESS.get(section, ())
+
+    return _compared(before, recipe, counts)
+
+
+def weight_differences(before: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Return the same for the values that tell which model was trained: method, base, adapter.
+
+    All others may change: that model can be loaded in another dtype, and evaluated on other data.
+    """
+
+    def counts(section: str, key: str) -> bool:
+        return section == "peft" or (section == "model" and key in LOCATION)
+
+    return _compared(before, recipe, counts)
+
+
+def _compared(
+    before: dict[str, Any], recipe: Recipe, counts: Callable[[str, str], bool]
+) -> list[str]:
+    """Return the differences in the keys for which `counts(section, key)` is true.
+
+    A key that is missing has its default, so it equals one that is set to it.
     """
     now, found = json.loads(json.dumps(recipe.shown)), []  # as the earlier one was written
     if before.get("method") != now["method"]:
@@ -55,13 +88,13 @@ def differences(before: dict[str, Any], recipe: Recipe, *, resuming: bool = Fals
     for section in SECTIONS:
         old, new = before.get(section), now.get(section)
         if (old is None) != (new is None):
-            found.append(f"{section}: " + ("none -> some" if old is None else "some -> none"))
+            if counts(section, ""):
+                found.append(f"{section}: " + ("none -> some" if old is None else "some -> none"))
             continue
         usual = defaults(section, recipe.method)
-        skipped = _HARMLESS.get(section, set()) | (_LENGTH if resuming else set())
-        for key in sorted({*(old or ()), *(new or ())} - skipped):
+        for key in sorted({*(old or ()), *(new or ())}):
             values = [usual.get(key) if s.get(key) is None else s[key] for s in (old, new)]
-            if not _same(*values):
+            if counts(section, key) and not _same(*values):
                 found.append(f"{section}.{key}: {values[0]} -> {values[1]}")
     return found
 

@@ -27,20 +27,31 @@ class Method:
     tools: bool = True  # the trainer passes a column `tools` to the chat template
     # Fields of the configuration that define the method.
     fixed: dict[str, Any] = field(default_factory=dict)
-    # Keys of the section `data` that the method does not use, and what to do instead.
-    unused_data: dict[str, str] = field(default_factory=dict)
+    # Keys of the section `data` that the method does not use: the one value that describes what it
+    # does anyway, and what to do instead of setting another.
+    unused_data: dict[str, tuple[Any, str]] = field(default_factory=dict)
 
 
-_PACKING = "remove the key: examples are never packed, because each one has a loss of its own"
-_ASSISTANT = "remove the key: completions alone are trained on"
-_PREFERENCE = {"packing": _PACKING, "assistant_only": _ASSISTANT}
+_PREFERENCE = {
+    "packing": (
+        False,
+        "remove the key: examples are never packed, because each one has a loss of its own",
+    ),
+    "assistant_only": (True, "remove the key: completions alone are trained on"),
+}
 _WHOLE = _PREFERENCE | {
-    "streaming": "remove the key: TRL's trainer of this method tokenizes all pairs before it trains"
+    "streaming": (
+        False,
+        "remove the key: TRL's trainer of this method tokenizes all pairs before it trains",
+    )
 }
 _ONLINE = _PREFERENCE | {
-    "max_length": "remove the key: prompts are never cut, and training.max_completion_length "
-    "limits what is generated",
-    "num_proc": "remove the key: prompts are tokenized while training",
+    "max_length": (
+        None,
+        "remove the key: prompts are never cut, and training.max_completion_length limits what is "
+        "generated",
+    ),
+    "num_proc": (None, "remove the key: prompts are tokenized while training"),
 }
 
 METHODS = {
@@ -145,7 +156,7 @@ def derived_fields(method: str, model, data) -> dict[str, tuple[Any, str]]:
     return derived
 
 
-def interpret(args) -> None:
+def check_options(args) -> None:
     """Raise the error that Trainer would raise later, for options that it interprets only then."""
     try:
         args.get_process_log_level()
@@ -164,9 +175,9 @@ def interpret(args) -> None:
 def refuse_unused(method: str, values: dict[str, Any]) -> None:
     """Raise ValueError for keys that the method would ignore, and for missing ones it needs."""
     chosen = METHODS[method]
-    for key in values["data"]:
-        if key in chosen.unused_data:
-            raise ValueError(f"data.{key}: not for {method}; {chosen.unused_data[key]}")
+    for key, (anyway, advice) in chosen.unused_data.items():
+        if values["data"].get(key, anyway) != anyway:
+            raise ValueError(f"data.{key}: not for {method}; {advice}")
     for key, (has_no_effect, advice) in _NO_EFFECT.items():
         if key in values["training"] and has_no_effect(values["training"][key]):
             raise ValueError(f"training.{key}: remove the key; {advice}")

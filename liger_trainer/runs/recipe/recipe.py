@@ -5,6 +5,7 @@ Precedence: command line, then YAML, then defaults.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import os
@@ -23,8 +24,8 @@ from liger_trainer.runs.recipe.methods import (
     METHODS,
     Method,
     arguments_class,
+    check_options,
     derived_fields,
-    interpret,
     training_defaults,
 )
 from liger_trainer.runs.recipe.parse import parse
@@ -102,7 +103,7 @@ class Recipe:
             fields["bf16"] = native_bf16() and not fields.get("fp16")
         try:
             args = cls(**fields)
-            interpret(args)
+            check_options(args)
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"training: {error}") from error
         return args
@@ -171,6 +172,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 def recipe_of(values: dict[str, Any], path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """Return the checked recipe of nested values. Raises ValueError as `load_recipe` does."""
+    values = copy.deepcopy(values)  # overrides must not change the caller's
     given = {section: keys for section, keys in values.items() if isinstance(keys, dict)}
     sources = {f"{section}.{key}": "recipe" for section, keys in given.items() for key in keys}
     for override in overrides:

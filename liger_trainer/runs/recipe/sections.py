@@ -17,7 +17,12 @@ from liger_trainer.request import CONFIG, FLAG
 from liger_trainer.runs.data.arguments import DataArguments
 from liger_trainer.runs.files import expanded
 from liger_trainer.runs.load import ModelArguments
-from liger_trainer.runs.recipe.methods import arguments_class, refuse_unused, training_defaults
+from liger_trainer.runs.recipe.methods import (
+    METHODS,
+    arguments_class,
+    refuse_unused,
+    training_defaults,
+)
 from liger_trainer.runs.rewards.rewards import RewardArguments
 from liger_trainer.runs.secrets import hidden
 from liger_trainer.runs.typed import admits, convert, known
@@ -70,7 +75,7 @@ def lora_class() -> type:
 def defaults(section: str, method: str) -> dict[str, Any]:
     """Return the default values of a section, except those that a factory creates."""
     found = {f.name: f.default for f in dataclasses.fields(_class_of(section, method))}
-    usual = training_defaults(method) if section == "training" else {}
+    usual = training_defaults(method) | METHODS[method].fixed if section == "training" else {}
     return {k: v for k, v in found.items() if v is not dataclasses.MISSING} | usual
 
 
@@ -95,6 +100,7 @@ def check_sections(values: dict[str, Any], method: str, sources: dict[str, str])
         if section == "training":
             given = _renamed(given, fields, sources)
             fields, hints = list(dict.fromkeys([*fields, *OWN_KEYS])), OWN_KEYS | hints
+            hints["bf16"] |= typing.Literal["auto"]  # see `training_arguments`
         known(section, given, fields, elsewhere)
         checked[section] = {
             k: convert(f"{section}.{k}", v, hints[k])
@@ -111,14 +117,14 @@ def check_sections(values: dict[str, Any], method: str, sources: dict[str, str])
     return checked
 
 
-def _elsewhere(method: str, key: str) -> str:
-    """Return `section.key` of the first section that has the key; the key alone if none has."""
+def _elsewhere(method: str, key: str) -> str | None:
+    """Return `section.key` of the first section that has the key, or None."""
     for section in SECTIONS:
         if section == "peft" and find_spec("peft") is None:
             continue
         if key in (f.name for f in dataclasses.fields(_class_of(section, method)) if f.init):
             return f"{section}.{key}"
-    return key
+    return None
 
 
 def _renamed(given: dict[str, Any], fields: list[str], sources: dict[str, str]) -> dict[str, Any]:
