@@ -15,6 +15,8 @@ from liger_trainer.kernels.losses.dpo import DPOLoss
 from liger_trainer.kernels.losses.grpo import GRPOLoss, RLOOLoss
 from liger_trainer.kernels.losses.kto import KTOLoss
 from liger_trainer.kernels.losses.reference_free import CPOLoss, ORPOLoss
+from liger_trainer.trl.fused_head import has_adapter
+from liger_trainer.trl.replacements import defers
 
 _LOSSES = {
     "CPOTrainer": CPOLoss,
@@ -136,3 +138,45 @@ def check_reference(model: nn.Module, reference: nn.Module) -> None:
 def _vocabulary(model: nn.Module) -> int | None:
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return weight.shape[0] if weight is not None and weight.dim() == 2 else None
+
+
+_WITHOUT_ADAPTER = (
+    "remove the head from target_modules (and, if it is tied to the embeddings, their tokens from "
+    "trainable_token_indices)"
+)
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raise ValueError if TRL's own head, which reads the plain weight, would ignore an adapter."""
+    if has_adapter(model):
+        raise ValueError(
+            "An adapter on the head needs fused_linear_cross_entropy, which is switched off here: "
+            f"switch it on, or {_WITHOUT_ADAPTER}."
+        )
+
+
+def check_heads(trainer: Trainer) -> None:
+    """Raise ValueError if distillation would ignore, or fail at, an adapter on a head.
+
+    Unless the logits of both models are deferred, TRL's loss takes the plain weights of both heads.
+    """
+    if "DistillationTrainer" not in {cls.__name__ for cls in type(trainer).__mro__}:
+        return
+    named = {"student": trainer.model, "teacher": trainer.teacher_model}
+    models = {
+        name: trainer.accelerator.unwrap_model(model)
+        for name, model in named.items()
+        if model is not None
+    }
+    if len(models) < 2 or all(defers(trainer, model) for model in models.values()):
+        return
+    ways_out = {
+        "student": f"{_WITHOUT_ADAPTER}, or train with GKDTrainer",
+        "teacher": "merge it first (teacher_model.merge_and_unload())",
+    }
+    for name, model in models.items():
+        if has_adapter(model):
+            raise ValueError(
+                f"DistillationTrainer reads the plain weight of the {name}'s output head, not the "
+                f"adapter on it: {ways_out[name]}."
+            )

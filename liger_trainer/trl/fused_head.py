@@ -106,16 +106,6 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(head, "base_layer") or hasattr(head, "token_adapter")
 
 
-def check_adapter(model: nn.Module) -> None:
-    """Raise ValueError if TRL's own head, which reads the plain weight, would ignore an adapter."""
-    if has_adapter(model):
-        raise ValueError(
-            "An adapter on the head needs fused_linear_cross_entropy, which is switched "
-            "off here. Switch it on, or remove the head from target_modules (and, if it is tied to "
-            "the embeddings, their tokens from trainable_token_indices)."
-        )
-
-
 def _router_loss(own) -> torch.Tensor:
     aux_loss = getattr(own, "aux_loss", None)
     if aux_loss is None:
