@@ -210,14 +210,17 @@ class _NeverMatches:
     """A class without instances: `isinstance(x, _NeverMatches)` is always False."""
 
 
+_MISSING = object()
+
+
 @contextlib.contextmanager
 def _replaced(module, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name, _NeverMatches)
+    before = vars(module).get(name, _MISSING)
     setattr(module, name, value)
     try:
         yield
     finally:
-        if before is _NeverMatches:
+        if before is _MISSING:
             delattr(module, name)
         else:
             setattr(module, name, before)
