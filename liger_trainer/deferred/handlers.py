@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -155,7 +156,7 @@ def _add(a, b):
     terms = (t._replace(scale=t.scale * scale) for t in other.terms)
     if any(getattr(t.layer, "bias", None) is not None for t in other.terms):
         return NotImplemented
-    state = base.__class__(base.origin, (*base.terms, *terms))
+    state = dataclasses.replace(base, terms=(*base.terms, *terms))
     return derive([a, b], state, lambda x, y: x + y)
 
 
