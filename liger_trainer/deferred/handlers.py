@@ -12,16 +12,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from liger_trainer.deferred.logits import (
-    OPS,
-    DeferredLogits,
-    as_meta,
-    as_scale_and_softcap,
-    consume_logits,
-    derive,
-    replay,
-)
+from liger_trainer.deferred.logits import DeferredLogits, as_meta, consume_logits, derive
 from liger_trainer.deferred.scope import RECORDED
+from liger_trainer.deferred.state import OPS, as_scale_and_softcap, replay
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear.head import LinearHead

@@ -12,7 +12,8 @@ import torch
 
 from liger_trainer.deferred.handlers import implements, per_token
 from liger_trainer.deferred.head_call import consume
-from liger_trainer.deferred.logits import DeferredLogits, State, consume_logits
+from liger_trainer.deferred.logits import DeferredLogits, consume_logits
+from liger_trainer.deferred.state import State
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.divergence import linear_divergence
 from liger_trainer.kernels.linear.head import LinearHead

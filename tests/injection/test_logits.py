@@ -10,7 +10,8 @@ from deferred_head import TOKENS, VOCAB, deferred, labels, linear, operands, pla
 from torch import nn
 
 from liger_trainer.deferred import scope
-from liger_trainer.deferred.logits import DeferredLogits, as_scale_and_softcap
+from liger_trainer.deferred.logits import DeferredLogits
+from liger_trainer.deferred.state import as_scale_and_softcap
 
 
 @pytest.fixture
