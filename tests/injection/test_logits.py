@@ -76,6 +76,19 @@ def test_nll_of_log_softmax(head):
     assert logits._value is None
 
 
+def test_a_label_that_torch_does_not_gather(head):
+    """-100 marks tokens without a label in a loss, but is no index."""
+    index = labels().unsqueeze(-1)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        plain(head).log_softmax(-1).gather(-1, index)
+    logits = deferred(head)
+    with pytest.raises(ValueError, match="2 labels lie outside"):
+        logits.log_softmax(-1).gather(-1, index).sum().backward()
+    picked = deferred(head).log_softmax(-1).gather(-1, index.clamp_min(0))
+    expected = plain(head).log_softmax(-1).gather(-1, index.clamp_min(0))
+    torch.testing.assert_close(picked, expected)
+
+
 def test_value_is_bit_for_bit_the_plain_one(head):
     assert torch.equal(deferred(head) + 0, plain(head))
     softcapped = torch.tanh(deferred(head).to(torch.bfloat16) / 3) * 3
