@@ -147,7 +147,7 @@ def _take_along_dim(input, indices, dim=None):
     return _label_log_probs(input, dim, indices)
 
 
-_NO_LABEL = -(2**31)  # torch ignores no index, -100 neither
+_MATCHES_NONE = -(2**31)  # an ignore_index: torch does not gather -100 either
 
 
 def _label_log_probs(logits, dim, index):
@@ -162,7 +162,7 @@ def _label_log_probs(logits, dim, index):
     transform = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")]).transform
     if not state.origin.fused or transform is None:
         return NotImplemented
-    options = ScoreOptions(_NO_LABEL, transform.scale, transform.softcap)
+    options = ScoreOptions(_MATCHES_NONE, transform.scale, transform.softcap)
     scores = _fused_scores(
         logits, index.squeeze(-1), options, lambda z: TokenScores(z.gather(-1, index).squeeze(-1))
     )
