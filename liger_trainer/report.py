@@ -35,8 +35,9 @@ _SWAPPED = {
 class Row:
     """One site in the model that a rule examined.
 
-    `max_error` is the largest difference between the kernel and the module that it replaces, in
-    fp32, over outputs and gradients, relative to the largest value; None if nothing was compared.
+    `max_error` is the largest difference between the kernel and the module that it replaces, both
+    in fp32, over outputs and gradients, relative to the largest value; None if they were not
+    compared in fp32. Whether the site is swapped may depend on other dtypes, too.
     """
 
     site: str

@@ -57,7 +57,9 @@ def _without_skip_logits(compute_loss):
     return run
 
 
-def _plain_without_flag(method):
+def _restoring(method):
+    """Return `method`, which first restores the model if the trainer's flag is off."""
+
     @functools.wraps(method)
     def run(self, *args, **kwargs):
         if config_of(self) is None:
@@ -68,8 +70,8 @@ def _plain_without_flag(method):
 
 
 _WRAPPERS = {
-    "train": _plain_without_flag,
-    "evaluation_loop": _plain_without_flag,
+    "train": _restoring,
+    "evaluation_loop": _restoring,
     "compute_loss": _without_skip_logits,
 }
 _PLAIN = {name: getattr(Trainer, name) for name in _WRAPPERS}

@@ -211,7 +211,7 @@ def linear_log_prob_loss(
     )  # fmt: skip
     if reduction == "mean":
         total = total / max(groups.shape[0], 1)
-    return total, TokenScores(*fields).answer(outputs, labels.shape)
+    return total, TokenScores(*fields).reshape(labels.shape)
 
 
 def _checked_groups(groups: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:

@@ -31,6 +31,7 @@ import torch
 from ..autograd import first_derivative_only
 from ..logits.reduction import check_labels
 from ..logits.scores import (
+    Normalizer,
     ScoreGradients,
     ScoreOptions,
     TokenScores,
@@ -104,7 +105,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 ctx.saved_logits = scoring.forward(sweep)
         ctx.host = tokens.host
         ctx.save_for_backward(
-            labels, tokens.order, scores.log_probs, scores.entropy, scores.log_sum_exp,
+            labels, tokens.order, scores.log_probs, scores.entropy, *sweep.normalizer,
             *operands, *grads,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
@@ -114,7 +115,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, g_log_probs, g_entropy, g_lse, *_):
-        labels, order, log_probs, entropy, lse, *rest = ctx.saved_tensors
+        labels, order, log_probs, entropy, top, log_total, *rest = ctx.saved_tensors
         count = len(ctx.needs_input_grad) - 6
         head, known_grads = LinearHead.unflatten(rest[:count], ctx.shard), rest[count:]
         tokens = Tokens(labels, order, ctx.host, head.vocab)
@@ -131,11 +132,11 @@ class _LinearLogProbs(torch.autograd.Function):
                 factor = factor.to(log_probs.dtype)
                 grads = scale_gradients(known_grads, factor, supervised_N, head.dtypes)
             else:
-                scores = TokenScores(log_probs, entropy, lse)
+                scores, normalizer = TokenScores(log_probs, entropy), Normalizer(top, log_total)
                 given = (None if g is None else g.contiguous() for g in (g_entropy, g_lse))
                 saved_logits, ctx.saved_logits = ctx.saved_logits, None
                 grads = scoring.backward(
-                    Scoring(head, tokens, ctx.plan, ctx.options, scores),
+                    Scoring(head, tokens, ctx.plan, ctx.options, scores, normalizer),
                     ScoreGradients(g_log_probs.contiguous(), *given), saved_logits,
                 )  # fmt: skip
         return *[None] * 6, *ctx.plan.gradients(*grads)
@@ -198,4 +199,4 @@ def linear_log_probs(
     scores = _LinearLogProbs.apply(
         plan, options, outputs, weighting, shard, labels_N, *head.flatten()
     )
-    return TokenScores(*scores).answer(outputs, labels.shape)
+    return TokenScores(*scores).reshape(labels.shape)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..logits.scores import ScoreGradients, ScoreOptions, TokenScores
+from ..logits.scores import Normalizer, ScoreGradients, ScoreOptions, TokenScores
 from ..logits.transform import accumulate_dtype
 from .head import LinearHead, Plan
 from .supervised import Tokens
@@ -32,27 +32,30 @@ class Scoring(Sweep):
 
     def __init__(
         self, head: LinearHead, tokens: Tokens, plan: Plan, options: ScoreOptions,
-        scores: TokenScores,
+        scores: TokenScores, normalizer: Normalizer,
     ):  # fmt: skip
         super().__init__(head, tokens, plan)
-        self.options, self.scores = options, scores
+        self.options, self.scores, self.normalizer = options, scores, normalizer
 
     @classmethod
     def start(cls, head, tokens, plan, options, outputs: Sequence[str]) -> Scoring:
         """Return a sweep whose scores are all zero, as they stay for tokens without a label."""
         n, like = tokens.labels.shape[0], head.hidden[0]
-        scores = {
-            name: torch.zeros(n, dtype=_dtype(name, like), device=like.device)
-            for name in {*outputs, "log_probs", "log_sum_exp"}
-        }
-        return cls(head, tokens, plan, options, TokenScores(**scores))
+
+        def zeros(name: str) -> torch.Tensor:
+            return torch.zeros(n, dtype=_dtype(name, like), device=like.device)
+
+        scores = TokenScores(**{name: zeros(name) for name in {*outputs, "log_probs"}})
+        normalizer = Normalizer(*map(zeros, Normalizer._fields))
+        return cls(head, tokens, plan, options, scores, normalizer)
 
     def score_(self, logits: torch.Tensor, start: int, stop: int) -> None:
         """Write the scores of the rows from `start` to `stop`."""
         labels = self.tokens.pick(self.tokens.labels, start, stop)
         wanted = [name for name, out in self.scores._asdict().items() if out is not None]
-        part = score(logits, labels, self.options, wanted, self.head.shard)
-        for out, values in zip(self.scores, part, strict=True):
+        scores, normalizer = score(logits, labels, self.options, wanted, self.head.shard)
+        outs = (*self.scores, *self.normalizer)
+        for out, values in zip(outs, (*scores, *normalizer), strict=True):
             if out is not None:
                 self.tokens.put(out, values, start, stop)
 
@@ -66,7 +69,8 @@ class Scoring(Sweep):
             return None if values is None else self.tokens.pick(values, begin, stop)
 
         score_gradient_(
-            self.logits[: stop - begin], rows(self.tokens.labels), self.scores.map(rows),
+            self.logits[: stop - begin], rows(self.tokens.labels),
+            Normalizer(*map(rows, self.normalizer)), rows(self.scores.entropy),
             ScoreGradients(*map(rows, grads)), self.options, self.head.shard,
         )  # fmt: skip
         self.add_hidden(begin, stop)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from ..logits import cross_entropy, log_probs
 from ..logits.loss import LossOptions
-from ..logits.scores import ScoreGradients, ScoreOptions, TokenScores
+from ..logits.scores import Normalizer, ScoreGradients, ScoreOptions, TokenScores
 from ..logits.transform import Transform, accumulate_dtype
 
 _PIECE = 1 << 24
@@ -181,8 +181,8 @@ def _rescaled(total_N: torch.Tensor, shift_N: torch.Tensor) -> torch.Tensor:
 def score(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, options: ScoreOptions, wanted: Sequence[str],
     shard: VocabShard | None,
-) -> TokenScores:  # fmt: skip
-    """Return the scores of `kernels.logits.log_probs.score`, combined over the ranks of a shard.
+) -> tuple[TokenScores, Normalizer]:  # fmt: skip
+    """Return what `kernels.logits.log_probs.score` does, combined over the ranks of a shard.
 
     With lse_r and entropy_r of rank r's logits alone, w_r = exp(lse_r - top), W = sum_r w_r:
 
@@ -197,10 +197,11 @@ def score(
     local = [name for name in wanted if name not in ("argmax", "is_top1")]
     if len(local) < len(wanted):
         local.append("argmax")
-    own = log_probs.score(logits_NV, label_N.where(supervised_N, _IGNORED), options, local)
+    label_N = label_N.where(supervised_N, _IGNORED)
+    own, (own_top_N, own_log_total_N) = log_probs.score(logits_NV, label_N, options, local)
 
-    top_N = shard.all_reduce(own.log_sum_exp.clone(), dist.ReduceOp.MAX)
-    shift_N = own.log_sum_exp - top_N
+    top_N = shard.all_reduce(own_top_N.clone(), dist.ReduceOp.MAX)
+    shift_N = own_top_N - top_N + own_log_total_N
     weight_N = shift_N.exp()
     terms = [weight_N, (own.log_probs + shift_N).where(own_N, 0.0)]
     if own.entropy is not None:
@@ -215,10 +216,10 @@ def score(
     def supervised(values_N: torch.Tensor) -> torch.Tensor:
         return values_N.where(supervised_N, torch.zeros_like(values_N))
 
-    found = {
-        "log_probs": (picked_N - log_total_N).where(valid_N, math.nan),
-        "log_sum_exp": top_N + log_total_N,
-    }
+    normalizer = Normalizer(top_N, log_total_N)
+    found = {"log_probs": (picked_N - log_total_N).where(valid_N, math.nan)}
+    if "log_sum_exp" in wanted:
+        found["log_sum_exp"] = normalizer.log_sum_exp
     if own.entropy is not None:
         found["entropy"] = next(others) / total_N + log_total_N
     if own.log_sum_sq_probs is not None:
@@ -231,7 +232,8 @@ def score(
             found["argmax"] = argmax_N
         if "is_top1" in wanted:
             found["is_top1"] = argmax_N == labels_N
-    return TokenScores(**{name: supervised(values_N) for name, values_N in found.items()})
+    scores = TokenScores(**{name: supervised(values_N) for name, values_N in found.items()})
+    return scores, normalizer
 
 
 def _global_argmax(shard: VocabShard, logits_NV, argmax_N, transform: Transform):
@@ -243,8 +245,9 @@ def _global_argmax(shard: VocabShard, logits_NV, argmax_N, transform: Transform)
 
 
 def score_gradient_(
-    logits_NV: torch.Tensor, labels_N: torch.Tensor, scores: TokenScores, grads: ScoreGradients,
-    options: ScoreOptions, shard: VocabShard | None,
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, normalizer: Normalizer,
+    entropy_N: torch.Tensor | None, grads: ScoreGradients, options: ScoreOptions,
+    shard: VocabShard | None,
 ) -> None:  # fmt: skip
     """Overwrite the logits with their gradient; only the rank that has the label adds its term."""
     if shard is not None:
@@ -257,4 +260,4 @@ def score_gradient_(
         if grads.log_sum_exp is not None:
             along_lse_N = along_lse_N + grads.log_sum_exp
         grads = ScoreGradients(g_N.where(own_N, 0.0), grads.entropy, along_lse_N)
-    log_probs.score_gradient_(logits_NV, labels_N, scores, grads, options)
+    log_probs.score_gradient_(logits_NV, labels_N, normalizer, entropy_N, grads, options)

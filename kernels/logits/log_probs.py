@@ -14,21 +14,23 @@ from ..autograd import first_derivative_only
 from ..runtime import block_sizes, cdiv, on_device, runs_in_triton, tl, triton
 from .reduction import check_labels
 from .scores import (
+    Normalizer,
     ScoreGradients,
     ScoreOptions,
     TokenScores,
     check_outputs,
     log_probs_reference,
+    scores_and_normalizer,
 )
 from .transform import chain, transform
 
 # --- torch path of the gradient ----------------------------------------------------------------
 
 
-def _gradient_torch_(logits_NV, labels_N, lse_N, entropy_N, grads: ScoreGradients, options):
+def _gradient_torch_(logits_NV, labels_N, normalizer, entropy_N, grads: ScoreGradients, options):
     """Compute `score_gradient_` in plain torch, in place like the kernel."""
     y_NV = options.transform(logits_NV)
-    logp_NV = y_NV - lse_N.unsqueeze(1)
+    logp_NV = normalizer.log_p(y_NV)
     p_NV = logp_NV.exp()
     slope_N = -grads.log_probs
     if grads.log_sum_exp is not None:
@@ -50,8 +52,8 @@ def _gradient_torch_(logits_NV, labels_N, lse_N, entropy_N, grads: ScoreGradient
 
 @triton.jit
 def _score_kernel(
-    logits_ptr, row_stride, labels_ptr, log_prob_ptr, lse_ptr, entropy_ptr, square_ptr, mean_ptr,
-    argmax_ptr, V, ignore_index, scale, softcap,
+    logits_ptr, row_stride, labels_ptr, log_prob_ptr, top_ptr, log_total_ptr, entropy_ptr,
+    square_ptr, mean_ptr, argmax_ptr, V, ignore_index, scale, softcap,
     ENTROPY: tl.constexpr, SQUARE: tl.constexpr, MEAN: tl.constexpr, ARGMAX: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +63,8 @@ def _score_kernel(
     logits_ptr += row * row_stride
     if label == ignore_index:
         tl.store(log_prob_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
+        tl.store(top_ptr + row, 0.0)
+        tl.store(log_total_ptr + row, 0.0)
         if ENTROPY:
             tl.store(entropy_ptr + row, 0.0)
         if SQUARE:
@@ -105,14 +108,16 @@ def _score_kernel(
         y_label = tl.where(cols == label, y, y_label)
         top = new_top
     total = tl.sum(sums, 0)
+    log_total = tl.log(total)
     in_range = (label >= 0) & (label < V)
-    log_prob = tl.max(y_label, 0) - top - tl.log(total)  # this order is exact for a common offset
+    log_prob = tl.max(y_label, 0) - top - log_total  # this order is exact for a common offset
     tl.store(log_prob_ptr + row, tl.where(in_range, log_prob, float("nan")))
-    tl.store(lse_ptr + row, top + tl.log(total))
+    tl.store(top_ptr + row, top)
+    tl.store(log_total_ptr + row, log_total)
     if ENTROPY:
-        tl.store(entropy_ptr + row, tl.log(total) - tl.sum(weighted, 0) / total)
+        tl.store(entropy_ptr + row, log_total - tl.sum(weighted, 0) / total)
     if SQUARE:
-        tl.store(square_ptr + row, tl.log(tl.sum(squares, 0)) - 2.0 * tl.log(total))
+        tl.store(square_ptr + row, tl.log(tl.sum(squares, 0)) - 2.0 * log_total)
     if MEAN:
         tl.store(mean_ptr + row, tl.sum(plain, 0) / V)
     if ARGMAX:
@@ -122,8 +127,8 @@ def _score_kernel(
 
 @triton.jit
 def _score_gradient_kernel(
-    logits_ptr, row_stride, labels_ptr, lse_ptr, entropy_ptr, g_log_prob_ptr, g_entropy_ptr,
-    g_lse_ptr, V, ignore_index, scale, softcap,
+    logits_ptr, row_stride, labels_ptr, top_ptr, log_total_ptr, entropy_ptr, g_log_prob_ptr,
+    g_entropy_ptr, g_lse_ptr, V, ignore_index, scale, softcap,
     ENTROPY: tl.constexpr, LSE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Overwrite the logits of a block of one token's columns with their gradient."""
@@ -142,7 +147,7 @@ def _score_gradient_kernel(
         slope += tl.load(g_lse_ptr + row)
     z = tl.load(logits_ptr, mask=mask, other=-float("inf")).to(tl.float32)
     y = transform(z, scale, softcap, HAS_SOFTCAP)
-    logp = y - tl.load(lse_ptr + row)
+    logp = y - tl.load(top_ptr + row) - tl.load(log_total_ptr + row)
     p = tl.exp(logp)
     grad = p * slope
     if ENTROPY:
@@ -165,62 +170,66 @@ def score(
     labels_N: torch.Tensor,
     options: ScoreOptions,
     outputs: Sequence[str],
-) -> TokenScores:
-    """Return `log_probs`, `log_sum_exp` and `outputs`, without autograd; only reads the logits."""
-    wanted = {*outputs, "log_sum_exp"}
+) -> tuple[TokenScores, Normalizer]:
+    """Return `log_probs` and `outputs`, without autograd, and what `score_gradient_` needs.
+
+    Only reads the logits.
+    """
     if not runs_in_triton(logits_NV):
         with torch.no_grad():
-            return log_probs_reference(logits_NV, labels_N, options, tuple(wanted))
+            return scores_and_normalizer(logits_NV, labels_N, options, outputs)
     n, vocab = logits_NV.shape
     scale, softcap, has_softcap = options.transform.arguments
-    wants_argmax = bool({"argmax", "is_top1"} & wanted)
+    wants_argmax = not {"argmax", "is_top1"}.isdisjoint(outputs)
 
     def per_token(wanted: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         return torch.empty(n, dtype=dtype, device=logits_NV.device) if wanted else None
 
-    log_prob_N, lse_N = per_token(True), per_token(True)
+    log_prob_N, top_N, log_total_N = (per_token(True) for _ in range(3))
     entropy_N = per_token("entropy" in outputs)
     square_N = per_token("log_sum_sq_probs" in outputs)
     mean_N = per_token("mean_logits" in outputs)
     argmax_N = per_token(wants_argmax, torch.int64)
     if n:
         _score_kernel[(n,)](
-            logits_NV, logits_NV.stride(0), labels_N, log_prob_N, lse_N, entropy_N, square_N,
-            mean_N, argmax_N, vocab, options.ignore_index, scale, softcap,
+            logits_NV, logits_NV.stride(0), labels_N, log_prob_N, top_N, log_total_N, entropy_N,
+            square_N, mean_N, argmax_N, vocab, options.ignore_index, scale, softcap,
             ENTROPY=entropy_N is not None, SQUARE=square_N is not None, MEAN=mean_N is not None,
             ARGMAX=wants_argmax, HAS_SOFTCAP=has_softcap, **block_sizes(vocab, _SCORE),
         )  # fmt: skip
     is_top1_N = None
     if "is_top1" in outputs:
         is_top1_N = (argmax_N == labels_N) & (labels_N != options.ignore_index)
-    return TokenScores(
-        log_prob_N, entropy_N, lse_N, square_N, mean_N,
-        argmax_N if "argmax" in outputs else None, is_top1_N,
+    normalizer = Normalizer(top_N, log_total_N)
+    scores = TokenScores(
+        log_prob_N, entropy_N, normalizer.log_sum_exp if "log_sum_exp" in outputs else None,
+        square_N, mean_N, argmax_N if "argmax" in outputs else None, is_top1_N,
     )  # fmt: skip
+    return scores, normalizer
 
 
 def score_gradient_(
     logits_NV: torch.Tensor,
     labels_N: torch.Tensor,
-    scores: TokenScores,
+    normalizer: Normalizer,
+    entropy_N: torch.Tensor | None,
     grads: ScoreGradients,
     options: ScoreOptions,
 ) -> None:
     """Overwrite `logits_NV` with its gradient, given the gradients of the scores.
 
-    `scores` must hold log_sum_exp, and entropy if its gradient is given.
+    `entropy_N` is needed if its gradient is given.
     """
     if not runs_in_triton(logits_NV):
-        _gradient_torch_(logits_NV, labels_N, scores.log_sum_exp, scores.entropy, grads, options)
+        _gradient_torch_(logits_NV, labels_N, normalizer, entropy_N, grads, options)
         return
     n, vocab = logits_NV.shape
     scale, softcap, has_softcap = options.transform.arguments
     sizes = block_sizes(vocab, _GRADIENT)
     if n:
         _score_gradient_kernel[(n, cdiv(vocab, sizes["BLOCK"]))](
-            logits_NV, logits_NV.stride(0), labels_N, scores.log_sum_exp, scores.entropy,
-            grads.log_probs, grads.entropy, grads.log_sum_exp, vocab, options.ignore_index,
-            scale, softcap,
+            logits_NV, logits_NV.stride(0), labels_N, *normalizer, entropy_N, grads.log_probs,
+            grads.entropy, grads.log_sum_exp, vocab, options.ignore_index, scale, softcap,
             ENTROPY=grads.entropy is not None, LSE=grads.log_sum_exp is not None,
             HAS_SOFTCAP=has_softcap, **sizes,
         )  # fmt: skip
@@ -233,8 +242,8 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, options, outputs):
         with on_device(logits):
-            scores = score(logits, labels, options, outputs)
-        ctx.save_for_backward(logits, labels, scores.log_sum_exp, scores.entropy)
+            scores, normalizer = score(logits, labels, options, outputs)
+        ctx.save_for_backward(logits, labels, scores.entropy, *normalizer)
         ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*scores.constants)
@@ -243,16 +252,16 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, g_log_probs, g_entropy, g_lse, *_):
-        logits, labels, lse, entropy = ctx.saved_tensors
+        logits, labels, entropy, *normalizer = ctx.saved_tensors
+        normalizer = Normalizer(*normalizer)
         if g_log_probs is None:
-            g_log_probs = torch.zeros_like(lse)
+            g_log_probs = torch.zeros_like(normalizer.top)
         grads = ScoreGradients(
             *(None if g is None else g.contiguous() for g in (g_log_probs, g_entropy, g_lse))
         )
         dlogits = logits.clone()
         with on_device(logits):
-            scores = TokenScores(lse, entropy, lse)
-            score_gradient_(dlogits, labels, scores, grads, ctx.options)
+            score_gradient_(dlogits, labels, normalizer, entropy, grads, ctx.options)
         return dlogits, None, None, None
 
 
@@ -290,4 +299,4 @@ def log_probs(
         scores = TokenScores(*_LogProbs.apply(logits_NV, labels_N, options, outputs))
     else:
         scores = log_probs_reference(logits_NV, labels_N, options, outputs)
-    return scores.answer(outputs, labels.shape)
+    return scores.reshape(labels.shape)

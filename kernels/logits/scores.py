@@ -53,19 +53,39 @@ class TokenScores(NamedTuple):
     def map(self, fn) -> TokenScores:
         return TokenScores(*(None if x is None else fn(x) for x in self))
 
-    def answer(self, outputs: Sequence[str], shape: torch.Size) -> TokenScores:
-        """Return the scores in `shape`, without log_sum_exp unless it was requested.
-
-        log_sum_exp is always computed, because backward needs it.
-        """
-        requested = self if "log_sum_exp" in outputs else self._replace(log_sum_exp=None)
-        return requested.map(lambda x: x.reshape(shape))
+    def reshape(self, shape: torch.Size) -> TokenScores:
+        return self.map(lambda x: x.reshape(shape))
 
     @property
     def constants(self) -> list[torch.Tensor]:
         """The scores that have no gradient."""
         fields = self._asdict().items()
         return [x for name, x in fields if x is not None and name not in DIFFERENTIABLE]
+
+
+class Normalizer(NamedTuple):
+    """log_sum_exp of N tokens, in two parts.
+
+    Their sum is rounded. If the logits have a large common offset, y - log_sum_exp would be exact
+    only to the rounding of that offset, and so would the probabilities.
+    """
+
+    top: torch.Tensor  # max_v y_v; not differentiable
+    log_total: torch.Tensor  # log(sum_v exp(y_v - top))
+
+    @classmethod
+    def of(cls, y_NV: torch.Tensor) -> Normalizer:
+        top_N = y_NV.detach().amax(-1)
+        shift_N = top_N.masked_fill(top_N == -math.inf, 0.0)  # or y - top would be NaN
+        return cls(top_N, torch.logsumexp(y_NV - shift_N.unsqueeze(1), -1))
+
+    @property
+    def log_sum_exp(self) -> torch.Tensor:
+        return self.top + self.log_total
+
+    def log_p(self, y_NV: torch.Tensor) -> torch.Tensor:
+        """Return log p_v."""
+        return y_NV - self.top.unsqueeze(1) - self.log_total.unsqueeze(1)
 
 
 class ScoreGradients(NamedTuple):
@@ -108,26 +128,33 @@ def log_probs_reference(
     outputs: Sequence[str] = (),
 ) -> TokenScores:
     """Return the scores of each token [N], computed in plain torch and differentiable."""
+    return scores_and_normalizer(logits_NV, labels_N, options, outputs)[0]
+
+
+def scores_and_normalizer(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, options: ScoreOptions, outputs: Sequence[str]
+) -> tuple[TokenScores, Normalizer]:
+    """Return `log_probs_reference`, and what its gradient depends on."""
     vocab = logits_NV.shape[1]
     y_NV = options.transform(logits_NV)
     supervised_N = labels_N != options.ignore_index
     valid_N = (labels_N >= 0) & (labels_N < vocab)
     label_N1 = labels_N.where(valid_N, 0).unsqueeze(1)
-    lse_N = torch.logsumexp(y_NV, -1)
+    normalizer = Normalizer.of(y_NV)
+    logp_NV = normalizer.log_p(y_NV)
     # A factor, not a value, so that the gradient is NaN too.
-    nan_N = torch.ones_like(lse_N).masked_fill(supervised_N & ~valid_N, math.nan)
-    log_prob_N = (y_NV.gather(1, label_N1).squeeze(1) - lse_N) * nan_N
+    nan_N = torch.ones_like(normalizer.top).masked_fill(supervised_N & ~valid_N, math.nan)
+    log_prob_N = logp_NV.gather(1, label_N1).squeeze(1) * nan_N
 
     def supervised(values_N: torch.Tensor) -> torch.Tensor:
         return values_N.masked_fill(~supervised_N, 0)
 
     found = {"log_probs": supervised(log_prob_N)}
-    logp_NV = y_NV - lse_N.unsqueeze(1)
     if "entropy" in outputs:
         p_NV = logp_NV.exp()
         found["entropy"] = supervised(-(p_NV * logp_NV.masked_fill(p_NV == 0, 0.0)).sum(-1))
     if "log_sum_exp" in outputs:
-        found["log_sum_exp"] = supervised(lse_N)
+        found["log_sum_exp"] = supervised(normalizer.log_sum_exp)
     if "log_sum_sq_probs" in outputs:
         found["log_sum_sq_probs"] = supervised(torch.logsumexp(2 * logp_NV.detach(), -1))
     if "mean_logits" in outputs:
@@ -138,4 +165,4 @@ def log_probs_reference(
             found["argmax"] = supervised(argmax_N)
         if "is_top1" in outputs:
             found["is_top1"] = (argmax_N == labels_N) & supervised_N
-    return TokenScores(**found)
+    return TokenScores(**found), normalizer

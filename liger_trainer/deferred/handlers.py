@@ -5,22 +5,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
 
-from liger_trainer.deferred.logits import (
-    OPS,
-    DeferredLogits,
-    as_meta,
-    as_scale_and_softcap,
-    consume_logits,
-    derive,
-    replay,
-)
+from liger_trainer.deferred.logits import DeferredLogits, as_meta, consume_logits, derive
 from liger_trainer.deferred.scope import RECORDED
+from liger_trainer.deferred.state import OPS, as_scale_and_softcap, replay
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear.head import LinearHead
@@ -155,7 +149,7 @@ def _add(a, b):
     terms = (t._replace(scale=t.scale * scale) for t in other.terms)
     if any(getattr(t.layer, "bias", None) is not None for t in other.terms):
         return NotImplemented
-    state = base.__class__(base.origin, (*base.terms, *terms))
+    state = dataclasses.replace(base, terms=(*base.terms, *terms))
     return derive([a, b], state, lambda x, y: x + y)
 
 

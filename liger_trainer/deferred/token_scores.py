@@ -12,7 +12,8 @@ import torch
 
 from liger_trainer.deferred.handlers import implements, per_token
 from liger_trainer.deferred.head_call import consume
-from liger_trainer.deferred.logits import DeferredLogits, State, consume_logits
+from liger_trainer.deferred.logits import DeferredLogits, consume_logits
+from liger_trainer.deferred.state import State
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.linear.divergence import linear_divergence
 from liger_trainer.kernels.linear.head import LinearHead
@@ -22,7 +23,6 @@ from liger_trainer.kernels.logits.jensen_shannon import DivergenceOptions
 from liger_trainer.kernels.logits.log_probs import log_probs
 from liger_trainer.kernels.logits.reduction import scale_sum
 from liger_trainer.kernels.logits.scores import ScoreOptions, TokenScores
-from liger_trainer.kernels.logits.transform import Transform
 
 
 def token_scores(
@@ -39,30 +39,27 @@ def token_scores(
     to them; `weighting` is explained there. Other logits go through `log_probs`.
     """
     state = fusable(logits)
-    options = ScoreOptions(temperature=temperature)
+    plain_options = ScoreOptions(temperature=temperature)
 
     def plain(z: torch.Tensor) -> TokenScores:
-        return log_probs(z, labels, outputs=outputs, options=options)
+        return log_probs(z, labels, outputs=outputs, options=plain_options)
 
     if state is not None:
         if state.origin.dtype == torch.float16:
             weighting = None  # the loss scale must come before the logits' gradient is rounded
-        scores = _fused_scores(
-            logits, state.transform, labels, plain, temperature, outputs, weighting
-        )
+        own = state.transform
+        options = dataclasses.replace(plain_options, scale=own.scale, softcap=own.softcap)
+        scores = _fused_scores(logits, labels, options, plain, outputs, weighting)
         if scores is not None:
             return scores
     return plain(logits.materialize() if isinstance(logits, Deferred) else logits)
 
 
 def _fused_scores(
-    logits: DeferredLogits, transform: Transform, labels, plain,
-    temperature: float = 1.0, outputs: Sequence[str] = (), weighting: str | None = None,
+    logits: DeferredLogits, labels: torch.Tensor, options: ScoreOptions, plain,
+    outputs: Sequence[str] = (), weighting: str | None = None,
 ) -> TokenScores | None:  # fmt: skip
-    """Return scores of logits that are `transform` of the head's; None if it cannot be fused."""
-    options = ScoreOptions(
-        scale=transform.scale, softcap=transform.softcap, temperature=temperature
-    )
+    """Return scores of the head's logits under `options`; None if they cannot be fused."""
 
     def fused(head: LinearHead):
         return linear_log_probs(
@@ -150,6 +147,9 @@ def _take_along_dim(input, indices, dim=None):
     return _label_log_probs(input, dim, indices)
 
 
+_MATCHES_NONE = -(2**31)  # an ignore_index: torch does not gather -100 either
+
+
 def _label_log_probs(logits, dim, index):
     """Return the labels' log-probabilities, log_softmax(logits).gather(-1, labels)."""
     state = logits.state if isinstance(logits, DeferredLogits) else None
@@ -162,8 +162,9 @@ def _label_log_probs(logits, dim, index):
     transform = dataclasses.replace(state, ops=state.ops[: names.index("log_softmax")]).transform
     if not state.origin.fused or transform is None:
         return NotImplemented
+    options = ScoreOptions(_MATCHES_NONE, transform.scale, transform.softcap)
     scores = _fused_scores(
-        logits, transform, index.squeeze(-1), lambda z: TokenScores(z.gather(-1, index).squeeze(-1))
+        logits, index.squeeze(-1), options, lambda z: TokenScores(z.gather(-1, index).squeeze(-1))
     )
     return NotImplemented if scores is None else scores.log_probs.unsqueeze(-1).to(logits.dtype)
 

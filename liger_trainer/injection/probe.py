@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ class Verdict:
     """Whether a candidate equals the original, and by how much they differ."""
 
     equal: bool
-    max_error: float | None  # fp32, relative to the largest value
+    max_error: float | None  # in fp32, relative to the largest value; None if not compared there
     reason: str
     rounding: float = 0.0  # largest 16-bit difference; decides between several equal candidates
 
@@ -185,7 +186,7 @@ def compare(original: Callable, candidate: Callable, cases: Iterable[Case]) -> V
     For 16-bit cases, the original in fp32 is the reference. `original(*inputs)` and
     `candidate(*inputs)` return a tensor or a tuple of tensors.
     """
-    worst, rounding = 0.0, 0.0
+    worst, rounding = None, 0.0
     for case in cases:
         try:
             expected = evaluate(original, case)
@@ -206,7 +207,7 @@ def compare(original: Callable, candidate: Callable, cases: Iterable[Case]) -> V
                 return Verdict(False, worst, f"returns {a.dtype} {tuple(a.shape)} for {case.label}")
         if all(t.dtype == torch.float32 for t in case.inputs):
             error = max(map(relative_error, got, expected))
-            worst = max(worst, error)
+            worst = max(worst or 0.0, error)
             if not error <= TOLERANCE_FP32:
                 return Verdict(False, worst, f"differs by {error:.1e} for {case.label}")
         else:
@@ -231,14 +232,10 @@ def choose(
     If `original` calls the module `twin`, which is in evaluation mode, they must also be equal in
     training mode. `otherwise` is the reason to give if all candidates differ.
     """
-    found, nearest = [], None
-    for form, candidate in candidates.items():
-        verdict = compare(original, candidate, cases())
-        if verdict.equal:
-            found.append((form, verdict))
-        elif nearest is None or (verdict.max_error or 9e9) < (nearest.max_error or 9e9):
-            nearest = verdict
+    verdicts = {form: compare(original, c, cases()) for form, c in candidates.items()}
+    found = [(form, verdict) for form, verdict in verdicts.items() if verdict.equal]
     if not found:
+        nearest = min(verdicts.values(), key=_distance)
         reason = nearest.reason if nearest.max_error is None else otherwise
         return None, dataclasses.replace(nearest, reason=reason)
     form, verdict = min(found, key=lambda pair: pair[1].rounding)
@@ -250,6 +247,10 @@ def choose(
             reason = f"{in_training.reason} in training mode"
             return None, dataclasses.replace(in_training, reason=reason)
     return form, verdict
+
+
+def _distance(verdict: Verdict) -> float:
+    return math.inf if verdict.max_error is None else verdict.max_error
 
 
 def evaluate(function: Callable, case: Case) -> list[torch.Tensor]:

@@ -30,6 +30,8 @@ _ALWAYS, _EVERY = 8, 64  # a watch looks in the first 8 forwards, then in every 
 
 logger = logging.getLogger(__name__)
 
+_ACTIVATION_RULES = ("swiglu", "geglu")  # for a child of the module that is their site
+_MODULE_RULES = ("rms_norm", "layer_norm", "rope", lora.RULE, "attention")
 _RULES = (norm.propose, rotary.propose, lora.propose, attention.propose, masks.propose)
 
 
@@ -199,20 +201,23 @@ class Watch:
         if ids == known:
             return
         self.ids = ids
-        if known is None:
-            return
-        search, old = Search(model, self.config), set(known)
-        modules = dict(model.named_modules())
-        looked_at: dict[str, tuple[str, ...]] = {}  # by which rules, for each site
+        if known is not None:
+            self._amend(Search(model, self.config), set(known))
+
+    def _amend(self, search: Search, known: set[int]) -> None:
+        """Examine the modules whose ids are not `known`, and leave out rows of those that are
+        gone."""
+        modules = dict(search.model.named_modules())
+        examined: dict[str, tuple[str, ...]] = {}  # for each site, by which rules
         proposals: list[Proposal] = []
-        with _quiet(model):
+        with _quiet(search.model):
             for site, module in modules.items():
                 # What is swapped, as in a copy, is not examined: a rule would find its own work.
-                if id(module) not in old and not is_swapped(module):
-                    looked_at[site] = (*_OF_MODULES, *_OF_ACTIVATIONS)
+                if id(module) not in known and not is_swapped(module):
+                    examined[site] = (*_MODULE_RULES, *_ACTIVATION_RULES)
                     proposals += _propose(search, site, module)
-                elif any(id(child) not in old for child in module.children()):
-                    looked_at[site] = _OF_ACTIVATIONS
+                elif any(id(child) not in known for child in module.children()):
+                    examined[site] = _ACTIVATION_RULES
                     proposals += _propose_for_activations(search, site, module)
         rows = [row for row in map(_as_added, proposals) if row is not None and row.eligible]
         there = {(p.row.site, p.row.rule) for p in proposals}
@@ -220,16 +225,13 @@ class Watch:
         there |= {(site.row.site, site.row.rule) for site in sites if site is not None}
 
         def is_gone(row: Row) -> bool:
-            if row.rule not in (*_OF_MODULES, *_OF_ACTIVATIONS) or (row.site, row.rule) in there:
+            watched = row.rule in (*_MODULE_RULES, *_ACTIVATION_RULES)
+            if not watched or (row.site, row.rule) in there:
                 return False
-            return row.site not in modules or row.rule in looked_at.get(row.site, ())
+            return row.site not in modules or row.rule in examined.get(row.site, ())
 
         self.report.remove(is_gone)
         self.report.amend(*rows)
-
-
-_OF_ACTIVATIONS = ("swiglu", "geglu")
-_OF_MODULES = ("rms_norm", "layer_norm", "rope", lora.RULE, "attention")
 
 
 def _as_added(proposal: Proposal) -> Row | None:

@@ -27,8 +27,15 @@ from liger_trainer.kernel_trainer import KernelTrainer
 from liger_trainer.report import InjectionReport, Row, Status
 from liger_trainer.request import FLAG, Request, config_of, hidden, requested
 from liger_trainer.trainer_hook import handled_for
-from liger_trainer.trl.checks import check_examples, check_options, check_ranks, check_reference
-from liger_trainer.trl.fused_head import attach_fused_head, check_adapter, has_adapter
+from liger_trainer.trl.checks import (
+    check_adapter,
+    check_examples,
+    check_heads,
+    check_options,
+    check_ranks,
+    check_reference,
+)
+from liger_trainer.trl.fused_head import attach_fused_head, has_adapter
 from liger_trainer.trl.overrides import override_rows, overrides
 
 _TRL_MODULES = {
@@ -104,6 +111,7 @@ class FusedTrainer(KernelTrainer):
         self._set_kernels()
         self._report(override_rows(self))
         check_ranks(self)
+        check_heads(self)
         check_examples(self)
 
     def _set_kernels(self) -> None:
@@ -202,14 +210,17 @@ class _NeverMatches:
     """A class without instances: `isinstance(x, _NeverMatches)` is always False."""
 
 
+_MISSING = object()
+
+
 @contextlib.contextmanager
 def _replaced(module, name: str, value: object) -> Iterator[None]:
-    before = getattr(module, name, _NeverMatches)
+    before = vars(module).get(name, _MISSING)
     setattr(module, name, value)
     try:
         yield
     finally:
-        if before is _NeverMatches:
+        if before is _MISSING:
             delattr(module, name)
         else:
             setattr(module, name, before)

@@ -15,6 +15,8 @@ from liger_trainer.kernels.losses.dpo import DPOLoss
 from liger_trainer.kernels.losses.grpo import GRPOLoss, RLOOLoss
 from liger_trainer.kernels.losses.kto import KTOLoss
 from liger_trainer.kernels.losses.reference_free import CPOLoss, ORPOLoss
+from liger_trainer.trl.fused_head import has_adapter
+from liger_trainer.trl.replacements import defers
 
 _LOSSES = {
     "CPOTrainer": CPOLoss,
@@ -32,7 +34,7 @@ def check_options(trainer: type, args: TrainingArguments) -> None:
 
     The losses in `kernels/losses/` check this: they reject options that have no effect.
     """
-    loss = _LOSSES.get(_trl_name(trainer))
+    loss = _LOSSES.get(_trl_names(trainer)[0])
     if loss is None:
         return
     given = {}
@@ -48,10 +50,13 @@ def check_options(trainer: type, args: TrainingArguments) -> None:
         raise ValueError(f"{type(args).__name__}: {error}") from error
 
 
-def _trl_name(trainer: type) -> str:
-    """Return the name of the TRL class that `trainer` is derived from."""
-    bases = (cls.__qualname__ for cls in trainer.__mro__ if cls.__module__.startswith("trl."))
-    return next(bases, "")
+def _trl_names(trainer: type) -> list[str]:
+    """Return the names of the TRL classes that `trainer` is derived from, the nearest first.
+
+    Its own name stands alone if there are none.
+    """
+    names = [cls.__qualname__ for cls in trainer.__mro__ if cls.__module__.startswith("trl.")]
+    return names or [trainer.__qualname__]
 
 
 def check_examples(trainer: Trainer) -> None:
@@ -107,16 +112,16 @@ def check_ranks(trainer: Trainer) -> None:
     process differently, so that completions differ; ranks that share a model by tensor parallelism
     would add up tensors of different completions.
     """
-    name = _trl_name(type(trainer))
+    name, *bases = _trl_names(type(trainer))
     if name != "SFTTrainer" and ranks_of_a_row(trainer.accelerator) > 1:
         raise ValueError(
             f"{name} needs whole rows, and with context or sequence parallelism (cp_size, sp_size) "
             "a process has a part of each: use FSDP2 or ZeRO-3, or train with SFT."
         )
-    sampling = _SAMPLING & {cls.__name__ for cls in type(trainer).__mro__}
+    sampling = next((n for n in (name, *bases) if n in _SAMPLING), None)
     if sampling and (getattr(trainer.model, "_tp_size", None) or 1) > 1:
         raise ValueError(
-            f"{sampling.pop()} samples different completions in every process, but the processes "
+            f"{sampling} samples different completions in every process, but the processes "
             "that share a model by tensor parallelism need the same ones: use FSDP2 or ZeRO-3, or "
             "train on a fixed data set (SFT, DPO)."
         )
@@ -136,3 +141,45 @@ def check_reference(model: nn.Module, reference: nn.Module) -> None:
 def _vocabulary(model: nn.Module) -> int | None:
     weight = getattr(model.get_output_embeddings(), "weight", None)
     return weight.shape[0] if weight is not None and weight.dim() == 2 else None
+
+
+_WITHOUT_ADAPTER = (
+    "remove the head from target_modules (and, if it is tied to the embeddings, their tokens from "
+    "trainable_token_indices)"
+)
+
+
+def check_adapter(model: nn.Module) -> None:
+    """Raise ValueError if TRL's own head, which reads the plain weight, would ignore an adapter."""
+    if has_adapter(model):
+        raise ValueError(
+            "An adapter on the head needs fused_linear_cross_entropy, which is switched off here: "
+            f"switch it on, or {_WITHOUT_ADAPTER}."
+        )
+
+
+def check_heads(trainer: Trainer) -> None:
+    """Raise ValueError if distillation would ignore, or fail at, an adapter on a head.
+
+    Unless the logits of both models are deferred, TRL's loss takes the plain weights of both heads.
+    """
+    if "DistillationTrainer" not in _trl_names(type(trainer)):
+        return
+    named = {"student": trainer.model, "teacher": trainer.teacher_model}
+    models = {
+        name: trainer.accelerator.unwrap_model(model)
+        for name, model in named.items()
+        if model is not None
+    }
+    if len(models) < 2 or all(defers(trainer, model) for model in models.values()):
+        return
+    ways_out = {
+        "student": f"{_WITHOUT_ADAPTER}, or train with GKDTrainer",
+        "teacher": "merge it first (teacher_model.merge_and_unload())",
+    }
+    for name, model in models.items():
+        if has_adapter(model):
+            raise ValueError(
+                f"DistillationTrainer reads the plain weight of the {name}'s output head, not the "
+                f"adapter on it: {ways_out[name]}."
+            )

@@ -39,9 +39,11 @@ def attach_fused_head(
         temperature, outputs: those of TRL's `add_fused_lm_head`.
         weighting: as in `linear_log_probs`.
     """
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    wanted = tuple(name for name in outputs if name != "log_probs")
+    options = {
+        "temperature": temperature,
+        "outputs": tuple(name for name in outputs if name != "log_probs"),
+        "weighting": weighting,
+    }
 
     @functools.wraps(type(model).forward)
     def forward(
@@ -63,37 +65,53 @@ def attach_fused_head(
             return plain(*args, **kwargs) if plain else type(self).forward(self, *args, **kwargs)
         if not (defers_logits(self) or has_adapter(self)):
             return original(*args, fused_lm_head=True, **given, **kwargs)
-        config = self.config.get_text_config()
-        if getattr(config, "output_router_logits", False):
-            kwargs.setdefault("output_router_logits", True)
-        with loss_scope():
-            own = type(self).forward(self, *args, **{**kwargs, "use_cache": False})
-            logits = own.logits
-            if shift_labels is None:
-                logits, shift_labels = logits[:, :-1], labels[:, 1:]
-            targets = shift_labels.to(logits.device)
-            scores = token_scores(
-                logits, targets, temperature=temperature, outputs=wanted, weighting=weighting
-            )
-        mask = targets != -100
-        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = -scores.log_probs.sum() / count
-        aux_loss = None
-        if kwargs.get("output_router_logits"):
-            aux_loss = _router_loss(own)
-            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
-        return FusedCausalLMOutput(
-            loss=loss,
-            log_probs=scores.log_probs,
-            entropy=scores.entropy,
-            log_sum_sq_probs=scores.log_sum_sq_probs,
-            mean_logits=scores.mean_logits,
-            is_top1=scores.is_top1,
-            label_mask=mask,
-            aux_loss=aux_loss,
-        )
+        return _score(self, args, kwargs, **given, **options)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _score(
+    model: nn.Module,
+    args: tuple,
+    kwargs: dict,
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+    **options,
+):
+    """Return TRL's `FusedCausalLMOutput` of a call of `model`, with scores of its labels.
+
+    `options` are those of `token_scores`.
+    """
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    with loss_scope():
+        own = type(model).forward(model, *args, **{**kwargs, "use_cache": False})
+        logits = own.logits
+        if shift_labels is None:
+            logits, shift_labels = logits[:, :-1], labels[:, 1:]
+        targets = shift_labels.to(logits.device)
+        scores = token_scores(logits, targets, **options)
+    mask = targets != -100
+    count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss = -scores.log_probs.sum() / count
+    aux_loss = None
+    if kwargs.get("output_router_logits"):
+        aux_loss = _router_loss(own)
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+    return FusedCausalLMOutput(
+        loss=loss,
+        log_probs=scores.log_probs,
+        entropy=scores.entropy,
+        log_sum_sq_probs=scores.log_sum_sq_probs,
+        mean_logits=scores.mean_logits,
+        is_top1=scores.is_top1,
+        label_mask=mask,
+        aux_loss=aux_loss,
+    )
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -104,16 +122,6 @@ def has_adapter(model: nn.Module) -> bool:
     """
     head = model.get_output_embeddings()
     return hasattr(head, "base_layer") or hasattr(head, "token_adapter")
-
-
-def check_adapter(model: nn.Module) -> None:
-    """Raise ValueError if TRL's own head, which reads the plain weight, would ignore an adapter."""
-    if has_adapter(model):
-        raise ValueError(
-            "An adapter on the head needs fused_linear_cross_entropy, which is switched "
-            "off here. Switch it on, or remove the head from target_modules (and, if it is tied to "
-            "the embeddings, their tokens from trainable_token_indices)."
-        )
 
 
 def _router_loss(own) -> torch.Tensor:

@@ -10,7 +10,8 @@ from deferred_head import TOKENS, VOCAB, deferred, labels, linear, operands, pla
 from torch import nn
 
 from liger_trainer.deferred import scope
-from liger_trainer.deferred.logits import DeferredLogits, as_scale_and_softcap
+from liger_trainer.deferred.logits import DeferredLogits
+from liger_trainer.deferred.state import as_scale_and_softcap
 
 
 @pytest.fixture
@@ -73,6 +74,19 @@ def test_nll_of_log_softmax(head):
     got = F.nll_loss(F.log_softmax(logits, dim=-1).view(-1, VOCAB), labels().view(-1))
     torch.testing.assert_close(got, F.cross_entropy(plain(head).view(-1, VOCAB), labels().view(-1)))
     assert logits._value is None
+
+
+def test_a_label_that_torch_does_not_gather(head):
+    """-100 marks tokens without a label in a loss, but is no index."""
+    index = labels().unsqueeze(-1)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        plain(head).log_softmax(-1).gather(-1, index)
+    logits = deferred(head)
+    with pytest.raises(ValueError, match="2 labels lie outside"):
+        logits.log_softmax(-1).gather(-1, index).sum().backward()
+    picked = deferred(head).log_softmax(-1).gather(-1, index.clamp_min(0))
+    expected = plain(head).log_softmax(-1).gather(-1, index.clamp_min(0))
+    torch.testing.assert_close(picked, expected)
 
 
 def test_value_is_bit_for_bit_the_plain_one(head):

@@ -10,6 +10,7 @@ from census import kept_bytes_per_token_and_layer
 from families import batch, tiny_model
 
 from liger_trainer import inject
+from liger_trainer.injection.rules import lora
 from liger_trainer.kernels import runtime
 
 pytest.importorskip("peft")
@@ -39,6 +40,20 @@ def test_options(option, monkeypatch):
     calls = count_fused(monkeypatch)
     assert_trains_alike(ours, plain)
     assert calls == ["lora_linear"] * targets
+
+
+def test_the_report_shows_the_difference_in_fp32(monkeypatch):
+    """Whether a layer is swapped is decided in fp64 and in 16 bits."""
+    exact = lora.lora_linear
+
+    def rough(x, *operands):
+        y = exact(x, *operands)
+        return y + 1e-4 * y.detach().abs().max() if x.dtype == fp32 else y
+
+    monkeypatch.setattr(lora, "lora_linear", rough)
+    rows = [row for row in inject(adapted()).rows if row.rule == "lora"]
+    assert all(row.swapped for row in rows)
+    assert [row.max_error for row in rows] == pytest.approx([1e-4] * len(rows), rel=1e-2)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -67,10 +67,30 @@ def test_gradient_in_place_is_that_of_autograd(place, options):
     expected = log_probs_reference(leaf, labels, options, BOTH)
     seeds = [torch.randn(TOKENS, device=place) for _ in range(3)]
     torch.autograd.backward(expected[:3], seeds)
-    scores = score(logits, labels, options, BOTH)
-    score_gradient_(logits, labels, scores, ScoreGradients(*seeds), options)
+    scores, normalizer = score(logits, labels, options, BOTH)
+    grads = ScoreGradients(*seeds)
+    score_gradient_(logits, labels, normalizer, scores.entropy, grads, options)
     torch.testing.assert_close(logits, leaf.grad)
     assert not logits[::3].any()
+
+
+@every_rows
+@pytest.mark.parametrize("shift", [8192.0, -8192.0])
+def test_a_shift_of_all_logits_costs_no_precision(place, rows, shift):
+    """Multiples of 1/256 are exact before and after; a sum of shift and log-sum would not be."""
+    tensors, labels = problem(place)
+    tensors = {name: (x * 16).round() / 16 for name, x in tensors.items()}
+    found = []
+    for by in (0.0, shift):
+        leaves = leaves_of(tensors | {"bias": tensors["bias"] + by})
+        scores = linear_log_probs(
+            leaves["hidden"], leaves["weight"], labels, leaves["bias"],
+            outputs=BOTH, max_rows=rows,
+        )  # fmt: skip
+        loss = (scores.log_probs + 2 * scores.entropy + 3 * scores.log_sum_exp).sum()
+        found.append((scores.log_probs, scores.entropy, *gradients(scores, leaves, loss)))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("weighting", [None, "uniform"])

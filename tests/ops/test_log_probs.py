@@ -283,17 +283,20 @@ def test_large_logits(kernel_device, dtype, offset):
     compare_gradients(log_probs, logits, labels, ("entropy", "log_sum_exp"))
 
 
+@pytest.mark.parametrize("wanted", ["log_probs", "entropy", "log_sum_exp"])
 @pytest.mark.parametrize("shift", [8192.0, -8192.0])
-def test_a_shift_of_all_logits_costs_no_precision(kernel_device, shift):
+def test_a_shift_of_all_logits_costs_no_precision(place, shift, wanted):
     """Multiples of 1/256 are exact before and after; a sum of shift and log-sum would not be."""
-    logits, labels = problem(kernel_device)
+    logits, labels = problem(place)
     logits = (logits * 256).round() / 256
-    plain, shifted = (
-        log_probs(x, labels, outputs=("entropy", "log_sum_sq_probs"))
-        for x in (logits, logits + shift)
-    )
-    for a, b in zip(shifted, plain, strict=True):
-        assert a is b is None or torch.equal(a, b)
+    found = []
+    for x in (logits, logits + shift):
+        leaf = x.requires_grad_()
+        scores = log_probs(leaf, labels, outputs=(wanted, "entropy", "log_sum_sq_probs"))
+        (gradient,) = torch.autograd.grad(getattr(scores, wanted).sum(), leaf)
+        found.append((scores.log_probs, scores.entropy, scores.log_sum_sq_probs, gradient))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_fp64_stays_fp64():

@@ -119,11 +119,12 @@ def test_scores_are_those_of_the_whole_head(number, weighting, options, ignore_i
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_tie_goes_to_the_smallest_index_and_one_rank_may_be_at_minus_infinity():
+@pytest.mark.parametrize("top", [1.0, -8192.0])
+def test_a_tie_goes_to_the_smallest_index_and_one_rank_may_be_at_minus_infinity(top):
     labels = torch.tensor([0, VOCAB - 1])
     tensors = {"hidden": torch.ones(2, 1), "weight": torch.zeros(VOCAB, 1)}
     tensors["bias"] = torch.full((VOCAB,), -math.inf)
-    tensors["bias"][[0, 3, VOCAB - 1]] = 1.0
+    tensors["bias"][[0, 3, VOCAB - 1]] = top
 
     def scores_of(hidden, weight, bias, shard=None):
         scores = linear_log_probs(

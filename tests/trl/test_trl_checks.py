@@ -6,6 +6,7 @@ import pytest
 import trl_parity
 from accelerate import ParallelismConfig
 from datasets import Dataset
+from peft import get_peft_model
 
 from liger_trainer.trl import ORPOConfig, ORPOTrainer
 from liger_trainer.trl.checks import check_examples, check_options, check_ranks
@@ -86,6 +87,56 @@ def test_reference_of_another_vocabulary(tmp_path):
     reference = trl_parity.tiny.model(1, vocab_size=400)
     with pytest.raises(ValueError, match="scores 320 tokens, the reference 400"):
         trl_parity.trainer("DPO", tmp_path, build([PAIR], ref_model=reference))
+
+
+TOKENS = trl_parity.lora(trainable_token_indices=[3, 40, 50])
+LORA = trl_parity.lora(target_modules=["q_proj", "lm_head"])
+
+
+def tied():
+    return trl_parity.policy(tie_word_embeddings=True)
+
+
+def distillation(folder, student, teacher, adapter=None, **config):
+    models = {"model": student, "teacher_model": teacher, "peft_config": adapter}
+    prompts = Dataset.from_list([{"prompt": PAIR["prompt"]}] * 2)
+    options = {"max_completion_length": 4, "max_steps": 1, **config}
+    return trl_parity.trainer(
+        "Distillation", folder, lambda: models | {"train_dataset": prompts}, options
+    )
+
+
+def test_distillation_of_trained_tokens_of_a_tied_head(tmp_path):
+    message = "plain weight of the student's output head.*trainable_token_indices.*GKDTrainer"
+    with pytest.raises(ValueError, match=message):
+        distillation(tmp_path, tied(), trl_parity.policy(1), TOKENS)
+    distillation(tmp_path, trl_parity.policy(), trl_parity.policy(1), TOKENS).train()  # not tied
+
+
+OFF = {"liger_kernel_config": {"fused_linear_cross_entropy": False}}
+
+
+@pytest.mark.parametrize(
+    ("make", "adapter", "config"),
+    [(tied, TOKENS, {}), (trl_parity.policy, LORA, OFF)],
+    ids=["tokens", "lora"],
+)
+def test_distillation_from_an_adapter_on_the_head(make, adapter, config, tmp_path):
+    """TRL's own trainer fails at the first and ignores the second."""
+    teacher = get_peft_model(make(), adapter)
+    with pytest.raises(ValueError, match=r"the teacher's output head.*merge_and_unload\(\)"):
+        distillation(tmp_path, trl_parity.policy(), teacher, **config)
+    distillation(tmp_path, trl_parity.policy(), teacher.merge_and_unload(), **config).train()
+
+
+def test_distillation_from_lora_on_a_deferred_head(tmp_path):
+    teacher = get_peft_model(trl_parity.policy(), LORA)
+    distillation(tmp_path, trl_parity.policy(), teacher).train()
+
+
+def test_adapter_on_a_head_that_is_not_fused(tmp_path):
+    with pytest.raises(ValueError, match="An adapter on the head needs fused_linear_cross_entropy"):
+        trl_parity.trainer("DPO", tmp_path, build([PAIR], peft_config=LORA), OFF)
 
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO", "Distillation"])

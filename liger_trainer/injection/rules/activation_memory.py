@@ -86,11 +86,12 @@ def _budget(model: nn.Module, requested: str | float) -> memory_budget.Budget | 
     if found is None or (found and found.device.device == device):
         return found
     layers, memory = memory_budget.layers_of(model), memory_budget.Device(device)
-    budget = memory_budget.Budget(requested, layers, memory)
     if (reason := memory_budget.why_not(model)) is not None:
         budget = memory_budget.EveryLayer(requested, layers, memory, reason=reason)
         logger.warning("activation_memory: %s", budget)
-    elif device.type != "cuda":
+    elif device.type == "cuda":
+        budget = memory_budget.Budget(requested, layers, memory)
+    else:
         logger.warning("activation_memory: no budget on %s, which tells nothing of memory", device)
         budget = None
     model._liger_budget = budget

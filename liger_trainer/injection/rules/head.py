@@ -280,9 +280,10 @@ def _has_bias(layers: list[nn.Module]) -> bool:
 
 
 def _probe(device: torch.device, fused: bool, has_bias: bool) -> float | None:
-    """Return the fp32 error of loss and gradients of a small head through the kernel.
+    """Return the difference in fp32 that deferring makes to loss and gradients of a small head.
 
-    Return None if it is larger than the plain head's, which is large too if TF32 is enabled.
+    Return None if their error is larger than the plain head's, which is large too if TF32 is
+    enabled.
     """
     vocab, width, tokens = 50, 16, 24
     labels = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(0))
@@ -304,9 +305,10 @@ def _probe(device: torch.device, fused: bool, has_bias: bool) -> float | None:
 
     case = probe.Case(inputs, "a small head")
     truth = probe.evaluate(functools.partial(loss, False), case.cast(torch.float64))
-    errors = []
-    for defers in (False, True):
-        results = probe.evaluate(functools.partial(loss, defers), case)
-        errors.append(max(map(probe.relative_error, results, truth)))
-    allowed = probe.FACTOR * errors[0] + probe.TOLERANCE_FP32
-    return errors[1] if errors[1] <= allowed else None
+    plain, deferred = (
+        probe.evaluate(functools.partial(loss, defers), case) for defers in (False, True)
+    )
+    of_plain, error = (max(map(probe.relative_error, found, truth)) for found in (plain, deferred))
+    if not error <= probe.FACTOR * of_plain + probe.TOLERANCE_FP32:
+        return None
+    return max(map(probe.relative_error, deferred, plain))
