@@ -1,33 +1,26 @@
 """A swapped rotary function, called in every way that the original can be."""
 
 import copy
-import functools
 
 import pytest
 import torch
 import transformers
 from families import batch, tiny_model
 from packaging.version import Version
+from rotary_calls import CALLS, attention, counted, states
 from torch import nn
 from transformers.models.codegen.modeling_codegen import apply_rotary_pos_emb as codegen_rotary
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb as deepseek_rotary
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 from transformers.models.gemma3n.modeling_gemma3n import apply_rotary_pos_emb as gemma_rotary
 from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as gpt_oss_rotary
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 from transformers.models.llama.modeling_llama import rotate_half
-from transformers.models.llama4.modeling_llama4 import apply_rotary_emb as llama4_rotary
-from transformers.models.llama4.modeling_llama4 import (
-    vision_apply_rotary_emb as llama4_vision_rotary,
-)
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from liger_trainer import inject
 from liger_trainer.report import InjectionReport, Status
 
 pytestmark = pytest.mark.usefixtures("every_size")
-
-CALLS = []
 
 
 def other_names(query, key, cosine, sine, dim=1):
@@ -92,54 +85,10 @@ def without_batch(q, k, cos, sin):
     return apply_rotary_pos_emb_vision(q, k, cos, sin)
 
 
-def back(x, freqs_cis):
-    """As DeepSeek's own code undoes a rotation, and of one state."""
-    return deepseek_rotary(x, x, freqs_cis.conj())[0]
-
-
-def halves_by_complex_numbers(freqs_cis, q, k):
-    def rotate(x):
-        y = torch.complex(*x.float().chunk(2, -1)) * freqs_cis[:, None]
-        return torch.cat([y.real, y.imag], -1).to(x.dtype)
-
-    return rotate(q), rotate(k)
-
-
-def attention(function) -> tuple[nn.Module, InjectionReport]:
-    """A swapped module that calls `function` as it is called; CALLS counts the original's calls."""
-    scope = {"rotary": counted(function)}
-    exec("def forward(self, *args, **kwargs):\n    return rotary(*args, **kwargs)", scope)
-    cls = type("Attention", (nn.Module,), {"forward": scope["forward"]})
-    model = nn.Sequential(cls())
-    report = inject(model)
-    CALLS.clear()
-    return model[0], report
-
-
-def counted(function):
-    @functools.wraps(function)
-    def counting(*args, **kwargs):
-        CALLS.append(function)
-        return function(*args, **kwargs)
-
-    return counting
-
-
-def states(heads=1, length=5):
-    torch.manual_seed(0)
-    q, k = (torch.randn(2, length, n, 16) for n in (4, 2))
-    cos, sin = torch.randn(2, length, 16), torch.randn(2, length, 16)
-    if heads == 1:
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-    return q, k, cos, sin
-
-
 q, k, cos, sin = states()
 q2, k2, _, _ = states(heads=2)
 half = cos[..., :8], sin[..., :8]
 quarter = cos[..., :4], sin[..., :4]
-cis = torch.complex(*half)
-one_cis = cis[0, :, None]  # [S, 1, R / 2], as a vision tower has it
 
 
 @pytest.mark.parametrize(
@@ -190,20 +139,6 @@ one_cis = cis[0, :, None]  # [S, 1, R / 2], as a vision tower has it
         (codegen_rotary, (q2[..., :8], *quarter), {}, True),
         (codegen_rotary, (q2.transpose(1, 2)[:, :5, :4], half[0][:, :4], half[1][:, :4]), {}, True),
         (tables_first_of_one, (cos, sin, q), {}, True),
-        (llama4_rotary, (q2, k2, cis), {}, True),
-        (llama4_rotary, (q2, k2, cis[:1]), {}, True),
-        (llama4_rotary, (q2.bfloat16(), k2), {"freqs_cis": cis}, True),
-        (llama4_rotary, (q2, k2, cis.conj()), {}, True),
-        (llama4_rotary, (q2, k2, cis[..., :1]), {}, False),  # a broadcast over pairs
-        (llama4_rotary, (q2, k2, cis[:, :1]), {}, False),  # and over length
-        (llama4_rotary, (q2, k2, cis.real), {}, False),  # as a cast to a real dtype leaves it
-        (llama4_vision_rotary, (q2, k2), {"freqs_ci": one_cis}, True),
-        (llama4_vision_rotary, (q2.half(), k2.half(), one_cis), {}, True),
-        (llama4_vision_rotary, (q2, k2, cis[:1]), {}, False),
-        (deepseek_rotary, (q, k[:, :1], cis), {}, True),
-        (deepseek_rotary, (), {"xk": k, "freqs_cis": cis[:1], "xq": q}, True),
-        (back, (q, cis), {}, True),
-        (halves_by_complex_numbers, (cis, q, k), {}, True),
         (only_heads_first, (q, k, cos, sin), {}, True),
         (only_heads_first, (q, k, cos, sin, 2), {}, False),
     ],
@@ -237,36 +172,6 @@ def either(first, second) -> tuple[nn.Module, InjectionReport]:
     report = inject(model)
     CALLS.clear()
     return model[0], report
-
-
-def of_length_one(q, k, freqs_cis):
-    return deepseek_rotary(q, k, freqs_cis / freqs_cis.abs())
-
-
-def turned_twice(q, k, freqs_cis):
-    return deepseek_rotary(q, k, freqs_cis.square())
-
-
-def mirrored(q, k, freqs_cis):
-    """The conjugates of the pairs, instead of the table's."""
-    return tuple(
-        torch.view_as_real(
-            torch.view_as_complex(x.unflatten(-1, (-1, 2))).conj() * freqs_cis[:, None]
-        ).flatten(3)
-        for x in (q, k)
-    )
-
-
-def of_matrices(q, k, freqs_cis):
-    """The table holds cos and sin in a dimension of its own."""
-    cos, sin = freqs_cis[..., 0], freqs_cis[..., 1]
-    return gpt_oss_rotary(q, k, cos, sin)
-
-
-@pytest.mark.parametrize("function", [of_length_one, turned_twice, mirrored, of_matrices])
-def test_other_functions_of_a_complex_table_are_refused(function):
-    _, report = attention(function)
-    assert report.coverage["rope"] == (0, 1)
 
 
 @pytest.mark.parametrize("other", [False, True])

@@ -260,9 +260,9 @@ def _cases(
     The table is as wide as a head, or a half or a quarter of that (for a part of its channels, or
     with an entry for each pair), as far as `function` takes that.
     """
-    dtypes = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
-    if call.complex:  # there are no complex numbers of 16 bits each
-        del dtypes[1]
+    dtypes = [(torch.float32,) * 2, (torch.bfloat16, torch.float32)]
+    if not call.complex:  # complex numbers have at least 32 bits in each part
+        dtypes.append((torch.bfloat16,) * 2)
     shapes = [(2, 5, 2), (2, 1, 1), (3, 33, 1)]  # batch, length, tables
     by_width = [
         [
