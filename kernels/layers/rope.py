@@ -141,7 +141,8 @@ def rope(
     Args:
         q: [B, Hq, S, D], any strides; usually a transposed view of [B, S, Hq, D].
         k: [B, Hk, S, D]; Hk may be 0, to rotate q alone.
-        cos, sin: [B or 1, S, R] with R even and R <= D, already gathered by position.
+        cos, sin: [B or 1, S, R] with R even and R <= D, already gathered by position. Narrow ones
+            may be the real and the imaginary part of one complex tensor.
         interleaved: pairs are (2j, 2j+1) (Cohere, GLM) instead of (j, j + R/2) (Llama).
         split: takes interleaved pairs, and returns them, and takes the table, as if they were not
             (DeepSeek's latent attention).

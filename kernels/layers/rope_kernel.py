@@ -57,14 +57,14 @@ def _store_pairs(
 
 @triton.jit
 def _load_table(
-    table_ptr,
+    table_ptr, stride,
     HALF: tl.constexpr, P: tl.constexpr, INTERLEAVED: tl.constexpr, HALF_TABLE: tl.constexpr,
 ):  # fmt: skip
     """Return the table's entries for the first and second members of all pairs, two blocks
     [1, P]."""
     if HALF_TABLE:
         cols = tl.arange(0, P)[None, :]
-        table = tl.load(table_ptr + cols, mask=cols < HALF).to(tl.float32)
+        table = tl.load(table_ptr + cols * stride, mask=cols < HALF).to(tl.float32)
         return table, table
     else:
         row = tl.arange(0, 1)[:, None]
@@ -88,7 +88,7 @@ def _rope_kernel(
     k_stride_b, k_stride_h, k_stride_s,
     q_out_stride_b, q_out_stride_h, q_out_stride_s,
     k_out_stride_b, k_out_stride_h, k_out_stride_s,
-    cos_stride_b, cos_stride_s, sin_stride_b, sin_stride_s,
+    cos_stride_b, cos_stride_s, cos_stride_r, sin_stride_b, sin_stride_s, sin_stride_r,
     HQ: tl.constexpr, HK: tl.constexpr,
     HALF: tl.constexpr, REST: tl.constexpr,  # R / 2 pairs, and D - R channels that pass through
     P: tl.constexpr, REST_P: tl.constexpr,  # HALF and REST, rounded up to powers of two
@@ -114,8 +114,8 @@ def _rope_kernel(
     START: tl.constexpr = REST if TRAILING else 0  # pyright: ignore[reportAssignmentType]
     qa, qb = _load_pairs(q_row + START, q_mask, BLOCK_HQ, HALF, P, FROM_NEIGHBORS)
     ka, kb = _load_pairs(k_row + START, k_mask, BLOCK_HK, HALF, P, FROM_NEIGHBORS)
-    cos_a, cos_b = _load_table(cos_row, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
-    sin_a, sin_b = _load_table(sin_row, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
+    cos_a, cos_b = _load_table(cos_row, cos_stride_r, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
+    sin_a, sin_b = _load_table(sin_row, sin_stride_r, HALF, P, TABLE_NEIGHBORS, HALF_TABLE)
     if INVERSE:
         sin_a, sin_b = -sin_a, -sin_b
     if BACKWARD:  # the transposed rotation, written as a forward one
@@ -171,10 +171,15 @@ def _launch(
     B, Hq, S, D = q.shape
     if B * S * (Hq + k.shape[1]) == 0:
         return q_out, k_out
-    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    half_table = half_table or narrow_table
+    if not half_table:  # entries are loaded by pairs; a half table may be a part of a complex one
+        cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin))
     shares, sizes = _tiling(Hq, k.shape[1], D, rotated(cos, narrow_table))
     # A table that the whole batch shares has a batch stride of 0.
-    table_strides = [n for t in (cos, sin) for n in (t.stride(0) * (t.shape[0] > 1), t.stride(1))]
+    table_strides = [
+        n for t in (cos, sin) for n in (t.stride(0) * (t.shape[0] > 1), *t.stride()[1:])
+    ]
     result = interleaved and not split  # the table lies as the result of the forward pass does
     launch(
         _rope_kernel, (B * S, shares),
@@ -184,7 +189,7 @@ def _launch(
         FROM_NEIGHBORS=result if backward else interleaved,
         TO_NEIGHBORS=interleaved if backward else result,
         TABLE_NEIGHBORS=result,
-        HALF_TABLE=half_table or narrow_table, INVERSE=inverse, TRAILING=trailing,
+        HALF_TABLE=half_table, INVERSE=inverse, TRAILING=trailing,
         BACKWARD=backward,
     )  # fmt: skip
     return q_out, k_out

@@ -101,6 +101,9 @@ def calls(rows: int, width: int):
             f"rope, {' '.join(pairs)}",
             lambda p=pairs, h=heads, t=table: rope(*h, t, t, **dict.fromkeys(p, True)),
         )
+        if "narrow_table" in pairs:
+            parts = torch.randn(1, rows, width, 2).unbind(-1)
+            yield "rope, complex table", lambda h=heads, t=parts: rope(*h, *t, narrow_table=True)
     A, B = leaf(rows, width, dtype=torch.float32), leaf(5, rows, dtype=torch.float32)
     for products in (InRegisters(exact=True), InRegisters(exact=False), InParts()):
         yield f"LoRA products {products}", lambda p=products: lora_products(p, x.detach(), A, B)

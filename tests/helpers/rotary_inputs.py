@@ -20,6 +20,11 @@ def random_tables(B, S, R, dtype, device, narrow_table=False):
     return torch.randn(2, B, S, width + 1, dtype=dtype, device=device)[..., :width].unbind(0)
 
 
+def complex_table(B, S, R, device):
+    """As Llama 4 and DeepSeek V2 make it: cos + i sin, scaled."""
+    return torch.complex(*random_tables(B, S, R, torch.float32, device, narrow_table=True))
+
+
 def assert_rope_matches(q, k, cos, sin, **options):
     assert_matches(
         lambda q, k: rope(q, k, cos, sin, **options),

@@ -1,13 +1,13 @@
 """A swapped rotary function, called in every way that the original can be."""
 
 import copy
-import functools
 
 import pytest
 import torch
 import transformers
 from families import batch, tiny_model
 from packaging.version import Version
+from rotary_calls import CALLS, attention, counted, states
 from torch import nn
 from transformers.models.codegen.modeling_codegen import apply_rotary_pos_emb as codegen_rotary
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
@@ -21,8 +21,6 @@ from liger_trainer import inject
 from liger_trainer.report import InjectionReport, Status
 
 pytestmark = pytest.mark.usefixtures("every_size")
-
-CALLS = []
 
 
 def other_names(query, key, cosine, sine, dim=1):
@@ -85,35 +83,6 @@ def tables_first_of_one(sin, cos, x):
 def without_batch(q, k, cos, sin):
     """As a vision tower calls it: the patches of all images in one row."""
     return apply_rotary_pos_emb_vision(q, k, cos, sin)
-
-
-def attention(function) -> tuple[nn.Module, InjectionReport]:
-    """A swapped module that calls `function` as it is called; CALLS counts the original's calls."""
-    scope = {"rotary": counted(function)}
-    exec("def forward(self, *args, **kwargs):\n    return rotary(*args, **kwargs)", scope)
-    cls = type("Attention", (nn.Module,), {"forward": scope["forward"]})
-    model = nn.Sequential(cls())
-    report = inject(model)
-    CALLS.clear()
-    return model[0], report
-
-
-def counted(function):
-    @functools.wraps(function)
-    def counting(*args, **kwargs):
-        CALLS.append(function)
-        return function(*args, **kwargs)
-
-    return counting
-
-
-def states(heads=1, length=5):
-    torch.manual_seed(0)
-    q, k = (torch.randn(2, length, n, 16) for n in (4, 2))
-    cos, sin = torch.randn(2, length, 16), torch.randn(2, length, 16)
-    if heads == 1:
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-    return q, k, cos, sin
 
 
 q, k, cos, sin = states()

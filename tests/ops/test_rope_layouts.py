@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import assert_matches
-from rotary_inputs import assert_rope_matches, random_tables, transposed
+from rotary_inputs import assert_rope_matches, complex_table, random_tables, transposed
 
 from liger_trainer.kernels.layers.rope import rope, rope_reference
 
@@ -54,6 +54,19 @@ def test_inputs_and_tables_without_unit_stride(kernel_device):
     cos, sin = torch.randn(2, 2, 8, 2, device=kernel_device).unbind(-1)
     assert_rope_matches(q, k, cos, sin)
     torch.testing.assert_close(rope(q, k, cos, sin), rope_reference(q, k, cos, sin))
+
+
+@pytest.mark.parametrize("tables", [1, 2])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_narrow_tables_that_are_the_parts_of_a_complex_one(kernel_device, tables, interleaved):
+    """They are read where they lie: no copies are made."""
+    q = transposed(2, 3, 4, 14, torch.bfloat16, kernel_device)
+    k = transposed(2, 1, 4, 14, torch.bfloat16, kernel_device)
+    cos, sin = torch.view_as_real(complex_table(tables, 4, 12, kernel_device)).unbind(-1)
+    options = {"interleaved": interleaved, "narrow_table": True, "keep_dtype": True}
+    assert_rope_matches(q, k, cos, sin, **options)
+    copies = cos.contiguous(), sin.contiguous()
+    assert all(map(torch.equal, rope(q, k, cos, sin, **options), rope(q, k, *copies, **options)))
 
 
 @pytest.mark.parametrize("reduce", [torch.sum, lambda x: x.sum(1).square().sum()])

@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 from oracle import assert_matches, run
-from rotary_inputs import DTYPES, random_tables, transposed
+from rotary_inputs import DTYPES, complex_table, random_tables, transposed
 
 from liger_trainer.kernels.layers.rope import rope
 
@@ -61,3 +61,35 @@ def test_reference_is_bitwise_the_function_of_transformers(model, R, options, dt
         assert_matches(ours, theirs, tensors)
     else:
         torch.testing.assert_close(got_grads, want_grads, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("llama4", "apply_rotary_emb"),
+        ("llama4", "vision_apply_rotary_emb"),
+        ("deepseek_v2", "apply_rotary_emb"),
+    ],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_parts_of_a_complex_table_rotate_as_the_table_does(model, name, dtype):
+    function = getattr(
+        importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name
+    )
+    length_first = model == "llama4"
+    torch.manual_seed(0)
+    q, k = (transposed(2, H, 3, 8, dtype, "cpu") for H in (4, 2))
+    table = complex_table(1 if name.startswith("vision") else 2, 3, 8, "cpu")
+    cos, sin = torch.view_as_real(table).unbind(-1)
+
+    def ours(q, k):
+        return rope(q, k, cos, sin, interleaved=True, narrow_table=True, keep_dtype=True)
+
+    def theirs(q, k):
+        if not length_first:
+            return function(q, k, table)
+        return tuple(
+            x.transpose(1, 2) for x in function(q.transpose(1, 2), k.transpose(1, 2), table)
+        )
+
+    assert_matches(ours, theirs, {"q": q, "k": k})

@@ -132,6 +132,7 @@ def propose_for_model(search: Search, fused: set[str]) -> Iterator[Proposal]:
 
 def _width_of(model: nn.Module) -> int:
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    # Of an encoder and a decoder, transformers asks which is meant.
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
     return width if isinstance(width, int) and width > 0 else _WIDTH

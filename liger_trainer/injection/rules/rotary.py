@@ -1,6 +1,7 @@
 """Rotary position embedding: the functions that a module's forward calls with cosine and sine.
 
-Most rotate queries and keys in one call, (q, k, cos, sin); some take one of them, (x, cos, sin).
+Most rotate queries and keys in one call, (q, k, cos, sin); some take one of them, (x, cos, sin),
+and some a table of complex numbers, cos + i sin (Llama 4, DeepSeek V2).
 
 Such a function is a global of the model's source file, which every model of that architecture
 shares. The global itself is not changed: the module gets its own forward, the same code with that
@@ -26,6 +27,7 @@ from liger_trainer.injection.rules.rotary_forms import (
     HEADS_FIRST,
     LENGTH_FIRST,
     NO_BATCH,
+    ONE_TABLE,
     Layout,
     RotaryCall,
     RotaryForm,
@@ -77,15 +79,18 @@ def fused_rotary(original: Callable, call: RotaryCall, form: RotaryForm) -> Call
         if is_looked_into():
             return original(*args, **kwargs)
         given = {**dict(zip(call.names, args, strict=False)), **kwargs}
-        tensors = [given.get(name) for name in call.tensors]
+        tensors = [given.get(name) for name in (*call.states, *call.tables)]
         if (
             len(given) != len(args) + len(kwargs)  # a parameter twice, or too many
             or len(given) != len(tensors) + (call.dim in given)
             or any(tensor is None for tensor in tensors)
             or not all_plain(*tensors)
             or not pays(tensors[0], MIN_ELEMENTS)
+            or tensors[-1].is_complex() != call.complex
         ):
             return original(*args, **kwargs)
+        if call.complex:
+            tensors[-1:] = torch.view_as_real(tensors[-1].resolve_conj()).unbind(-1)
         *states, cos, sin = tensors
         layout = call.layout(states[0], given.get(call.dim))
         if (
@@ -163,14 +168,14 @@ def _rotary_functions(cls: type) -> dict[FunctionType, FunctionType | None]:
 def _called_with_angles(function: FunctionType) -> list[FunctionType]:
     called = dict.fromkeys(f for f in referenced_globals(function) if isinstance(f, FunctionType))
     parameters = {f: inspect.signature(f).parameters for f in called}
-    return [f for f, p in parameters.items() if None not in tables_of(p) and len(p) > 2]
+    return [f for f, p in parameters.items() if 0 < len(tables_of(p)) < len(p)]
 
 
 def identify(function: Callable, device: torch.device) -> tuple[Rotary | None, probe.Verdict]:
     """Return how the kernel replaces `function`: in one form, and in every layout that it takes."""
     call = call_of(function)
     assert call is not None
-    layouts = [HEADS_FIRST, LENGTH_FIRST, *([NO_BATCH] if call.dim is None else [])]
+    layouts = [HEADS_FIRST, LENGTH_FIRST, *([NO_BATCH, ONE_TABLE] if call.dim is None else [])]
     layouts.sort(key=lambda layout: layout.heads != call.default)
     verdicts = []
     for layout in layouts:
@@ -219,10 +224,12 @@ def _equal(function, call, form, layout, device) -> bool:
 
 def _original(function: Callable, call: RotaryCall, layout: Layout) -> Callable:
     option = {} if call.dim is None else {call.dim: layout.heads}
-    states = len(call.tensors) - 2
+    states = len(call.states)
 
     def rotate(*tensors):
-        found = function(**dict(zip(call.tensors, tensors, strict=True)), **option)
+        tables = [torch.complex(*tensors[-2:])] if call.complex else tensors[-2:]
+        given = zip((*call.states, *call.tables), (*tensors[:-2], *tables), strict=True)
+        found = function(**dict(given), **option)
         if not isinstance(found, torch.Tensor if states == 1 else tuple):
             raise TypeError(f"returns a {type(found).__name__} for {states} states")
         return found
@@ -253,7 +260,9 @@ def _cases(
     The table is as wide as a head, or a half or a quarter of that (for a part of its channels, or
     with an entry for each pair), as far as `function` takes that.
     """
-    dtypes = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+    dtypes = [(torch.float32,) * 2, (torch.bfloat16, torch.float32)]
+    if not call.complex:  # complex numbers have at least 32 bits in each part
+        dtypes.append((torch.bfloat16,) * 2)
     shapes = [(2, 5, 2), (2, 1, 1), (3, 33, 1)]  # batch, length, tables
     by_width = [
         [
@@ -278,7 +287,9 @@ def _takes(function: Callable, case: probe.Case) -> bool:
 
 def _case(call, device, shape, layout, table_width, scale, dtype, table_dtype) -> probe.Case:
     batch, length, tables = shape if layout.rank == 4 else (1, shape[1], 1)
-    heads = (4, 2)[: len(call.tensors) - 2]
+    if layout.one_table:
+        tables = 1
+    heads = (4, 2)[: len(call.states)]
     states = [probe.draw((batch, length, n, _WIDTH), scale, device, n).to(dtype) for n in heads]
     angles = [
         probe.draw((tables, length, table_width), 1.0, device, 7 + i).to(table_dtype)
@@ -286,6 +297,8 @@ def _case(call, device, shape, layout, table_width, scale, dtype, table_dtype) -
     ]
     if layout == HEADS_FIRST:
         states = [x.transpose(1, 2) for x in states]
+    elif layout.one_table:
+        angles = [t.transpose(0, 1) for t in angles]
     elif layout == NO_BATCH:
         states, angles = ([t.squeeze(0) for t in tensors] for tensors in (states, angles))
     label = f"{dtype} states of size {scale:g}, {table_dtype} table"
