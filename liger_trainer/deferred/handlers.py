@@ -20,6 +20,7 @@ from liger_trainer.kernels.linear.cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear.head import LinearHead
 from liger_trainer.kernels.logits.cross_entropy import cross_entropy
 from liger_trainer.kernels.logits.loss import LossOptions
+from liger_trainer.kernels.runtime import PLAIN
 
 _Tensor = torch.Tensor
 WORKSPACE_BYTES = 64 << 20  # of fp32 logits that `per_token` computes at once
@@ -137,9 +138,33 @@ def _log_softmax(logits, dim=None, dtype=None):
 
 @implements(torch.add, _Tensor.add, _Tensor.__add__, _Tensor.__radd__)
 def _add(a, b):
-    """Return the sum of two linear maps: a head and the low-rank adapter on it."""
-    if not (isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits)):
+    if isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits):
+        return _add_terms(a, b)
+    return _add_bias(a, b) if isinstance(a, DeferredLogits) else _add_bias(b, a)
+
+
+def _add_bias(logits, bias):
+    """Add a constant bias over the vocabulary, as BART does beside its head.
+
+    It must come before any scale or softcap, as the bias of a head does.
+    """
+    state = logits.state
+    if state is None or any(name != "cast" for name, _ in state.ops):
         return NotImplemented
+    if type(bias) not in PLAIN or bias.requires_grad or bias.device != logits.device:
+        return NotImplemented
+    is_vector = bias.numel() == logits.shape[-1] and bias.shape[-1:] == logits.shape[-1:]
+    if not is_vector or bias.dim() > logits.dim():
+        return NotImplemented
+    bias = bias.detach().flatten().clone()  # the original may change before the loss is computed
+    like = as_meta(logits) + bias.to("meta")
+    if like.dtype not in (logits.dtype, torch.float32):
+        return NotImplemented
+    return derive([logits], state.with_op("add", bias), lambda z: z + bias, like)
+
+
+def _add_terms(a, b):
+    """Return the sum of two linear maps: a head and the low-rank adapter on it."""
     base, other = a.state, b.state
     if base is None or other is None or base.ops or not _has_dtype_to_add(base, other):
         return NotImplemented
@@ -192,7 +217,7 @@ def per_token(logits, reduce, dtype: torch.dtype):
         return (torch.cat(found) if found else empty,)
 
     with torch.no_grad():
-        results = consume_logits(logits, fused, lambda z: (reduce(z).flatten(),))
+        results = consume_logits(logits, fused, lambda z: (reduce(z).flatten(),), with_bias=False)
     return NotImplemented if results is None else results[0].reshape(logits.shape[:-1])
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from liger_trainer.deferred.head_call import Term
 from liger_trainer.deferred.origin import Origin
+from liger_trainer.kernels.linear.head import LinearHead
 from liger_trainer.kernels.logits.transform import Transform
 
 
@@ -18,8 +19,8 @@ from liger_trainer.kernels.logits.transform import Transform
 class State:
     """How to compute deferred logits from the head's input.
 
-    `ops` are the operations applied to them, in order: ("cast", dtype), ("mul", c), ("div", c),
-    ("tanh", None), ("log_softmax", None), ("move", device).
+    `ops` are the operations applied to them, in order: ("cast", dtype), ("add", bias), ("mul", c),
+    ("div", c), ("tanh", None), ("log_softmax", None), ("move", device).
     """
 
     origin: Origin
@@ -35,9 +36,22 @@ class State:
 
     @property
     def transform(self) -> Transform | None:
-        """The scale and softcap that `ops` amount to; None if a kernel cannot express them."""
+        """The scale and softcap that `ops` amount to, beside the bias; None if a kernel cannot
+        express them."""
         found = as_scale_and_softcap(self.ops)
         return None if found is None else Transform(*found)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """What was added to the head's logits, [V]."""
+        return next((argument for name, argument in self.ops if name == "add"), None)
+
+    def with_bias(self, head: LinearHead) -> LinearHead:
+        """Return the head whose bias includes that of `ops`."""
+        own, added = head.bias, self.bias
+        if added is None:
+            return head
+        return dataclasses.replace(head, bias=added if own is None else own + added)
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +96,7 @@ _LARGE = 2.0**32
 
 OPS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "cast": lambda value, dtype: value.to(dtype),
+    "add": lambda value, bias: value + bias,
     "mul": lambda value, factor: value * factor,
     "div": lambda value, divisor: value / divisor,
     "tanh": lambda value, _: torch.tanh(value),

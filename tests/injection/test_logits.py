@@ -19,12 +19,16 @@ def head():
     return operands()
 
 
+BIAS = torch.linspace(-2.0, 2.0, VOCAB)[None]
+
 # What happens between a head and its loss, in the wild.
 PIPELINES = {
     "cast": lambda z: z.float(),
     "scale": lambda z: (z * 0.25).float(),
     "scale from the left": lambda z: 0.25 * z,
     "divide": lambda z: (z / 8.0).float(),
+    "bias": lambda z: z + BIAS,
+    "bias and softcap": lambda z: torch.tanh((BIAS + z.float()) / 3.0) * 3.0,
     "softcap": lambda z: torch.tanh(z / 3.0) * 3.0,
     "scaled softcap": lambda z: (3.0 * torch.tanh(z * 0.1 / 3.0)).to(torch.float32),
     "shift": lambda z: torch.cat([z[..., :-1, :], z[..., -1:, :]], 1).contiguous(),
