@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial
 
-from liger_trainer.deferred.scope import recording
+from liger_trainer.deferred.scope import count_plain_call, recording
 from liger_trainer.deferred.vocab_parallel import (
     LocalRows,
     in_place_of_linear,
@@ -66,6 +66,7 @@ class CallableHead(Swapped):
 
 def plain_call(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Return the head's logits, computed immediately."""
+    count_plain_call()
     if not is_wrapped_shard(head):
         return nn.Module.__call__(head, hidden)
 

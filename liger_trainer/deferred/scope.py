@@ -27,6 +27,7 @@ class _State(threading.local):
     scope: Scope | None = None
     head: nn.Module | None = None  # the head whose calls are deferred now
     recording = False  # inside a composite head, whose linear layers return their terms
+    plain_calls = 0  # calls of a deferred head for all of its logits
 
 
 _state = _State()
@@ -73,6 +74,15 @@ def deferring(head: nn.Module) -> Iterator[None]:
 def scope_of(head: nn.Module) -> Scope | None:
     """Return the scope in which calls of `head` are deferred; None if they are not."""
     return _state.scope if _state.head is head else None
+
+
+def count_plain_call() -> None:
+    _state.plain_calls += 1
+
+
+def plain_calls() -> int:
+    """Return how often a deferred head has computed all of its logits in this thread."""
+    return _state.plain_calls
 
 
 @contextlib.contextmanager

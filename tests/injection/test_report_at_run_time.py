@@ -246,3 +246,38 @@ def test_a_copy_has_a_report_of_its_own(caplog):
     step(twin, batch())
     assert len(warnings_of(caplog)) == 1
     assert row_of(report, HEAD, "lm_head").swapped
+
+
+class TrainedScale(nn.Module):
+    """A model whose forward does with its logits what no kernel does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = tiny_model("llama"), nn.Parameter(torch.tensor(0.5))
+        self.config, self.model = self.inner.config, self.inner.model
+        self.fixed = False
+
+    def get_output_embeddings(self):
+        return self.inner.lm_head
+
+    def forward(self, input_ids, labels=None):
+        logits = self.inner.lm_head(self.model(input_ids).last_hidden_state)
+        logits = logits * (0.5 if self.fixed else self.scale)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_a_forward_that_reads_its_logits_is_told(caplog):
+    model = TrainedScale()
+    plain = copy.deepcopy(model)
+    report = inject(model)
+    assert row_of(report, HEAD, "inner.lm_head").swapped
+    inputs = {"input_ids": batch()["input_ids"], "labels": batch()["input_ids"]}
+    for _ in range(2):
+        torch.testing.assert_close(model(**inputs), plain(**inputs))
+    assert (
+        row_of(report, HEAD, "inner.lm_head").reason == "the model's own forward reads all logits"
+    )
+    assert len(warnings_of(caplog)) == 1
+    model.fixed = True
+    model(**inputs)
+    assert row_of(report, HEAD, "inner.lm_head").swapped

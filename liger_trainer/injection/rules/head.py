@@ -94,8 +94,11 @@ class DeferringModel(Swapped):
             head = current_head(self)
             if head is None:
                 return original(self, *args, **kwargs)
+            before = scope.plain_calls()
             with scope.deferring(head):
-                return original(self, *args, **kwargs)
+                found = original(self, *args, **kwargs)
+            note(self, _COMPUTED if fused and scope.plain_calls() != before else None)
+            return found
 
         if not fused:
             return {"forward": forward, "_liger_fused": False}
@@ -127,10 +130,13 @@ def current_head(model: DeferringModel) -> DeferredHead | None:
                 swap(layer, DeferredHead, model._liger_fused)
         if model._liger_fused and not sums_linear_layers(head):
             reason = _NO_SUM
+    if reason is None:
+        return head
     note(model, reason)
-    return head if reason is None else None
+    return None
 
 
+_COMPUTED = "the model's own forward reads all logits"
 _NO_SUM = "its adapter computes more than a sum of linear layers"
 _NONE = "the model has no output embeddings, so no logits of a vocabulary"
 
