@@ -88,21 +88,13 @@ def cell(key: str, groups: dict[str, dict], world: int, off: dict[str, dict]) ->
 
 
 def plot(results: dict[str, dict], path: Path) -> None:
-    """Plot tokens per second and GPU: a panel per case and engine that ran on several sizes."""
+    """Plot tokens per second and GPU over the number of GPUs, a panel for each case and engine."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = sorted(
-        {
-            key.rpartition(" | ")[0]
-            for key, groups in results.items()
-            if sum("ms" in group for group in groups.values()) > 1
-        }
-    )
-    if not panels:
-        return
+    panels = sorted({key.rpartition(" | ")[0] for key in results})
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
     for axis, panel in zip(axes[0], panels, strict=True):
         for variant in VARIANTS:
