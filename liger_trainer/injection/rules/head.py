@@ -167,7 +167,8 @@ def propose_for_model(search: Search) -> Iterator[Proposal]:
         reason = _NO_SUM
     max_error = None
     if reason is None:
-        max_error = _probe(search.device_of(head), fused, _has_bias(layers))
+        precision = torch.get_float32_matmul_precision()
+        max_error = _probe(search.device_of(head), fused, _has_bias(layers), precision)
         if max_error is None:
             reason = "the loss through the kernel differs from the plain one"
     if reason is not None:
@@ -285,11 +286,12 @@ def _has_bias(layers: list[nn.Module]) -> bool:
     return any(getattr(layer, "bias", None) is not None for layer in layers)
 
 
-def _probe(device: torch.device, fused: bool, has_bias: bool) -> float | None:
+@functools.cache
+def _probe(device: torch.device, fused: bool, has_bias: bool, precision: str) -> float | None:
     """Return the difference in fp32 that deferring makes to loss and gradients of a small head.
 
     Return None if their error is larger than the plain head's, which is large too if TF32 is
-    enabled.
+    enabled (`precision`). No model takes part in it, so it is done once per process.
     """
     vocab, width, tokens = 50, 16, 24
     labels = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(0))
