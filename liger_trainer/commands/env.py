@@ -14,6 +14,7 @@ _OPTIONAL = {
     "tensorboard": "training.report_to: tensorboard",
     "trackio": "training.report_to: trackio",
     "gguf": "GGUF files",
+    "lm-eval": "evaluate --tasks",
     "argcomplete": "completion in the shell",
 }
 

@@ -1,4 +1,4 @@
-"""`liger-trainer evaluate`: the held-out metrics of a run's model."""
+"""`liger-trainer evaluate`: the held-out metrics of a run's model, or its scores on benchmarks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import json
 
 from liger_trainer.commands.train import add_overrides
 
-HELP = "compute held-out metrics of a run's model, with the run's recipe"
+HELP = "compute held-out metrics of a run's model, or its scores on tasks of lm-eval"
 EXAMPLES = """examples:
   liger-trainer evaluate runs/smollm2-135m
   liger-trainer evaluate runs/mine data.path=other.jsonl data.eval_fraction=0.5 --json
+  liger-trainer evaluate runs/mine --tasks hellaswag gsm8k --limit 200
+  liger-trainer evaluate runs/mine model.dtype=bfloat16 --tasks my_task.yaml --chat
 """
+
+_BATCH_SIZE = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +23,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     add_overrides(parser, "overrides the run's value")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    tasks = parser.add_argument_group("tasks of lm-eval, in place of the held-out examples")
+    tasks.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="names of tasks or groups, or YAML files"
+    )
+    tasks.add_argument("--limit", type=int, metavar="N", help="examples of each task (all)")
+    tasks.add_argument(
+        "--batch-size", type=int, metavar="N", help=f"examples at once ({_BATCH_SIZE})"
+    )
+    tasks.add_argument("--chat", action="store_true", help="use the model's chat template")
 
 
 def main(options: argparse.Namespace) -> int:
+    """Print each metric of the held-out examples, or of the named tasks."""
+    if options.tasks:
+        return _tasks(options)
+    for name in ("limit", "batch_size", "chat"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} goes with --tasks")
+    return _held_out(options)
+
+
+def _held_out(options: argparse.Namespace) -> int:
     """Print each held-out metric, as it is now and as the run recorded it."""
     from liger_trainer.commands.console import print_table
     from liger_trainer.runs.build import load_trained
@@ -52,3 +75,45 @@ def main(options: argparse.Namespace) -> int:
         ],
     )
     return 0
+
+
+def _tasks(options: argparse.Namespace) -> int:
+    """Print the model's metrics on tasks of lm-eval."""
+    from liger_trainer.commands.console import print_table
+    from liger_trainer.runs import benchmarks
+    from liger_trainer.runs.checks import require_for_model
+    from liger_trainer.runs.finished import open_run
+
+    for name in ("limit", "batch_size"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    run = open_run(options.run, options.overrides)
+    if run.recipe.kind.scores:
+        raise ValueError("evaluate --tasks: a reward model scores texts, and writes none")
+    manager = benchmarks.check(options.tasks)
+    require_for_model(run.tuned)
+    found = benchmarks.measure(
+        run.tuned,
+        options.tasks,
+        manager,
+        limit=options.limit,
+        batch_size=options.batch_size or _BATCH_SIZE,
+        chat=options.chat,
+    )
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    rows = [
+        [task, name, f"{value:.4f}", _deviation(values, name)]
+        for task, values in found.items()
+        for name, value in values.items()
+        if "_stderr" not in name
+    ]
+    print_table(["task", "metric", "value", "standard error"], rows)
+    return 0
+
+
+def _deviation(values: dict[str, float], name: str) -> str:
+    metric, comma, filtered = name.partition(",")
+    value = values.get(f"{metric}_stderr{comma}{filtered}")
+    return "" if value is None else f"{value:.4f}"

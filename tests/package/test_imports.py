@@ -39,7 +39,7 @@ FOLDERS = {
         ["checkpoints", "data", "throughput", "processes"],
         ["load", "report", "rewards"],
         ["recipe"],
-        ["build", "origin", "planning"],
+        ["benchmarks", "build", "origin", "planning"],
         ["checks", "folder"],
         ["finished", "run"],
         ["card"],
