@@ -91,15 +91,16 @@ class _LoRALinear(torch.autograd.Function):
             y_NO.view(y.shape).copy_(y)
         elif bias is not None:
             y_NO.copy_(bias)
-        is_empty = y is None and bias is None
+        has_y = y is not None or bias is not None
         needs, kept = ctx.needs_input_grad, []
         for i, (products, scale, dropout, seed) in enumerate(settings):
             A, B = matrices[2 * i], matrices[2 * i + 1]
             D_NI = x_NI * dropout_mask(x_NI, seed, dropout) if dropout else x_NI
-            h = products.add_product(y_NO, D_NI, A, B.t(), scale, int(i > 0 or not is_empty))
+            h = products.add_product(y_NO, D_NI, A, B.t(), scale, int(has_y))
             kept.append(h if needs[6 + 2 * i] else None)
+            has_y = True
         if y is None:
-            y_NO.addmm_(x_NI, weight.to(y_NO.dtype).t())
+            y_NO.addmm_(x_NI, weight.to(y_NO.dtype).t(), beta=int(has_y))
         keeps_x = needs[1] or any(needs[5::2])
         if not keeps_x:
             depends_on(ctx, x)
@@ -148,8 +149,11 @@ class _LoRALinear(torch.autograd.Function):
                     dA = products.gradient_a(dh, x_NI if keep is None else x_NI * keep)
                 has_dx = True
             grads += [dA, dB]
-        if dx_NI is not None and weight is not None:
-            dx_NI.addmm_(dy_NO, weight.to(dx_NI.dtype))
+        if dx_NI is not None:
+            if weight is not None:
+                dx_NI.addmm_(dy_NO, weight.to(dx_NI.dtype), beta=int(has_dx))
+            elif not has_dx:
+                dx_NI.zero_()
         return (
             None if dx_NI is None else dx_NI.view(ctx.x_shape),
             dy_NO.t() @ x_NI if needs_weight and x_NI is not None else None,
@@ -192,11 +196,14 @@ def lora_linear(
 
     Returns y [..., O], of the dtype of x Wᵀ. Differentiable once.
 
-    Raises ValueError if the shapes or dtypes of an adapter do not fit.
+    Raises ValueError if the shapes or dtypes of an adapter, or the weight's dtype, do not fit.
 
     Hu et al., arXiv:2106.09685.
     """
     _check(x, weight.shape[0], adapters)
+    given = [t.dtype for t in (weight, bias) if t is not None]
+    if any(d != x.dtype for d in given) and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"lora_linear: weight and bias must be {x.dtype}, as x is; got {given}")
     return _apply(x, weight, bias, None, adapters)
 
 

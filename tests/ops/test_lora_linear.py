@@ -85,6 +85,31 @@ def test_scale_by_a_number_of_numpy(kernel_device):
     assert torch.equal(*given)
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_no_adapters(kernel_device, with_bias):
+    tensors = operands(kernel_device, bf16, fp32)
+    operands_of_base = {name: tensors[name] for name in ("x", "weight", "bias")[: 2 + with_bias]}
+    assert_matches(
+        lambda x, weight, bias=None: lora_linear(x, weight, bias, []), F.linear, operands_of_base
+    )
+    x = tensors["x"].detach().requires_grad_()
+    y = kernel.add_adapters(x.detach(), x, [])
+    assert torch.equal(y, x)
+    y.sum().backward()
+    assert not x.grad.any()
+
+
+def test_a_weight_of_another_dtype_is_refused(device):
+    tensors = operands(device, bf16, fp32)
+    adapters = [Adapter(tensors["A"], tensors["B"], 0.5)]
+    x, weight, bias = (tensors[name] for name in ("x", "weight", "bias"))
+    for wrong in ((weight.float(), bias), (weight, bias.float())):
+        with pytest.raises(ValueError, match=r"must be torch\.bfloat16"):
+            lora_linear(x, *wrong, adapters)
+    with torch.autocast(x.device.type, bf16):
+        assert lora_linear(x, weight.float(), bias, adapters).dtype == bf16
+
+
 def test_no_rows(kernel_device):
     tensors = operands(kernel_device, bf16, fp32, rows=(2, 0))
     outputs, grads, _ = run(two_adapters(lora_linear), tensors)
