@@ -87,15 +87,16 @@ def _tasks(options: argparse.Namespace) -> int:
     for name in ("limit", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    others = [word for word in options.overrides if not word.startswith("model.")]
+    if others:
+        raise ValueError(f"{others[0]}: with --tasks, only keys of `model` have an effect")
     run = open_run(options.run, options.overrides)
     if run.recipe.kind.scores:
         raise ValueError("evaluate --tasks: a reward model scores texts, and writes none")
-    manager = benchmarks.check(options.tasks)
     require_for_model(run.tuned)
     found = benchmarks.measure(
         run.tuned,
         options.tasks,
-        manager,
         limit=options.limit,
         batch_size=options.batch_size or _BATCH_SIZE,
         chat=options.chat,

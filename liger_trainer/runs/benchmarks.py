@@ -13,11 +13,8 @@ from liger_trainer.runs.packages import Need
 NEED = Need("evaluate --tasks", ("lm-eval",))
 
 
-def check(tasks: Sequence[str]):
-    """Return lm-eval's task manager. Raises ValueError if lm-eval or one of the tasks is missing.
-
-    A task is a name, of one task or of a group, or a YAML file.
-    """
+def _task_manager(tasks: Sequence[str]):
+    """Return lm-eval's task manager. Raises ValueError if lm-eval or a task is missing."""
     if not NEED.is_met:
         raise ValueError(str(NEED))
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
@@ -37,7 +34,6 @@ def check(tasks: Sequence[str]):
 def measure(
     arguments: ModelArguments,
     tasks: Sequence[str],
-    manager,
     *,
     limit: int | None,
     batch_size: int,
@@ -46,12 +42,13 @@ def measure(
     """Return the metrics of each task, `NAME` and `NAME_stderr`.
 
     Args:
-        manager: from `check`.
+        tasks: names, of tasks or of groups, or YAML files.
         limit: examples of each task; None takes all.
         chat: put the prompts into the model's chat template.
 
-    Raises ValueError if a task cannot be loaded or run.
+    Raises ValueError if lm-eval or a task is missing, and if a task cannot be loaded or run.
     """
+    manager = _task_manager(tasks)
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 

@@ -7,7 +7,7 @@ from deferred_head import VOCAB, deferred, labels, operands, plain
 from transformers import BartConfig, BartForConditionalGeneration
 
 from liger_trainer import inject
-from liger_trainer.deferred import head_call
+from liger_trainer.deferred import scope
 from liger_trainer.deferred.logits import DeferredLogits
 from liger_trainer.deferred.token_scores import divergence, token_scores
 
@@ -24,16 +24,10 @@ CONSUMERS = {
 
 
 @pytest.fixture
-def plain_calls(monkeypatch):
-    """Calls of a head for its plain logits."""
-    calls, original = [], head_call.plain_call
-
-    def counted(*args):
-        calls.append(args)
-        return original(*args)
-
-    monkeypatch.setattr("liger_trainer.deferred.logits.plain_call", counted)
-    return calls
+def plain_calls():
+    """Counts the calls of a head for its plain logits."""
+    before = scope.plain_calls()
+    return lambda: scope.plain_calls() - before
 
 
 @pytest.mark.parametrize("consume", CONSUMERS.values(), ids=CONSUMERS.keys())
@@ -41,7 +35,7 @@ def plain_calls(monkeypatch):
 def test_every_consumer_reads_it(consume, shape, plain_calls):
     bias = BIAS.view(shape)
     got = consume(deferred(operands()) + bias)
-    assert not plain_calls
+    assert not plain_calls()
     torch.testing.assert_close(got, consume(plain(operands()) + bias))
 
 
@@ -79,7 +73,7 @@ def test_under_autocast_it_widens_the_logits(plain_calls):
         assert got.dtype == expected.dtype == torch.float32
         rows = got.view(-1, VOCAB), expected.view(-1, VOCAB)
         losses = [F.cross_entropy(z, labels().view(-1)) for z in rows]
-    assert not plain_calls
+    assert not plain_calls()
     torch.testing.assert_close(*losses, rtol=1e-2, atol=1e-2)
 
 
@@ -103,4 +97,4 @@ def test_bart_trains_without_whole_logits(plain_calls):
     expected = step()
     inject(model)
     torch.testing.assert_close(step(), expected, rtol=1e-4, atol=1e-6)
-    assert not plain_calls
+    assert not plain_calls()

@@ -82,6 +82,11 @@ def test_the_package_is_needed(here, capsys, monkeypatch):
     assert "`pip install lm-eval`" in capsys.readouterr().err
 
 
+def test_overrides_that_tasks_would_ignore_are_refused(here, capsys):
+    assert run("evaluate", "full", "data.max_length=9", "--tasks", "hellaswag") == 2
+    assert "only keys of `model` have an effect" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--limit", "5"], ["--chat"], ["--batch-size", "2"]])
 def test_options_of_tasks_need_tasks(here, capsys, words):
     assert run("evaluate", "full", *words) == 2
