@@ -201,9 +201,9 @@ def lora_linear(
     Hu et al., arXiv:2106.09685.
     """
     _check(x, weight.shape[0], adapters)
-    given = [t.dtype for t in (weight, bias) if t is not None]
-    if any(d != x.dtype for d in given) and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"lora_linear: weight and bias must be {x.dtype}, as x is; got {given}")
+    other = weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)
+    if other and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"lora_linear: weight and bias must be {x.dtype}, as x is")
     return _apply(x, weight, bias, None, adapters)
 
 
