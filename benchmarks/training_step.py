@@ -77,7 +77,7 @@ LARGE = {
     "Llama-8B, 4 x 4096, 80 GiB": Case("Llama-8B", 4, 4096, budget=80),
     "LoRA Llama-8B, 2 x 4096": Case("Llama-8B", 2, 4096, 0.5, lora=True),
     "LoRA Llama-8B, 2 x 4096, autocast": Case("Llama-8B", 2, 4096, 0.5, lora=True, autocast=True),
-    "LoRA Llama-8B, 4 x 4096": Case("Llama-8B", 4, 4096, 0.5, lora=True),
+    "LoRA Llama-8B, 4 x 4096, 80 GiB": Case("Llama-8B", 4, 4096, 0.5, lora=True, budget=80),
     "LoRA Llama-8B, 2 x 4096, 8 documents a row": Case(
         "Llama-8B", 2, 4096, 0.5, lora=True, documents=8
     ),

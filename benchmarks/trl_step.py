@@ -3,11 +3,12 @@
     python benchmarks/trl_step.py --processes 2 --accelerate fsdp2    # or ddp, zero2, zero3
 
 Whole steps of TRL's trainers as they train: data loader, forward, backward, fused AdamW, TRL's own
-metrics. A random model of Llama-3.2-1B's shape, bf16 weights under TRL's bf16 autocast, sdpa
-attention, no checkpointing. Tokens per second, the prompts' included, and peak GiB allocated; each
-contender runs in its own process. The reference of DPO is a copy of the policy at the start. With
-several processes each has the named batch, tokens are counted over all of them, and the peak is
-that of the largest; `accelerate launch` starts them with the configuration of that name.
+metrics. A random model of Llama-3.2-1B's shape, nothing checkpointed, or of Llama-3.1-8B's, every
+layer checkpointed; bf16 weights under TRL's bf16 autocast, sdpa attention. Tokens per second, the
+prompts' included, and peak GiB allocated; each contender runs in its own process. The reference of
+DPO is a copy of the policy at the start. With several processes each has the named batch, tokens
+are counted over all of them, and the peak is that of the largest; `accelerate launch` starts them
+with the configuration of that name.
 
 Mean loss and last gradient norm must be those of the first contender, or there is no figure.
 `--smoke` trains tiny models on the CPU.
@@ -58,6 +59,8 @@ class Case(NamedTuple):
     batch: int  # sequences, or pairs
     length: int
     prompt: float  # fraction of a sequence that is not trained on
+    shape: str = "Llama-1B"
+    checkpointing: bool = False
 
     @property
     def tokens(self) -> int:
@@ -68,6 +71,10 @@ CASES = {
     "SFT, 8 x 4096": Case("SFT", 8, 4096, 0.0),
     "SFT, 8 x 4096, 60% of labels ignored": Case("SFT", 8, 4096, 0.6),
     "DPO, 4 pairs x 2048, half prompt": Case("DPO", 4, 2048, 0.5),
+    "Llama-8B, SFT, 2 x 4096": Case("SFT", 2, 4096, 0.0, "Llama-8B", checkpointing=True),
+    "Llama-8B, DPO, 2 pairs x 2048, half prompt": Case(
+        "DPO", 2, 2048, 0.5, "Llama-8B", checkpointing=True
+    ),
 }
 
 
@@ -132,7 +139,7 @@ def build_data(case: Case, vocab: int, batches: int):
 
 def build_trainer(case: Case, contender: str, smoke: bool, folder: str, callback):
     home = importlib.import_module("liger_trainer.trl" if contender == "liger_trainer" else "trl")
-    shape = SMOKE_SHAPE if smoke else SHAPES["Llama-1B"]
+    shape = SMOKE_SHAPE if smoke else SHAPES[case.shape]
     steps = WARMUP + MEASURED
     config = getattr(home, f"{case.method}Config")(
         output_dir=folder,
@@ -142,7 +149,7 @@ def build_trainer(case: Case, contender: str, smoke: bool, folder: str, callback
         learning_rate=LEARNING_RATES[case.method],
         optim="adamw_torch_fused",
         bf16=not smoke,
-        gradient_checkpointing=False,
+        gradient_checkpointing=case.checkpointing,
         use_liger_kernel=contender != "TRL",
         use_cpu=smoke,
         logging_steps=steps,
