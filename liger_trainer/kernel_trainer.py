@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 
 import torch
+from accelerate.utils import gather_object
 
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
@@ -12,6 +14,8 @@ from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.report import InjectionReport
 from liger_trainer.request import config_of
 from liger_trainer.trainer_hook import without_skip_logits
+
+logger = logging.getLogger(__name__)
 
 
 class KernelTrainer:
@@ -47,3 +51,22 @@ class KernelTrainer:
         if config_of(self) is not None and torch.is_tensor(number):
             return number.clamp(min=1)  # without any label in the batch, the loss is 0 / 1, not NaN
         return number
+
+    def _compare_ranks(self) -> None:
+        """Warn if a site is swapped in some processes only.
+
+        That takes different devices or versions. An engine that gathers weights may then wait
+        forever, because it expects the same calls in the same order from every process.
+        """
+        if self.args.world_size == 1 or self.injection_report is None:
+            return
+        swapped = {(row.site, row.rule) for row in self.injection_report.rows if row.swapped}
+        everywhere = gather_object([swapped])
+        differing = sorted(set.union(*everywhere) - set.intersection(*everywhere))
+        if differing:
+            logger.warning(
+                "fused in some processes only: %s%s; use the same devices and versions everywhere, "
+                "or switch the rule off in liger_kernel_config",
+                ", ".join(f"{site} ({rule})" for site, rule in differing[:3]),
+                f" and {len(differing) - 3} more" if len(differing) > 3 else "",
+            )

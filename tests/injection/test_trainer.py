@@ -281,3 +281,20 @@ def test_an_adapter_folder_is_trained_further(tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
+
+
+def test_a_site_that_only_some_processes_fuse_is_warned_of(monkeypatch, tmp_path, caplog):
+    trainer = build(LigerTrainer, tmp_path, "cpu")
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+
+    def compare(change):
+        others = "liger_trainer.kernel_trainer.gather_object"
+        monkeypatch.setattr(others, lambda mine: [*mine, *map(change, mine)])
+        caplog.clear()
+        trainer._compare_ranks()
+        return caplog.text
+
+    assert compare(set) == ""
+    found = compare(lambda sites: sites - {("model.layers.0.self_attn", "rope")})
+    assert "fused in some processes only: model.layers.0.self_attn (rope);" in found
+    assert "more" in compare(lambda sites: set())
