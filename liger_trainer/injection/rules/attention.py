@@ -127,7 +127,7 @@ def propose(search: Search, site: str, module: nn.Module) -> Proposal | None:
     if reason:
         return Proposal.not_applicable(site, "attention", reason)
     heads = Heads(module.head_dim, getattr(module, "num_key_value_groups", 1))
-    verdict = search.cached(("attention", heads, device), lambda: _probe(heads, device))
+    verdict = _probe(heads, device, torch.backends.cuda.flash_sdp_enabled())
     if not verdict.equal:
         return Proposal.refused(site, "attention", verdict.reason)
     swap = Swap(module, PackedAttention, (heads,))
@@ -166,8 +166,12 @@ def _interface(forward: object) -> object | None:
     return next((g for g in found if isinstance(g, AttentionInterface)), None)
 
 
-def _probe(heads: Heads, device: torch.device) -> probe.Verdict:
-    """Compare attention by bounds and by mask, with and without a window."""
+@functools.cache
+def _probe(heads: Heads, device: torch.device, has_flash: bool) -> probe.Verdict:
+    """Compare attention by bounds and by mask, with and without a window.
+
+    No model takes part in it, so it is done once per process.
+    """
     length = 150  # more than one block of the kernel
     position_ids = torch.tensor([*range(1), *range(60), *range(length - 61)], device=device)
     documents = documents_of(position_ids.expand(2, -1))
