@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 
@@ -10,6 +11,7 @@ from accelerate.utils import gather_object
 
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
+from liger_trainer.injection.rules.activation_memory import lean_compilation
 from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.report import InjectionReport
 from liger_trainer.request import config_of
@@ -39,11 +41,15 @@ class KernelTrainer:
         return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if config_of(self) is None:
+        config = config_of(self)
+        if config is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        compilation = contextlib.nullcontext()
         if self.args.torch_compile:
             note_full(inputs.get("attention_mask"))
-        with loss_scope():  # label smoothing and compute_loss_func remove the labels
+            compilation = lean_compilation(config)
+        # The scope is for label smoothing and compute_loss_func, which remove the labels.
+        with loss_scope(), compilation:
             return super().compute_loss(model, without_skip_logits(inputs), *args, **kwargs)
 
     def _get_num_items_in_batch(self, *args, **kwargs):
