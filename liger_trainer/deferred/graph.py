@@ -9,17 +9,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
 from liger_trainer.deferred.head_call import Results, plain_call
 from liger_trainer.deferred.origin import WAY_OUT
+from liger_trainer.deferred.state import State
 from liger_trainer.deferred.tensor import Deferred
 from liger_trainer.kernels.autograd import depends_on, forbid_derivative, link_of
 
-if TYPE_CHECKING:
-    from liger_trainer.deferred.logits import DeferredLogits
+
+class Logits(Protocol):
+    """What this file needs of deferred logits."""
+
+    _state: State
+
+    def original_value(self) -> torch.Tensor: ...
 
 
 class _Like(NamedTuple):
@@ -185,7 +191,7 @@ class _Results(torch.autograd.Function):
         return of_logits, None, *grads
 
 
-def as_results_of(logits: DeferredLogits, results: Results, true_gradient: Callable) -> Results:
+def as_results_of(logits: Logits, results: Results, true_gradient: Callable) -> Results:
     """Return `results`, connected in the autograd graph to `logits`.
 
     `true_gradient(grads)` computes the logits' gradient from those of the differentiable results.
@@ -198,7 +204,7 @@ def as_results_of(logits: DeferredLogits, results: Results, true_gradient: Calla
     return tuple(next(connected) if r is not None and r.requires_grad else r for r in results)
 
 
-def gradient_through(logits: DeferredLogits, plain: Callable, grads) -> torch.Tensor:
+def gradient_through(logits: Logits, plain: Callable, grads) -> torch.Tensor:
     """Return the logits' gradient: compute them and `plain` of them, and differentiate that."""
     with torch.enable_grad():
         z = logits.original_value().detach().requires_grad_()
