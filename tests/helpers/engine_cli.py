@@ -1,26 +1,25 @@
-"""`liger-trainer train` on two processes under FSDP2: engine_cli.py FOLDER
+"""`liger-trainer train` on two processes: under FSDP2, and on two machines.
 
-One process is killed in the middle of the fourth step. The run is to go on from its checkpoint to
-the model that an uninterrupted run leaves, and to be refused where it could not. Another run shares
-every row among both. Prints what each attempt came to, as JSON; `{rank}` in an option becomes that
-of each process.
+Under FSDP2, one process is killed in the middle of the fourth step. The run is to go on from its
+checkpoint to the model that an uninterrupted run leaves, and to be refused where it could not.
+Another run shares every row among both. `{rank}` in an option becomes that of each process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import accelerated
 import ring_on_cpu
 import tiny
-import torch
-from engines import start
+from processes import start
 from transformers import Trainer
+
+from liger_trainer import cli
+from liger_trainer.runs.report import html
 
 ENVIRONMENT = {  # what `accelerate launch` sets
     "ACCELERATE_USE_FSDP": "true",
@@ -33,10 +32,7 @@ SHARED_ROWS = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_
 
 
 def train(environment: dict, kill: bool, words: list[str], out: str) -> None:
-    """What each process runs; the first keeps what it says."""
-    from liger_trainer import cli
-
-    torch.set_num_threads(1)
+    """What each process runs under FSDP2."""
     accelerated.over_gloo()
     ring_on_cpu.install()
     os.environ |= ENVIRONMENT | environment
@@ -48,6 +44,20 @@ def train(environment: dict, kill: bool, words: list[str], out: str) -> None:
         return step(self, *args, **kwargs)
 
     Trainer.training_step = deadly
+    run(words, out)
+
+
+def train_on_machine(folders: list[Path], words: list[str], out: str) -> None:
+    """What the one process of each machine runs, in a folder of the machine."""
+    rank = int(os.environ["RANK"])
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.chdir(folders[rank])
+    run(words, out)
+
+
+def run(words: list[str], out: str) -> None:
+    """Train, and end this process with the exit code; it says what it says in a file of its own."""
+    html.plots = lambda log: []  # they would take as long as the run
     with (
         Path(f"{out}.{os.environ['RANK']}").open("w", buffering=1) as told,
         contextlib.redirect_stderr(told),
@@ -70,9 +80,8 @@ def attempt(folder: Path, name: str, *options: str, world=2, kill=False, more=SH
     return code, "".join(said[-1] for said in lines if said)
 
 
-def main(folder: Path) -> dict:
-    import liger_trainer.runs.run  # noqa: F401  (once, not in every process)
-
+def attempts(folder: Path) -> dict:
+    """Return what each attempt came to."""
     values = tiny.recipe_values(
         folder, save_strategy="steps", save_steps=2, max_steps=4, use_cpu=False,
         use_liger_kernel=True, per_device_train_batch_size=2,
@@ -94,7 +103,3 @@ def main(folder: Path) -> dict:
     other = (f"data.path={folder}/chat{{rank}}.jsonl", f"training.output_dir={folder}/never")
     found["other rows"] = attempt(folder, "other", *other)
     return found
-
-
-if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))

@@ -23,7 +23,8 @@ import torch.distributed as dist
 import trl_parity
 from datasets import Dataset
 from engine_trainers import FSDP2, zero
-from engines import as_table, start, whole_weights
+from engines import as_table, whole_weights
+from processes import start
 from safetensors.torch import load_file
 
 STEPS, EXAMPLES, MICRO = 4, 8, 2
@@ -71,7 +72,6 @@ def train(engine: str, folder: str, resume: bool, kill: bool, out: str) -> None:
 
 
 def _train(engine: str, folder: str, resume: bool, kill: bool, out: str) -> None:
-    torch.set_num_threads(1)
     if engine != "DDP":
         accelerated.over_gloo()
     dist.init_process_group("gloo")

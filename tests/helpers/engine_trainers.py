@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 import trl_parity
 from datasets import Dataset
-from engines import start, whole_weights
+from engines import whole_weights
+from processes import start
 from torch import nn
 
 LENGTH = 16
@@ -175,7 +176,6 @@ def train(engine: str, method: str, flag: bool, alone: bool, out: str) -> None:
 def _train(row: Row, method: str, flag: bool, alone: bool, out: str) -> None:
     from liger_trainer.deferred import logits as deferred
 
-    torch.set_num_threads(1)
     accelerated.over_gloo()
     ring_on_cpu.install()
     dist.init_process_group("gloo")

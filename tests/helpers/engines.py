@@ -19,17 +19,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers.utils.logging
 from engine_rows import ENGINES, Engine
+from processes import start
 from small import LENGTH, LOSSES, LR, MICRO, VOCAB, tiny
 from torch import nn
 
@@ -195,7 +192,6 @@ COLUMNS = [column_of(*cell) for cell in CELLS]
 
 def worker(engines: list[str], columns: list[str], out: str) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     dist.init_process_group("gloo")
     rows = {}
@@ -222,44 +218,6 @@ def worker(engines: list[str], columns: list[str], out: str) -> None:
     dist.destroy_process_group()
 
 
-def start(world: int, worker, *arguments) -> None:
-    """`worker(*arguments)` in `world` processes, forked when what takes long is imported.
-
-    SystemExit if one of them fails; the others are ended then.
-    """
-    import peft  # noqa: F401
-    from transformers import LlamaForCausalLM  # noqa: F401
-
-    import liger_trainer.injection.walk  # noqa: F401
-
-    torch.set_num_threads(1)  # OpenMP hangs in a process that was forked when it had threads
-
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-
-    def run(rank: int) -> None:
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        worker(*arguments)
-
-    forks = multiprocessing.get_context("fork")
-    running = [forks.Process(target=run, args=(rank,)) for rank in range(world)]
-    for process in running:
-        process.start()
-    try:
-        while waiting := [process for process in running if process.exitcode is None]:
-            if any(process.exitcode for process in running):
-                break
-            waiting[0].join(0.2)
-    finally:
-        for process in running:
-            process.terminate()
-            process.join()
-    if any(process.exitcode for process in running):
-        raise SystemExit(f"exit codes {[process.exitcode for process in running]}")
-
-
 def run_matrix(engines: list[str], columns: list[str], out: str) -> dict[str, dict[str, str]]:
     """Run the rows, each in processes of its own; the cells are returned and written.
 
@@ -271,17 +229,6 @@ def run_matrix(engines: list[str], columns: list[str], out: str) -> dict[str, di
         cells |= json.loads(Path(out).read_text())
     Path(out).write_text(json.dumps(cells, indent=1))
     return cells
-
-
-def matrix(engines: list[str], out: str, columns: list[str] = COLUMNS) -> dict[str, dict[str, str]]:
-    """Run `run_matrix` in its own process."""
-    command = [sys.executable, __file__, "--json", out, "--engines", *engines]
-    done = subprocess.run(
-        [*command, "--columns", *columns], capture_output=True, text=True, timeout=1500
-    )
-    if done.returncode:
-        raise RuntimeError(done.stdout[-4000:] + done.stderr[-4000:])
-    return json.loads(Path(out).read_text())
 
 
 def as_table(cells: dict[str, dict[str, str]]) -> str:

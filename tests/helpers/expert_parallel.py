@@ -1,15 +1,13 @@
 """Experts over two CPU processes, injected and plain: the same losses, gradients and report.
 
-    torchrun --standalone --nproc-per-node=2 tests/helpers/expert_parallel.py FOLDER
-
-The model is sharded by `from_pretrained`, so it is injected afterwards. FOLDER is for the weights.
-Prints what is wrong in each case, as JSON.
+The model is sharded by `from_pretrained`, so it is injected afterwards. Writes what is wrong in
+each case, as JSON.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -71,8 +69,9 @@ def _untrue(report: InjectionReport, head_is_fused: bool) -> list[str]:
     return wrong
 
 
-def main(folder: str) -> None:
-    torch.set_num_threads(1)
+def worker(out: str) -> None:
+    """What each process runs; the first writes what all found, with the weights beside it."""
+    folder = str(Path(out).with_suffix(""))
     dist.init_process_group("gloo")
     if dist.get_rank() == 0:
         tiny_model("qwen3_moe").save_pretrained(folder)
@@ -83,10 +82,6 @@ def main(folder: str) -> None:
         dist.all_gather_object(gathered, case(folder, layout))
         found[name] = [line for of_rank in gathered for line in of_rank]
     if dist.get_rank() == 0:
-        print(json.dumps(found))
+        Path(out).write_text(json.dumps(found))
     dist.barrier()
     leave_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

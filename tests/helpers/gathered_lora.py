@@ -16,7 +16,8 @@ import peft
 import torch
 import torch.distributed as dist
 from engine_rows import PARTS, zero
-from engines import start, whole_weights
+from engines import whole_weights
+from processes import start
 from torch import nn
 
 CASES: dict[str, dict] = {
@@ -168,7 +169,6 @@ def dropped(self: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
 def worker(names: list[str], out: str) -> None:
     from liger_trainer.kernels.layers import lora_linear
 
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
     lora_linear.dropout_mask, nn.Dropout.forward = same_mask, dropped
     results = {}

@@ -1,15 +1,13 @@
 """DDP with a hook on the output head, on two CPU processes, against one process without DDP.
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 tests/helpers/hooked_ddp.py
-
-The hook is put there after the injection, before or after the model is wrapped. Prints a line for
-each case: what is wrong, or nothing.
+The hook is put there after the injection, before or after the model is wrapped. Writes what is
+wrong in each case, as JSON.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+from pathlib import Path
 
 import engines
 import torch
@@ -55,8 +53,8 @@ def case(name: str, find_unused: bool, hook_first: bool) -> list[str]:
     return wrong
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def worker(out: str) -> None:
+    """What each process runs; the first writes what all found."""
     dist.init_process_group("gloo")
     found = {}
     for name in engines.LOSSES:
@@ -69,10 +67,6 @@ def main() -> None:
                     w for of_rank in gathered for w in of_rank
                 ]
     if dist.get_rank() == 0:
-        print(json.dumps(found))
+        Path(out).write_text(json.dumps(found))
     dist.barrier()
     leave_group()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

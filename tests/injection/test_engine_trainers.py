@@ -1,9 +1,5 @@
 """The quick cells of the trainers' matrix; `python tests/helpers/engine_trainers.py` has all."""
 
-import json
-import subprocess
-import sys
-
 import engine_trainers
 import pytest
 
@@ -14,11 +10,7 @@ REFUSED = ("CP", "DPO")
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
     out = tmp_path_factory.mktemp("trainers") / "cells.json"
-    command = [sys.executable, engine_trainers.__file__, "--json", str(out)]
-    command += ["--cells", *(",".join(cell) for cell in [*CELLS, REFUSED])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert not done.returncode, done.stderr[-4000:]
-    return json.loads(out.read_text())
+    return engine_trainers.matrix([*CELLS, REFUSED], str(out))
 
 
 @pytest.mark.parametrize(("engine", "method"), CELLS)

@@ -41,7 +41,7 @@ def can_run(row: str) -> bool:
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
     out = str(tmp_path_factory.mktemp("engines") / "cells.json")
-    return engines.matrix([row for row in ROWS if can_run(row)], out, QUICK)
+    return engines.run_matrix([row for row in ROWS if can_run(row)], QUICK, out)
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -1,9 +1,8 @@
 """Two ranks that hold half of a head each; tests/helpers/tensor_parallel.py is what they run."""
 
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import tensor_parallel
 
@@ -15,10 +14,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     out = tmp_path_factory.mktemp("split") / "answers.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [tensor_parallel.__file__, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert not done.returncode, done.stdout[-2000:] + done.stderr[-4000:]
+    processes.start(2, tensor_parallel.worker, str(out))
     return json.loads(out.read_text())
 
 

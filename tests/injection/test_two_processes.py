@@ -2,27 +2,23 @@
 
 import inspect
 import json
-import subprocess
-import sys
 
 import expert_parallel
 import hooked_ddp
+import processes
 import pytest
 from transformers.distributed import DistributedConfig
 
 
-def found_by(script, *arguments) -> dict[str, list[str]]:
+def found_by(helper, folder) -> dict[str, list[str]]:
     """What a helper that runs in two processes found wrong, by case."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, script.__file__, *arguments], capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    out = folder / "found.json"
+    processes.start(2, helper.worker, str(out))
+    return json.loads(out.read_text())
 
 
-def test_a_hook_on_the_head_keeps_no_weight_out_of_ddps_search():
-    found = found_by(hooked_ddp)
+def test_a_hook_on_the_head_keeps_no_weight_out_of_ddps_search(tmp_path):
+    found = found_by(hooked_ddp, tmp_path)
     assert len(found) == 16
     assert not {name: wrong for name, wrong in found.items() if wrong}
 
@@ -30,5 +26,5 @@ def test_a_hook_on_the_head_keeps_no_weight_out_of_ddps_search():
 def test_spread_experts_train_as_without_kernels(tmp_path):
     if "ep_size" not in inspect.signature(DistributedConfig).parameters:
         pytest.skip("this release of transformers spreads experts in another way")
-    found = found_by(expert_parallel, str(tmp_path))
+    found = found_by(expert_parallel, tmp_path)
     assert found == {name: [] for name in expert_parallel.LAYOUTS}

@@ -3,13 +3,14 @@
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import engine_cli
+import processes
 import pytest
 import tiny
 import torch
@@ -27,10 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def told(folder):
-    command = [sys.executable, engine_cli.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert not done.returncode, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return engine_cli.attempts(folder)
 
 
 def test_a_killed_run_goes_on_to_the_model_of_one_that_was_not(folder, told):
@@ -94,26 +92,19 @@ def test_two_processes_share_a_run_and_one_speaks(finished):
 
 
 def on_two_machines(folders, *words):
-    """Train with a process each in two folders, for the launcher two machines; return both codes
-    and what was printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    launch += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    train = ["-m", "liger_trainer.cli", "train", "recipe.yaml", "training.save_on_each_node=true"]
-    running = [
-        subprocess.Popen(
-            [*launch, f"--node-rank={rank}", *train, *words],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, folder in enumerate(folders)
-    ]
-    printed = "".join(process.communicate(timeout=200)[0] for process in running)
-    return [process.returncode for process in running], printed
+    """Train with a process on each of two machines, in its folder; return both codes and what was
+    printed."""
+    out = folders[0] / "told"
+    words = ["recipe.yaml", "training.save_on_each_node=true", *words]
+    running = processes.launch(2, engine_cli.train_on_machine, folders, words, str(out))
+    try:
+        for process in running:
+            process.join(200)
+    finally:
+        for process in running:
+            process.kill()
+    printed = "".join(Path(f"{out}.{rank}").read_text() for rank in range(2))
+    return [process.exitcode for process in running], printed
 
 
 def test_machines_with_a_disk_each_save_their_checkpoints(finished, tmp_path_factory):
