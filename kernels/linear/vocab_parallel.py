@@ -242,10 +242,14 @@ def score(
 
 
 def _global_argmax(shard: VocabShard, logits_NV, argmax_N, transform: Transform):
-    """Return the smallest index of the largest y over all ranks, from this rank's `argmax_N`."""
+    """Return the smallest index of the largest y over all ranks, from this rank's `argmax_N`.
+
+    As in torch, NaN is the largest.
+    """
     best_N = transform(logits_NV.gather(1, argmax_N[:, None])).squeeze(1)
     best_of_all_N = shard.all_reduce(best_N.clone(), dist.ReduceOp.MAX)
-    index_N = (argmax_N + shard.start).where(best_N == best_of_all_N, shard.vocab)
+    is_best_N = (best_N == best_of_all_N) | best_N.isnan()
+    index_N = (argmax_N + shard.start).where(is_best_N, shard.vocab)
     return shard.all_reduce(index_N, dist.ReduceOp.MIN)
 
 

@@ -172,6 +172,23 @@ def test_all_logits_of_a_rank_may_be_minus_infinity(masked, top):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10, equal_nan=True)
 
 
+@pytest.mark.parametrize(("broken", "at"), [("hidden", 1), ("bias", 15)])
+def test_the_argmax_of_a_row_with_nan_lies_in_the_vocabulary(broken, at):
+    """As in torch NaN is the largest, although it equals the largest logit of no rank."""
+    tensors, labels = problem("cpu", torch.float64)
+    tensors[broken][at] = math.nan
+
+    def argmax_of(hidden, weight, bias, shard=None):
+        scores = linear_log_probs(hidden, weight, labels, bias, outputs=("argmax",), shard=shard)
+        return scores.argmax.tolist()
+
+    def on_rank(shard, rows):
+        own = tensors | {name: tensors[name][rows] for name in ("weight", "bias")}
+        return argmax_of(**own, shard=shard)
+
+    assert Ranks(3).run(on_rank) == [argmax_of(**tensors)] * 3
+
+
 @pytest.mark.parametrize("call", [linear_cross_entropy, linear_log_probs])
 def test_a_label_outside_of_the_whole_vocabulary_is_refused_on_every_rank(call):
     tensors, labels = problem("cpu")
