@@ -270,8 +270,9 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     check_labels(labels, head.tokens, head.device)
     class_weight, row_weight = checked_weights(
-        class_weight, token_weight, labels, head.vocab, options.ignore_index
-    )
+        class_weight, token_weight, labels, head.vocab, options.ignore_index,
+        accumulate_dtype(head.hidden[0]),
+    )  # fmt: skip
     labels_N = labels.reshape(-1).contiguous()
     # A token weight that requires a gradient is applied afterwards, to the losses of the tokens.
     uniform = reduction != "none" and not (row_weight is not None and row_weight.requires_grad)
