@@ -23,7 +23,7 @@ def checked_weights(
     labels: torch.Tensor,
     vocab: int,
     ignore_index: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return (class weights [V], token weights [N] in `dtype`); raise ValueError if one does not
     fit.
@@ -36,6 +36,8 @@ def checked_weights(
                 f"class_weight must be ({vocab},) on {labels.device}, got "
                 f"{tuple(class_weight.shape)} on {class_weight.device}"
             )
+        if class_weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("class_weight requires a gradient, and none is computed: detach it")
         class_weight = class_weight.contiguous()
     if token_weight is not None:
         if token_weight.shape != labels.shape or token_weight.device != labels.device:
