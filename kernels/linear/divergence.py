@@ -39,7 +39,7 @@ from ..logits.jensen_shannon import (
     check_vocabularies,
     divergence_reference,
 )
-from ..logits.reduction import REDUCTIONS, masked_scale, scale_sum
+from ..logits.reduction import check_reduction, masked_scale, scale_sum
 from ..logits.transform import accumulate_dtype
 from ..runtime import on_device
 from .head import LinearHead, Plan
@@ -221,10 +221,7 @@ def linear_divergence(
     student = _checked("student", hidden, weight, bias)
     teacher = _checked("teacher", teacher_hidden, teacher_weight, teacher_bias)
     _check_pair(student, teacher, mask)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if reduction == "none" and num_items_in_batch is not None:
-        raise ValueError('num_items_in_batch divides a sum: reduction must be "sum" or "mean"')
+    check_reduction(reduction, num_items_in_batch)
     mask_N = mask.reshape(-1).contiguous()
     if max_rows is None:
         max_rows = _shared_rows(mask_N.shape[0], student, teacher)

@@ -14,7 +14,13 @@ import torch
 from ..autograd import first_derivative_only
 from ..runtime import block_sizes, cdiv, register_op, runs_in_triton, tl, triton
 from .loss import LossOptions, cross_entropy_reference
-from .reduction import REDUCTIONS, check_labels, checked_weights, mean_denominator, reduce_loss
+from .reduction import (
+    check_labels,
+    check_reduction,
+    checked_weights,
+    mean_denominator,
+    reduce_loss,
+)
 from .transform import accumulate_dtype, chain, transform
 
 # --- torch reference -------------------------------------------------------------------------
@@ -308,15 +314,14 @@ def cross_entropy(
         reduction: "none" (the shape of `labels`), "sum" or "mean". "mean" divides by the number of
             supervised tokens (by the sum of their class weights if given), not by token weights.
         num_items_in_batch: if given, the summed loss is divided by it instead (HF gradient
-            accumulation).
+            accumulation); refused with "none".
 
     Returns the loss in fp32. With no supervised token it is 0, with gradient 0 (torch gives NaN).
 
     Raises ValueError if shapes, dtypes or devices do not fit. A label outside [0, V) gives a NaN
     loss and gradient (IndexError on the torch path, as in torch).
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(reduction, num_items_in_batch)
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     check_labels(labels, logits.shape[:-1], logits.device)

@@ -7,6 +7,14 @@ import torch
 REDUCTIONS = ("none", "sum", "mean")
 
 
+def check_reduction(reduction: str, num_items_in_batch: torch.Tensor | int | None) -> None:
+    """Raise ValueError for an unknown reduction, or a number of items that would divide no sum."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if reduction == "none" and num_items_in_batch is not None:
+        raise ValueError('num_items_in_batch divides a sum: reduction must be "sum" or "mean"')
+
+
 def check_labels(labels: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
     """Raise ValueError unless `labels` is an int64 tensor of `shape` on `device`."""
     if labels.shape != shape:

@@ -218,6 +218,8 @@ def test_refuses_input_that_does_not_fit():
         cross_entropy(logits, labels.int())
     with pytest.raises(ValueError, match="reduction"):
         cross_entropy(logits, labels, reduction="average")
+    with pytest.raises(ValueError, match="num_items_in_batch divides a sum"):
+        cross_entropy(logits, labels, reduction="none", num_items_in_batch=3)
     with pytest.raises(ValueError, match="floating"):
         cross_entropy(logits.long(), labels)
     with pytest.raises(ValueError, match="class_weight"):

@@ -321,6 +321,8 @@ def test_refuses_operands_that_do_not_fit():
         linear_cross_entropy(hidden, weight, labels, bias.long())
     with pytest.raises(ValueError, match="share device"):
         linear_cross_entropy([hidden, hidden.to("meta")], [weight, weight.to("meta")], labels)
+    with pytest.raises(ValueError, match="num_items_in_batch divides a sum"):
+        linear_cross_entropy(hidden, weight, labels, reduction="none", num_items_in_batch=3)
     for rows in (0, -1):
         with pytest.raises(ValueError, match="max_rows must be positive"):
             linear_cross_entropy(hidden, weight, labels, max_rows=rows)
