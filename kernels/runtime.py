@@ -121,6 +121,12 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if _is_elsewhere(tensor) else _HERE
 
 
+def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Return a context in which autocast changes no dtype on the device of `tensor`."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _HERE
+
+
 def call_on_device(tensor: torch.Tensor, function: Callable, *args):
     """Return `function(*args)`, called with the device of `tensor` as the current one."""
     if _is_elsewhere(tensor):

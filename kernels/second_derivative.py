@@ -44,6 +44,9 @@ def gradients(
         # Aliases, so that no gradient flows through one tensor into another that it came from.
         tensors = [t if t is None or not t.requires_grad else t.view_as(t) for t in tensors]
         outputs = function(*tensors)
+    if isinstance(outputs, tuple):  # one that depends on no tensor that requires a gradient is left
+        pairs = zip(outputs, grads, strict=True)
+        outputs, grads = zip(*((y, g) for y, g in pairs if y.requires_grad), strict=True)
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph))
     return [None if t is None or not t.requires_grad else next(found) for t in tensors]

@@ -275,7 +275,7 @@ def gated_rms_norm(
         activation: "silu" or "sigmoid".
 
     Returns:
-        y [..., H], contiguous on the kernel path. fp64 and groups wider than 65536 run on the torch
+        y [..., H], contiguous on the kernel path. fp64 and H > 65536 run on the torch
         reference. With `create_graph=True` the backward pass runs in torch.
 
     Raises:
@@ -295,7 +295,7 @@ def gated_rms_norm(
         raise ValueError(f"gated_rms_norm: group_size {width} does not divide {x.shape[-1]}")
     if activation not in ("silu", "sigmoid"):
         raise ValueError(f'gated_rms_norm: activation is "silu" or "sigmoid", got {activation!r}')
-    if has_kernel(x, gate, weight) and width <= MAX_H:
+    if has_kernel(x, gate, weight):
         options = width, gate_first, cast_first, activation == "sigmoid"
         return _GatedRMSNorm.apply(x, gate, weight, float(eps), *options)
     return gated_rms_norm_reference(

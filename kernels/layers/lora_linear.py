@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from ..autograd import depends_on, first_derivative_only
-from ..runtime import as_rows, call_on_device
+from ..runtime import as_rows, call_on_device, without_autocast
 from .lora_products import products_for
 
 
@@ -111,10 +111,8 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, dy):
-        if torch.is_autocast_enabled(dy.device.type):
-            with torch.autocast(dy.device.type, enabled=False):
-                return call_on_device(dy, _LoRALinear._backward, ctx, dy)
-        return call_on_device(dy, _LoRALinear._backward, ctx, dy)
+        with without_autocast(dy):
+            return call_on_device(dy, _LoRALinear._backward, ctx, dy)
 
     @staticmethod
     def _backward(ctx, dy):
@@ -164,8 +162,12 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
+def _is_autocast(x: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64  # as in torch
+
+
 def _apply(x, weight, bias, y, adapters: Sequence[Adapter]) -> torch.Tensor:
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _is_autocast(x)
     if autocast:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     y_dtype = x.dtype if y is None else y.dtype
@@ -202,7 +204,7 @@ def lora_linear(
     """
     _check(x, weight.shape[0], adapters)
     other = weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)
-    if other and not torch.is_autocast_enabled(x.device.type):
+    if other and not _is_autocast(x):
         raise ValueError(f"lora_linear: weight and bias must be {x.dtype}, as x is")
     return _apply(x, weight, bias, None, adapters)
 

@@ -35,8 +35,8 @@ import torch
 from ..autograd import first_derivative_only
 from ..logits.loss import LossOptions, cross_entropy_reference
 from ..logits.reduction import (
-    REDUCTIONS,
     check_labels,
+    check_reduction,
     checked_weights,
     mean_denominator,
     reduce_loss,
@@ -250,7 +250,8 @@ def linear_cross_entropy(
         class_weight: [V], as `weight` of `torch.nn.functional.cross_entropy`.
         token_weight: [...]; multiplies each token's loss before the reduction.
         reduction: "none" (the shape of `labels`), "sum" or "mean" over supervised tokens.
-        num_items_in_batch: if given, the summed loss is divided by it (HF gradient accumulation).
+        num_items_in_batch: if given, the summed loss is divided by it (HF gradient accumulation);
+            refused with "none".
         max_rows: rows of logits held at once; default `workspace_rows`.
         shard: which rows of the vocabulary `weight` and `bias` hold, if it is split over ranks. V
             is then the whole vocabulary, and the gradient of hidden is this rank's part
@@ -266,12 +267,12 @@ def linear_cross_entropy(
     head = LinearHead.checked(hidden, weight, bias, shard)
     if shard is not None and torch.compiler.is_compiling():
         raise ValueError("a head that is split over ranks cannot be compiled")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(reduction, num_items_in_batch)
     check_labels(labels, head.tokens, head.device)
     class_weight, row_weight = checked_weights(
-        class_weight, token_weight, labels, head.vocab, options.ignore_index
-    )
+        class_weight, token_weight, labels, head.vocab, options.ignore_index,
+        accumulate_dtype(head.hidden[0]),
+    )  # fmt: skip
     labels_N = labels.reshape(-1).contiguous()
     # A token weight that requires a gradient is applied afterwards, to the losses of the tokens.
     uniform = reduction != "none" and not (row_weight is not None and row_weight.requires_grad)

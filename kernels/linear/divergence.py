@@ -39,7 +39,7 @@ from ..logits.jensen_shannon import (
     check_vocabularies,
     divergence_reference,
 )
-from ..logits.reduction import REDUCTIONS, masked_scale, scale_sum
+from ..logits.reduction import check_reduction, masked_scale, scale_sum
 from ..logits.transform import accumulate_dtype
 from ..runtime import on_device
 from .head import LinearHead, Plan
@@ -221,15 +221,11 @@ def linear_divergence(
     student = _checked("student", hidden, weight, bias)
     teacher = _checked("teacher", teacher_hidden, teacher_weight, teacher_bias)
     _check_pair(student, teacher, mask)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if reduction == "none" and num_items_in_batch is not None:
-        raise ValueError('num_items_in_batch divides a sum: reduction must be "sum" or "mean"')
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows must be positive or None, got {max_rows}")
+    check_reduction(reduction, num_items_in_batch)
     mask_N = mask.reshape(-1).contiguous()
-    rows = max_rows or _shared_rows(mask_N.shape[0], student, teacher)
-    plan = student.plan(mask_N.shape[0], reduction != "none", rows)
+    if max_rows is None:
+        max_rows = _shared_rows(mask_N.shape[0], student, teacher)
+    plan = student.plan(mask_N.shape[0], reduction != "none", max_rows)
     operands = student.flatten(), teacher.flatten()
     divergence, entropy = _LinearDivergence.apply(
         plan, options, tuple(map(len, operands)), mask_N, *operands[0], *operands[1]
@@ -251,15 +247,9 @@ def _shared_rows(tokens: int, student: LinearHead, teacher: LinearHead) -> int:
 
 def _checked(side: str, hidden, weight, bias) -> LinearHead:
     try:
-        head = LinearHead.checked(hidden, weight, bias)
+        return LinearHead.checked(hidden, weight, bias)
     except ValueError as error:
         raise ValueError(f"{side}: {error}") from error
-    if bias is not None and (bias.device != head.device or not bias.is_floating_point()):
-        raise ValueError(
-            f"{side}: bias must be floating point on {head.device}, got {bias.dtype} on "
-            f"{bias.device}"
-        )
-    return head
 
 
 def _check_pair(student: LinearHead, teacher: LinearHead, mask: torch.Tensor) -> None:

@@ -74,15 +74,22 @@ class LinearHead:
                 raise ValueError(f"hidden and weight must be floating point: {h.dtype}, {w.dtype}")
             if w.dim() != 2 or h.shape[-1] != w.shape[1] or w.shape[0] != weight[0].shape[0]:
                 raise ValueError(f"hidden {tuple(h.shape)} does not fit weight {tuple(w.shape)}")
-            if h.device != w.device or h.shape[:-1] != hidden[0].shape[:-1]:
+            one_device = h.device == w.device == hidden[0].device
+            if not one_device or h.shape[:-1] != hidden[0].shape[:-1]:
                 raise ValueError("hidden states and weights must share device and leading shape")
         (rows, _) = weight[0].shape
         if shard is not None and rows != shard.rows:
             raise ValueError(
                 f"weight {tuple(weight[0].shape)} is not the shard of {shard.rows} rows"
             )
-        if bias is not None and bias.shape != (rows,):
-            raise ValueError(f"bias must have shape ({rows},), got {tuple(bias.shape)}")
+        if bias is not None:
+            if bias.shape != (rows,):
+                raise ValueError(f"bias must have shape ({rows},), got {tuple(bias.shape)}")
+            if bias.device != hidden[0].device or not bias.is_floating_point():
+                raise ValueError(
+                    f"bias must be floating point on {hidden[0].device}, got {bias.dtype} on "
+                    f"{bias.device}"
+                )
         return cls(hidden, weight, bias, shard)
 
     @classmethod
@@ -93,8 +100,11 @@ class LinearHead:
         return cls(hidden, weight, first.bias, first.shard)
 
     def flatten(self) -> tuple[torch.Tensor | None, ...]:
-        """Return the flat operands that autograd functions take, with hidden states [N, H_t]."""
-        return self.bias, *(h.reshape(-1, h.shape[-1]) for h in self.hidden), *self.weight
+        """Return the flat operands that autograd functions take, with hidden states [N, H_t] of one
+        dtype, in which the GEMMs run."""
+        dtype = self.hidden[0].dtype
+        hidden = (h.reshape(-1, h.shape[-1]).to(dtype) for h in self.hidden)
+        return self.bias, *hidden, *self.weight
 
     @classmethod
     def unflatten(cls, tensors, shard: VocabShard | None = None) -> LinearHead:
@@ -131,12 +141,10 @@ class LinearHead:
         return sum(w.shape[1] for w in self.weight if w.requires_grad and torch.is_grad_enabled())
 
     def cast(self) -> LinearHead:
-        """Return the head in the dtype of the hidden states, in which the GEMMs run."""
+        """Return the head with weights and bias in the dtype of the hidden states."""
         dtype = self.hidden[0].dtype
-        hidden, weight = ([x.to(dtype) for x in side] for side in (self.hidden, self.weight))
-        return LinearHead(
-            hidden, weight, None if self.bias is None else self.bias.to(dtype), self.shard
-        )
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return LinearHead(self.hidden, [w.to(dtype) for w in self.weight], bias, self.shard)
 
     def logits(self) -> torch.Tensor:
         """Return all logits at once, computed by torch operations that autograd records."""
@@ -147,8 +155,11 @@ class LinearHead:
     def plan(self, n: int, uniform: bool, max_rows: int | None = None) -> Plan:
         """Return the plan for n tokens: which gradients are required, and how many rows at once.
 
-        If the head is split over ranks, all of them get the same number of rows.
+        If the head is split over ranks, all of them get the same number of rows. Raise ValueError
+        unless `max_rows` is positive or None.
         """
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"max_rows must be positive or None, got {max_rows}")
         enabled, like = torch.is_grad_enabled(), self.hidden[0]
         columns = self.rows if self.shard is None else self.shard.largest
         rows = max_rows or workspace_rows(

@@ -15,6 +15,7 @@ import torch
 
 from ..logits.reduction import masked_scale, scale_rows
 from ..logits.transform import accumulate_dtype
+from ..runtime import without_autocast
 from .head import LinearHead, Plan, split
 from .supervised import Tokens
 from .workspace import grow_workspace, round_up_rows, spans, spans_last_full, sum_dtype
@@ -112,10 +113,11 @@ class Sweep:
             if out is None:
                 new = hidden.new_zeros if ordered else hidden.new_empty
                 out = self.dhidden[t] = new(hidden.shape)
-            if ordered:
-                self.tokens.put(out, torch.mm(dlogits, weight), begin, stop)
-            else:
-                torch.mm(dlogits, weight, out=out[begin:stop])
+            with without_autocast(dlogits):
+                if ordered:
+                    self.tokens.put(out, torch.mm(dlogits, weight), begin, stop)
+                else:
+                    torch.mm(dlogits, weight, out=out[begin:stop])
 
     def add_head(self, begin: int, stop: int, scale_N: torch.Tensor | None = None) -> None:
         """Add d weight and d bias of these rows, each row multiplied by its `scale_N`."""
@@ -128,12 +130,14 @@ class Sweep:
             if first:
                 self.dweight[t] = weight.new_empty(weight.shape, dtype=self.sum_dtypes[t])
             x = scale_rows(self.tokens.pick(hidden, begin, stop), scale)
-            _add_product_(self.dweight[t], dlogits, x, first)
+            with without_autocast(x):
+                _add_product_(self.dweight[t], dlogits, x, first)
         if self.plan.want_bias:
             if self.dbias is None:
                 dtype = accumulate_dtype(dlogits)
                 self.dbias = dlogits.new_zeros(self.head.rows, dtype=dtype)
-            self.dbias += _column_sums(dlogits, scale)
+            with without_autocast(dlogits):
+                self.dbias += _column_sums(dlogits, scale)
 
     def flat_gradients(self) -> tuple[torch.Tensor, ...]:
         """Return (d bias, *d hidden, *d weight); missing ones have no elements."""
@@ -152,7 +156,7 @@ def _add_product_(buffer: torch.Tensor, dlogits: torch.Tensor, x: torch.Tensor, 
     beta = 0 if first else 1
     if buffer.dtype == dlogits.dtype:
         torch.addmm(buffer, dlogits.t(), x, beta=beta, out=buffer)
-    elif buffer.is_cuda and buffer.dtype == torch.float32:
+    elif buffer.is_cuda and buffer.dtype == torch.float32 and dlogits.element_size() == 2:
         torch.ops.aten.addmm.dtype_out(buffer, dlogits.t(), x, torch.float32, beta=beta, out=buffer)
     elif first:
         buffer.copy_(torch.mm(dlogits.t(), x))

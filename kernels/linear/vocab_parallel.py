@@ -201,13 +201,18 @@ def score(
     own, (own_top_N, own_log_total_N) = log_probs.score(logits_NV, label_N, options, local)
 
     top_N = shard.all_reduce(own_top_N.clone(), dist.ReduceOp.MAX)
-    shift_N = own_top_N - top_N + own_log_total_N
+    # A rank whose logits are all -inf has no distribution of its own: its scores are NaN.
+    possible_N = own_top_N != -math.inf
+    shift_N = (own_top_N - top_N + own_log_total_N).where(possible_N, -math.inf)
     weight_N = shift_N.exp()
-    terms = [weight_N, (own.log_probs + shift_N).where(own_N, 0.0)]
+    terms = [
+        weight_N,
+        (own.log_probs + shift_N).where(possible_N, -math.inf).where(own_N, 0.0),
+    ]
     if own.entropy is not None:
         terms.append((weight_N * (own.entropy - shift_N)).where(weight_N > 0, 0.0))
     if own.log_sum_sq_probs is not None:
-        terms.append((own.log_sum_sq_probs + 2 * shift_N).exp())
+        terms.append((own.log_sum_sq_probs + 2 * shift_N).exp().where(possible_N, 0.0))
     if own.mean_logits is not None:
         terms.append(own.mean_logits * (shard.rows / shard.vocab))
     total_N, picked_N, *others = shard.sum(*terms)
@@ -237,10 +242,14 @@ def score(
 
 
 def _global_argmax(shard: VocabShard, logits_NV, argmax_N, transform: Transform):
-    """Return the smallest index of the largest y over all ranks, from this rank's `argmax_N`."""
+    """Return the smallest index of the largest y over all ranks, from this rank's `argmax_N`.
+
+    As in torch, NaN is the largest.
+    """
     best_N = transform(logits_NV.gather(1, argmax_N[:, None])).squeeze(1)
     best_of_all_N = shard.all_reduce(best_N.clone(), dist.ReduceOp.MAX)
-    index_N = (argmax_N + shard.start).where(best_N == best_of_all_N, shard.vocab)
+    is_best_N = (best_N == best_of_all_N) | best_N.isnan()
+    index_N = (argmax_N + shard.start).where(is_best_N, shard.vocab)
     return shard.all_reduce(index_N, dist.ReduceOp.MIN)
 
 

@@ -14,7 +14,13 @@ import torch
 from ..autograd import first_derivative_only
 from ..runtime import block_sizes, cdiv, register_op, runs_in_triton, tl, triton
 from .loss import LossOptions, cross_entropy_reference
-from .reduction import REDUCTIONS, check_labels, checked_weights, mean_denominator, reduce_loss
+from .reduction import (
+    check_labels,
+    check_reduction,
+    checked_weights,
+    mean_denominator,
+    reduce_loss,
+)
 from .transform import accumulate_dtype, chain, transform
 
 # --- torch reference -------------------------------------------------------------------------
@@ -32,7 +38,8 @@ def _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad):
     top_N1 = y_NV.amax(-1, keepdim=True)
     log_total_N1 = torch.logsumexp(y_NV - top_N1, -1, keepdim=True)
     lse_N1 = top_N1 + log_total_N1
-    hard_N1 = torch.full_like(lse_N1, 1.0 - eps)
+    # NaN for a label outside [0, V), and then so are loss and gradient.
+    hard_N1 = torch.full_like(lse_N1, 1.0 - eps).where(valid_N.unsqueeze(1), math.nan)
     total_weight = float(vocab)
     if class_weight_V is not None:
         class_weight_V = class_weight_V.to(y_NV.dtype)
@@ -43,7 +50,7 @@ def _token_loss_torch_(logits_NV, labels_N, class_weight_V, options, want_grad):
     if eps:
         weighted = y_NV - top_N1 if class_weight_V is None else (y_NV - top_N1) * class_weight_V
         loss_N1 += eps / vocab * (total_weight * log_total_N1 - weighted.sum(-1, keepdim=True))
-    loss_N = loss_N1.squeeze(1).where(valid_N, math.nan).where(~ignored_N, 0.0)
+    loss_N = loss_N1.squeeze(1).where(~ignored_N, 0.0)
 
     if want_grad:
         slope = hard_N1 + eps / vocab * total_weight + 2 * options.z_loss * lse_N1
@@ -127,7 +134,8 @@ def _token_loss_kernel(
             smooth_sums += weighted
     log_total = tl.log(tl.sum(sums, 0))
     lse = top + log_total
-    hard = 1.0 - eps
+    # NaN for a label outside [0, V), and then so are loss and gradient.
+    hard = tl.where(in_range, 1.0 - eps, float("nan"))
     total_weight = tl.cast(V, tl.float32)
     if HAS_CLASS_WEIGHT:
         hard *= tl.load(class_weight_ptr + safe_label).to(tl.float32)
@@ -136,7 +144,7 @@ def _token_loss_kernel(
     loss = hard * (log_total + (top - y_label)) + z_loss * lse * lse
     if SMOOTH:
         loss += eps / V * (total_weight * (log_total + (top - origin)) - tl.sum(smooth_sums, 0))
-    tl.store(loss_ptr + row, tl.where(in_range, loss, float("nan")))
+    tl.store(loss_ptr + row, loss)
 
     if WRITE_GRAD:
         tl.debug_barrier()  # so that no thread overwrites the label's logit before it is read
@@ -171,10 +179,10 @@ def _cross_entropy_bwd_kernel(
         return
     top = tl.load(top_ptr + row)
     log_total = tl.load(log_total_ptr + row)
-    hard = 1.0 - eps
+    in_range = (label >= 0) & (label < V)
+    hard = tl.where(in_range, 1.0 - eps, float("nan"))
     total_weight = tl.cast(V, tl.float32)
     if HAS_CLASS_WEIGHT:
-        in_range = (label >= 0) & (label < V)
         hard *= tl.load(class_weight_ptr + tl.where(in_range, label, 0)).to(tl.float32)
         total_weight = tl.load(total_weight_ptr)
     z = tl.load(logits_ptr + row * row_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -306,26 +314,21 @@ def cross_entropy(
         reduction: "none" (the shape of `labels`), "sum" or "mean". "mean" divides by the number of
             supervised tokens (by the sum of their class weights if given), not by token weights.
         num_items_in_batch: if given, the summed loss is divided by it instead (HF gradient
-            accumulation).
+            accumulation); refused with "none".
 
     Returns the loss in fp32. With no supervised token it is 0, with gradient 0 (torch gives NaN).
 
     Raises ValueError if shapes, dtypes or devices do not fit. A label outside [0, V) gives a NaN
-    loss.
+    loss and gradient (IndexError on the torch path, as in torch).
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(reduction, num_items_in_batch)
     if not logits.is_floating_point():
         raise ValueError(f"logits must be floating point, got {logits.dtype}")
     check_labels(labels, logits.shape[:-1], logits.device)
     class_weight, weight_N = checked_weights(
-        class_weight,
-        token_weight,
-        labels,
-        logits.shape[-1],
-        options.ignore_index,
+        class_weight, token_weight, labels, logits.shape[-1], options.ignore_index,
         accumulate_dtype(logits),
-    )
+    )  # fmt: skip
     logits_NV = logits.reshape(-1, logits.shape[-1])
     labels_N = labels.reshape(-1)
     if runs_in_triton(logits_NV):

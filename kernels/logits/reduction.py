@@ -7,6 +7,14 @@ import torch
 REDUCTIONS = ("none", "sum", "mean")
 
 
+def check_reduction(reduction: str, num_items_in_batch: torch.Tensor | int | None) -> None:
+    """Raise ValueError for an unknown reduction, or a number of items that would divide no sum."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if reduction == "none" and num_items_in_batch is not None:
+        raise ValueError('num_items_in_batch divides a sum: reduction must be "sum" or "mean"')
+
+
 def check_labels(labels: torch.Tensor, shape: torch.Size, device: torch.device) -> None:
     """Raise ValueError unless `labels` is an int64 tensor of `shape` on `device`."""
     if labels.shape != shape:
@@ -23,7 +31,7 @@ def checked_weights(
     labels: torch.Tensor,
     vocab: int,
     ignore_index: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return (class weights [V], token weights [N] in `dtype`); raise ValueError if one does not
     fit.
@@ -36,6 +44,8 @@ def checked_weights(
                 f"class_weight must be ({vocab},) on {labels.device}, got "
                 f"{tuple(class_weight.shape)} on {class_weight.device}"
             )
+        if class_weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("class_weight requires a gradient, and none is computed: detach it")
         class_weight = class_weight.contiguous()
     if token_weight is not None:
         if token_weight.shape != labels.shape or token_weight.device != labels.device:

@@ -30,8 +30,8 @@ class Transform:
     temperature: float = 1.0
 
     def __post_init__(self):
-        if self.softcap is not None and not self.softcap > 0.0:
-            raise ValueError(f"softcap must be positive or None, got {self.softcap}")
+        if self.softcap is not None and not 0.0 < self.softcap < float("inf"):
+            raise ValueError(f"softcap must be positive and finite, or None, got {self.softcap}")
         if not abs(self.scale) < float("inf"):  # math.isfinite does not compile in torch 2.11
             raise ValueError(f"scale must be finite, got {self.scale}")
         if not 0.0 < self.temperature < float("inf"):

@@ -282,13 +282,15 @@ class GRPOLoss:
         if self.importance_sampling_level == "sequence":
             log_weight = (log_ratio_BT.sum(-1) / lengths(mask, log_probs.dtype))[:, None]
         advantages = advantages.detach().to(log_probs.dtype)
+        if sampling_ratio is not None:
+            sampling_ratio = _per_token(sampling_ratio.detach().to(advantages), mask)
         return Batch(
             log_probs_BT,
             log_ratio_BT,
             bounded_exp(log_weight, RATIO_BOUND),
-            advantages[:, None] if advantages.dim() == 1 else advantages,
+            advantages[:, None] if advantages.dim() == 1 else _per_token(advantages, mask),
             mask,
-            sampling_ratio if sampling_ratio is None else sampling_ratio.detach().to(advantages),
+            sampling_ratio,
         )
 
     def _on_policy(self, b: Batch, sampling: torch.Tensor) -> torch.Tensor:
@@ -303,6 +305,11 @@ class GRPOLoss:
         q = q.clamp(max=RATIO_BOUND)
         kl = torch.expm1(q) - q
         return kl * b.ratio if self.use_bias_correction_kl else kl
+
+
+def _per_token(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return values [B, T] with 0 outside the mask, where they may be NaN; leave [B, 1] alone."""
+    return masked(values, mask) if values.shape == mask.shape else values
 
 
 @dataclasses.dataclass(frozen=True)

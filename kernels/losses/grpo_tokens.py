@@ -48,7 +48,7 @@ def clipped(
     high: float,
     delta: float | None = None,
 ) -> TokenLoss:
-    """Return PPO's clipped loss (arXiv:1707.06347), with u bounded by `delta` where A < 0."""
+    """Return PPO's clipped loss (arXiv:1707.06347), with u bounded by `delta`."""
     inside = ratio.clamp(1 - low, 1 + high)
     if delta is not None:
         ratio = ratio.clamp(max=delta)

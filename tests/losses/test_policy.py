@@ -137,6 +137,20 @@ def test_tokens_unknown_to_the_sampler_do_not_drift():
 
 
 @pytest.mark.parametrize("given", CASES, ids=name_of)
+def test_nan_outside_the_mask_has_no_influence(given):
+    log_probs, mask, _, others = make_batch()
+    loss = GRPOLoss(**given)
+    others = needed(loss, others, ("old_log_probs", "importance_sampling_ratio"))
+    others["advantages"] = torch.randn(B, T, dtype=torch.float64)
+    poisoned = {name: t.where(mask, math.nan) for name, t in others.items()}
+    results = [
+        value_and_grad(lambda x, given=given: loss(x, mask, **given).loss.sum(), log_probs)
+        for given in (others, poisoned)
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("given", CASES, ids=name_of)
 def test_completions_one_at_a_time(given):
     log_probs, mask, advantages, others = make_batch()
     loss = GRPOLoss(**given)

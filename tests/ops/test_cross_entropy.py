@@ -167,7 +167,11 @@ def test_any_strides_and_shapes(kernel_device):
 def test_label_out_of_range_is_never_a_silent_number(kernel_device):
     logits, labels = problem(kernel_device)
     labels[1] = logits.shape[1]
-    assert torch.isnan(cross_entropy(logits, labels))
+    loss = cross_entropy(logits.requires_grad_(), labels)
+    assert torch.isnan(loss)
+    loss.backward()
+    assert torch.isnan(logits.grad[1]).all()
+    assert not torch.isnan(logits.grad[2:]).any()
 
 
 def test_label_out_of_range_on_the_torch_path_raises():
@@ -197,6 +201,7 @@ def test_compiles_to_one_graph_for_all_lengths(kernel_device):
     [
         ({"label_smoothing": 1.5}, "label_smoothing"),
         ({"softcap": 0.0}, "softcap"),
+        ({"softcap": float("inf")}, "softcap"),
         ({"scale": float("inf")}, "scale"),
     ],
 )
@@ -213,12 +218,23 @@ def test_refuses_input_that_does_not_fit():
         cross_entropy(logits, labels.int())
     with pytest.raises(ValueError, match="reduction"):
         cross_entropy(logits, labels, reduction="average")
+    with pytest.raises(ValueError, match="num_items_in_batch divides a sum"):
+        cross_entropy(logits, labels, reduction="none", num_items_in_batch=3)
     with pytest.raises(ValueError, match="floating"):
         cross_entropy(logits.long(), labels)
     with pytest.raises(ValueError, match="class_weight"):
         cross_entropy(logits, labels, class_weight=torch.ones(3))
     with pytest.raises(ValueError, match="token_weight"):
         cross_entropy(logits, labels, token_weight=torch.ones(3))
+
+
+def test_class_weights_are_constants():
+    logits, labels = problem("cpu")
+    class_weight = torch.rand(logits.shape[1], requires_grad=True)
+    with pytest.raises(ValueError, match="class_weight requires a gradient"):
+        cross_entropy(logits, labels, class_weight=class_weight)
+    with torch.no_grad():
+        cross_entropy(logits, labels, class_weight=class_weight)
 
 
 def test_class_weights_of_any_stride(kernel_device):

@@ -128,6 +128,20 @@ def test_token_weights(kernel_device, rows, learned):
 
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("uniform", [True, False])
+def test_token_weights_in_fp64(device, rows, uniform):
+    tensors, labels = problem(device, torch.float64)
+    weights = torch.rand(TOKENS, dtype=torch.float64, device=device)
+    weights.requires_grad_(not uniform)
+    hidden, weight = tensors["hidden"], tensors["weight"]
+    losses = linear_cross_entropy_reference([hidden], [weight], labels)
+    loss = linear_cross_entropy(
+        hidden, weight, labels, token_weight=weights, reduction="sum", max_rows=rows
+    )
+    torch.testing.assert_close(loss, losses @ weights, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_fp32_weight_with_16_bit_hidden_gets_an_fp32_gradient(kernel_device, rows):
     tensors, labels = problem(kernel_device, torch.bfloat16)
     weight = tensors["weight"].float().requires_grad_()
@@ -249,6 +263,23 @@ def test_compiles_to_one_graph_for_all_lengths(kernel_device, rows, reduction):
             torch.testing.assert_close(a, b)
 
 
+def test_compiled_adapter_of_another_dtype_is_that_of_eager_code(device):
+    """Compiled code takes the dtype of a gradient from what the operator declares."""
+    tensors, labels = problem(device, torch.bfloat16)
+    tensors["down"] = torch.randn(TOKENS, 4, device=device)
+    tensors["up"] = torch.randn(VOCAB, 4, device=device)
+
+    def step(hidden, weight, bias, down, up):
+        return linear_cross_entropy([hidden, down * 2], [weight, up], labels, bias)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        leaves = [t.detach().requires_grad_() for t in tensors.values()]
+        loss = function(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results)
+
+
 def test_compiles_once_for_all_lengths_with_the_default_workspace(device):
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -286,6 +317,15 @@ def test_refuses_operands_that_do_not_fit():
         linear_cross_entropy([hidden], [weight, weight], labels)
     with pytest.raises(ValueError, match="floating"):
         linear_cross_entropy(hidden.long(), weight, labels)
+    with pytest.raises(ValueError, match="bias must be floating point"):
+        linear_cross_entropy(hidden, weight, labels, bias.long())
+    with pytest.raises(ValueError, match="share device"):
+        linear_cross_entropy([hidden, hidden.to("meta")], [weight, weight.to("meta")], labels)
+    with pytest.raises(ValueError, match="num_items_in_batch divides a sum"):
+        linear_cross_entropy(hidden, weight, labels, reduction="none", num_items_in_batch=3)
+    for rows in (0, -1):
+        with pytest.raises(ValueError, match="max_rows must be positive"):
+            linear_cross_entropy(hidden, weight, labels, max_rows=rows)
 
 
 @pytest.mark.gpu

@@ -110,6 +110,15 @@ def test_a_weight_of_another_dtype_is_refused(device):
         assert lora_linear(x, weight.float(), bias, adapters).dtype == bf16
 
 
+def test_autocast_does_not_cast_fp64(device):
+    tensors = operands(device, torch.float64, torch.float64)
+    adapters = [Adapter(tensors["A"], tensors["B"], 0.5)]
+    given = *(tensors[name] for name in ("x", "weight", "bias")), adapters
+    with torch.autocast(device, bf16):
+        found = lora_linear(*given)
+    assert torch.equal(found, lora_linear(*given))
+
+
 def test_no_rows(kernel_device):
     tensors = operands(kernel_device, bf16, fp32, rows=(2, 0))
     outputs, grads, _ = run(two_adapters(lora_linear), tensors)

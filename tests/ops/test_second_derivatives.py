@@ -68,6 +68,27 @@ def test_a_gradient_penalty_is_that_of_torch(kernel_device, operation, constant)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("operation", [n for n in OPERATIONS if len(OPERATIONS[n][-1]) > 1])
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "variable"])
+def test_one_operand_alone_requires_a_gradient(kernel_device, operation, constant):
+    function, reference, options, shapes = OPERATIONS[operation]
+    for index in range(len(shapes)):
+        results = []
+        for each in (function, reference):
+            inputs = [t.detach() for t in leaves(shapes, kernel_device)]
+            inputs[index].requires_grad_()
+            outputs = each(*inputs, **options)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            value = sum((o if constant else o.sin()).sum() for o in outputs)
+            (grad,) = torch.autograd.grad(value, inputs[index], create_graph=True)
+            found = torch.zeros(())
+            if grad.requires_grad:
+                grads = torch.autograd.grad(grad.square().sum(), inputs[index], allow_unused=True)
+                found = found if grads[0] is None else grads[0]
+            results.append([grad, found])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_many_gradients_at_once(kernel_device, operation):
     function, reference, options, shapes = OPERATIONS[operation]

@@ -70,7 +70,7 @@ def both(tensors, loss_of, ranks):
     dhidden, dweight, dbias = zip(*grads, strict=True)
     found = {"hidden": sum(dhidden), "weight": torch.cat(dweight), "bias": torch.cat(dbias)}
     for other in results[1:]:
-        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0, equal_nan=True)
     return expected, (results[0], found)
 
 
@@ -143,6 +143,50 @@ def test_a_tie_goes_to_the_smallest_index_and_one_rank_may_be_at_minus_infinity(
         torch.testing.assert_close(log_probs, torch.full((2,), -math.log(3)))
         torch.testing.assert_close(loss, torch.tensor(math.log(3)))
         torch.testing.assert_close(entropy, torch.full((2,), math.log(3)))
+
+
+@pytest.mark.parametrize("masked", [0, 1, 2, None])
+@pytest.mark.parametrize("top", [1.0, -8192.0])
+def test_all_logits_of_a_rank_may_be_minus_infinity(masked, top):
+    """So that labels of that rank have the probability 0; None stands for all ranks."""
+    tensors, _ = problem("cpu", torch.float64, tokens=4)
+    labels = torch.tensor([0, 11, 22, VOCAB - 1])
+    tensors["bias"] += top
+    tensors["bias"].view(3, 11)[slice(None) if masked is None else masked] = -math.inf
+
+    def loss_of(hidden, weight, bias, shard=None):
+        scores = linear_log_probs(hidden, weight, labels, bias, outputs=EXTRA, shard=shard)
+        losses = linear_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            bias,
+            reduction="none",
+            shard=shard,
+            options=LossOptions(z_loss=1),
+        )
+        total = scores.log_probs.sum() + scores.entropy.sin().sum() + losses.sum()
+        return (total, losses.detach(), *(score.detach() for score in scores))
+
+    expected, found = both(tensors, loss_of, Ranks(3))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize(("broken", "at"), [("hidden", 1), ("bias", 15)])
+def test_the_argmax_of_a_row_with_nan_lies_in_the_vocabulary(broken, at):
+    """As in torch NaN is the largest, although it equals the largest logit of no rank."""
+    tensors, labels = problem("cpu", torch.float64)
+    tensors[broken][at] = math.nan
+
+    def argmax_of(hidden, weight, bias, shard=None):
+        scores = linear_log_probs(hidden, weight, labels, bias, outputs=("argmax",), shard=shard)
+        return scores.argmax.tolist()
+
+    def on_rank(shard, rows):
+        own = tensors | {name: tensors[name][rows] for name in ("weight", "bias")}
+        return argmax_of(**own, shard=shard)
+
+    assert Ranks(3).run(on_rank) == [argmax_of(**tensors)] * 3
 
 
 @pytest.mark.parametrize("call", [linear_cross_entropy, linear_log_probs])
