@@ -73,7 +73,7 @@ def _activation_and_slope(x, ACTIVATION: tl.constexpr):
 @triton.jit
 def _row_and_columns(cols, BLOCK: tl.constexpr):
     # Divides before the cast: a division in int64 would cost as much as the kernel's arithmetic.
-    blocks = tl.cdiv(cols, BLOCK)
+    blocks = (cols - 1) // BLOCK + 1  # tl.cdiv would overflow just below 2^31
     row = (tl.program_id(0) // blocks).to(tl.int64)
     return row, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 GIB = 1 << 30
 # The share of the device's memory that is used: the allocator cannot use some blocks, and other
 # libraries allocate, too.
-_USABLE = 0.94
+_USABLE = 0.97
 _LOWER = 0.95  # the new limit, relative to what was allocated when memory ran out
 
 
