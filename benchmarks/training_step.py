@@ -143,8 +143,6 @@ def equip(model, contender: Contender, flags: dict):
         from liger_trainer import inject
 
         inject(model, flags, strict=True)
-        if contender.compiled:  # as this package's trainers do
-            torch._functorch.config.activation_memory_budget = 0.99
     elif contender.kernels == "liger-kernel":
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 
@@ -11,7 +10,6 @@ from accelerate.utils import gather_object
 
 from liger_trainer.deferred import loss_scope
 from liger_trainer.injection.memory_budget import repeated
-from liger_trainer.injection.rules.activation_memory import lean_compilation
 from liger_trainer.injection.rules.masks import note_full
 from liger_trainer.report import InjectionReport
 from liger_trainer.request import config_of
@@ -41,15 +39,11 @@ class KernelTrainer:
         return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        config = config_of(self)
-        if config is None:
+        if config_of(self) is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        compilation = contextlib.nullcontext()
         if self.args.torch_compile:
             note_full(inputs.get("attention_mask"))
-            compilation = lean_compilation(config)
-        # The scope is for label smoothing and compute_loss_func, which remove the labels.
-        with loss_scope(), compilation:
+        with loss_scope():  # label smoothing and compute_loss_func remove the labels
             return super().compute_loss(model, without_skip_logits(inputs), *args, **kwargs)
 
     def _get_num_items_in_batch(self, *args, **kwargs):

@@ -156,7 +156,6 @@ SYMBOLS: tuple[Symbol, ...] = (
     *_of("torch.nn.modules.module", _HOOKS, "_global_backward_pre_hooks"),
     *_of("torch._C._autograd", _RECOMPUTE, "_top_saved_tensors_default_hooks"),
     *_of("torch._C._autograd", _RECOMPUTE, "_saved_tensors_hooks_is_enabled"),
-    *_of("torch._functorch.config", _RECOMPUTE, "activation_memory_budget", "patch"),
     *_of("torch", _RECOMPUTE, "_C._functions.ToCopyBackward0._input_metadata"),
     *_of("torch", _RECOMPUTE, "Tensor._is_view", "_C._cuda_getCurrentRawStream"),
     *_of("torch", _MASKS, "_C._nn.scaled_dot_product_attention"),

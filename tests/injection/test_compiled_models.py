@@ -4,9 +4,8 @@ import pytest
 import torch
 from families import tiny_model
 from torch._dynamo import utils as dynamo
-from trainers import assert_same_run, train
 
-from liger_trainer import LigerTrainer, inject
+from liger_trainer import inject
 
 
 @pytest.fixture(autouse=True)
@@ -33,36 +32,3 @@ def test_dynamo_is_done_after_the_first_steps():
 
     assert steps() > 0
     assert steps() == 0
-
-
-class Counting(LigerTrainer):
-    """Counts the bytes that its forwards keep for backward, apart from parameters."""
-
-    kept = 0
-
-    def compute_loss(self, model, *args, **kwargs):
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-        def pack(tensor):
-            if tensor.untyped_storage().data_ptr() not in weights:
-                self.kept += tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return super().compute_loss(model, *args, **kwargs)
-
-
-def test_compiled_trainers_keep_less_and_compute_the_same(tmp_path):
-    """What takes no matrix product is computed again, unless asked otherwise."""
-
-    def run(mode):
-        torch._dynamo.reset()
-        return train(
-            Counting, tmp_path, model=tiny_model("llama", num_hidden_layers=1), torch_compile=True,
-            torch_compile_backend="aot_eager", liger_kernel_config={"activation_memory": mode},
-        )  # fmt: skip
-
-    lean, keep = run("lean"), run("keep")
-    assert lean.kept < 0.9 * keep.kept
-    assert_same_run(lean, keep)
-    assert torch._functorch.config.activation_memory_budget == 1.0

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
 
 import torch
-import torch._functorch.config as functorch
 from torch import nn
 
-from liger_trainer.config import KernelConfig
 from liger_trainer.injection import memory_budget
 from liger_trainer.injection.rules.proposal import Proposal, Search, Swap, look_again
 from liger_trainer.kernels.recompute import recomputing
@@ -26,15 +23,12 @@ RULE = "activation_memory"
 # in the hooks for each tensor that autograd saves.
 MIN_ELEMENTS = 1 << 24
 _WIDTH = 4096  # of the hidden states of a model whose configuration does not tell
-# The share of what torch.compile would keep. To be below 1 at all, it first recomputes whatever
-# takes no FLOP by its count, that is, all but matrix products and attention.
-_COMPILED_SHARE = 0.99
 
 
 class LeanModel(Swapped):
     """A model whose forward runs within `kernels.recompute.recomputing`; key: its width.
 
-    In compiled code, the compiler decides what to recompute; see `lean_compilation`.
+    In compiled code, the compiler decides what to recompute.
     """
 
     @classmethod
@@ -48,20 +42,6 @@ class BudgetedModel(Swapped):
     @classmethod
     def namespace(cls, base: type, requested: str | float) -> dict[str, object]:
         return {"forward": while_current(base, _budgeted(base.forward, requested))}
-
-
-@contextlib.contextmanager
-def lean_compilation(config: KernelConfig) -> Iterator[None]:
-    """Make what is compiled in the block recompute elementwise operations and norms in backward.
-
-    Without it, compiled code keeps more than the eager model does. With `activation_memory: keep`,
-    or if the user has set torch's `activation_memory_budget`, nothing changes.
-    """
-    if config.activation_memory == "keep" or functorch.activation_memory_budget != 1.0:
-        yield
-        return
-    with functorch.patch(activation_memory_budget=_COMPILED_SHARE):
-        yield
 
 
 def _lean(original: Callable, width: int) -> Callable:
