@@ -50,6 +50,8 @@ def train(engine: str, method: str, folder: Path, flag: bool) -> list[dict]:
         built.train()
     finally:
         deferred.plain_call = plain_call
+    if flag:
+        assert not built.injection_report.refused, built.injection_report
     expected = "DistributedDataParallel" if engine == "DDP" else "FSDP"
     assert expected in type(built.model_wrapped).__name__
     return [*built.state.log_history, {"plain head calls": len(calls)}]
