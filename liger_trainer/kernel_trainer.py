@@ -30,6 +30,10 @@ class KernelTrainer:
         """Inject or restore the models, according to the trainer's flag and config."""
         raise NotImplementedError
 
+    def train(self, *args, **kwargs):
+        self._compare_ranks()
+        return super().train(*args, **kwargs)
+
     def training_step(self, model, inputs, *args, **kwargs):
         step = functools.partial(super().training_step, model, inputs, *args, **kwargs)
         return repeated(self, model, step)

@@ -87,7 +87,6 @@ class LigerTrainer(KernelTrainer, Trainer):
 
     def _inject(self) -> None:
         self.injection_report = inject(self.model, config_of(self))
-        self._compare_ranks()
 
     def _set_kernels(self) -> None:
         if config_of(self) is None:

@@ -113,7 +113,6 @@ class FusedTrainer(KernelTrainer):
         check_ranks(self)
         check_heads(self)
         check_examples(self)
-        self._compare_ranks()
 
     def _set_kernels(self) -> None:
         for name in ("model", "ref_model", "teacher_model"):
