@@ -60,6 +60,7 @@ class Case(NamedTuple):
     length: int
     ignored: float = 0.0  # fraction of the labels
     lora: bool = False  # adapters of rank 16 on every linear layer
+    quantized: bool = False  # linear layers in 4 bits of bitsandbytes (QLoRA)
     autocast: bool = False
     checkpointing: bool = False
     documents: int = 1  # packed into each row
@@ -81,6 +82,7 @@ LARGE = {
     "LoRA Llama-8B, 2 x 4096, 8 documents a row": Case(
         "Llama-8B", 2, 4096, 0.5, lora=True, documents=8
     ),
+    "QLoRA Llama-8B, 2 x 4096": Case("Llama-8B", 2, 4096, 0.5, lora=True, quantized=True),
 }
 SMALL = {
     f"small: {'LoRA ' if lora else ''}{shape}, {batch} x {length}": Case(
@@ -126,6 +128,8 @@ def build(case: Case, smoke: bool):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32 if smoke else torch.bfloat16, attn_implementation="sdpa"
         )
+    if case.quantized and not smoke:
+        quantize(model)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.lora:
@@ -136,6 +140,23 @@ def build(case: Case, smoke: bool):
         if case.checkpointing:
             model.enable_input_require_grads()
     return model.train()
+
+
+def quantize(model) -> None:
+    """Replace the linear layers of `model` by 4-bit ones, as `load_in_4bit` does for a checkpoint.
+    The head stays as it is."""
+    import bitsandbytes as bnb
+
+    for parent in model.base_model.modules():
+        for name, linear in parent.named_children():
+            if isinstance(linear, torch.nn.Linear):
+                quantized = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None,
+                    compute_dtype=linear.weight.dtype, quant_type="nf4",
+                )  # fmt: skip
+                quantized.load_state_dict(linear.state_dict())
+                parent.register_module(name, quantized.cuda())
+    model.is_loaded_in_4bit = True  # by which PEFT chooses its layers
 
 
 def equip(model, contender: Contender, flags: dict):
