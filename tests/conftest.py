@@ -18,9 +18,12 @@ from liger_trainer.kernels import runtime
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.repair()
-if "OMP_NUM_THREADS" not in os.environ:
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) // workers))
+workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+if workers and "OMP_NUM_THREADS" not in os.environ:
+    threads = max(1, (os.cpu_count() or 2) // int(workers))
+    torch.set_num_threads(threads)
+    # In processes that tests start: more threads than cores wait for each other, and busily.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 # The same examples at every run; `--hypothesis-profile=thorough` looks for new ones.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import TypeVar
@@ -260,22 +261,32 @@ def evaluate(function: Callable, case: Case) -> list[torch.Tensor]:
     wanted = [t for t in case.inputs if t.requires_grad]
     if not wanted:
         return [o.detach() for o in outputs]
-    # Not the numbers of an input: along itself, the gradient of a norm vanishes.
-    seeds = [
-        draw(tuple(o.shape), 1.0, o.device, _GRADIENTS + i).to(o.dtype)
-        for i, o in enumerate(outputs)
-    ]
+    seeds = [_gradient(tuple(o.shape), o.dtype, o.device, i) for i, o in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, wanted, seeds)
     return [t.detach() for t in (*outputs, *grads)]
+
+
+@functools.lru_cache(maxsize=4)  # the original and a candidate get the same in each case
+def _gradient(shape: tuple, dtype: torch.dtype, device: torch.device, i: int) -> torch.Tensor:
+    """Return a random gradient for output `i`.
+
+    These are not the numbers of an input: along itself, the gradient of a norm vanishes.
+    """
+    return draw(shape, 1.0, device, _GRADIENTS + i).to(dtype)
 
 
 def relative_error(a: torch.Tensor, truth: torch.Tensor) -> float:
     """Return the largest error relative to the largest true value; inf if NaNs or infs differ."""
     a, truth = a.double(), truth.double()
-    if not torch.equal(torch.isfinite(a), torch.isfinite(truth)):
-        return float("inf")
-    difference = (a - truth).nan_to_num().abs().amax().item()
-    return difference / max(truth.nan_to_num().abs().amax().item(), 1e-30) if difference else 0.0
+    difference = (a - truth).abs().amax().item()
+    if not math.isfinite(difference):  # neither are some of the values
+        finite = torch.isfinite(truth)
+        infinite = (t.masked_fill(finite, 0.0) for t in (a, truth))
+        if not torch.allclose(*infinite, rtol=0.0, atol=0.0, equal_nan=True):
+            return math.inf
+        a, truth = (t.masked_fill(~finite, 0.0) for t in (a, truth))
+        difference = (a - truth).abs().nan_to_num(math.inf).amax().item()
+    return difference / max(truth.abs().amax().item(), 1e-30) if difference else 0.0
 
 
 def _first_line(error: Exception) -> str:

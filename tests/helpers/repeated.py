@@ -1,0 +1,48 @@
+"""Fixtures that keep what every trainer of a process would repeat: half of a tiny training."""
+
+import functools
+import itertools
+
+import accelerate.utils.imports
+import datasets.fingerprint
+import pytest
+
+from liger_trainer.injection.rules import norm, rotary
+from liger_trainer.injection.rules.proposal import fingerprint
+
+_proofs, _hashes = {}, itertools.count()
+_identify_norm, _identify_rotary = norm.identify, rotary.identify
+_is_package_available = functools.cache(accelerate.utils.imports._is_package_available)
+
+
+@pytest.fixture(autouse=True)
+def proven_once(monkeypatch):
+    """Prove each norm and each rotary function once. Proofs are the subject of tests/injection."""
+    monkeypatch.setattr(norm, "identify", _norm)
+    monkeypatch.setattr(rotary, "identify", _rotary)
+
+
+@pytest.fixture(autouse=True)
+def looked_up_once(monkeypatch):
+    """Read the metadata of a package once. TRL asks for peft's twice in each step."""
+    monkeypatch.setattr(accelerate.utils.imports, "_is_package_available", _is_package_available)
+
+
+@pytest.fixture(autouse=True)
+def numbered_data(monkeypatch):
+    """Number data instead of hashing it, for data from lists, which `datasets` does not cache."""
+    monkeypatch.setattr(datasets.fingerprint.Hasher, "hash", lambda *_: f"{next(_hashes):016x}")
+
+
+def _norm(module, device):
+    return _proof(fingerprint(module, device), _identify_norm, module, device)
+
+
+def _rotary(function, device):
+    return _proof((function, str(device)), _identify_rotary, function, device)
+
+
+def _proof(key, identify, *arguments):
+    if key not in _proofs:
+        _proofs[key] = identify(*arguments)
+    return _proofs[key]

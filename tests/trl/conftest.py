@@ -1,0 +1,5 @@
+"""Fixtures of the tests of TRL's trainers."""
+
+from repeated import looked_up_once, numbered_data, proven_once
+
+__all__ = ["looked_up_once", "numbered_data", "proven_once"]
