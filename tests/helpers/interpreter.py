@@ -1,4 +1,4 @@
-"""Two faults of Triton's interpreter (3.7) that would otherwise be taken for ours, and its overhead.
+"""Two faults of Triton's interpreter (3.7), which would be taken for ours, and its overhead.
 
 With numpy 2.4 or later it cannot use a runtime value as a loop bound, and it truncates fp32 to bf16
 where the hardware rounds to nearest.
