@@ -41,13 +41,22 @@ def angle_tables(position_ids, R):
     return angles.cos(), angles.sin()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", OPTIONS, ids=name_options)
-def test_options_match_torch(kernel_device, dtype, options):
+def test_options_match_torch(kernel_device, options):
+    dtype = torch.float32
     q = transposed(2, 3, 2, 12, dtype, kernel_device)
     k = transposed(2, 1, 2, 12, dtype, kernel_device)
     narrow = options.get("narrow_table", False)
     assert_rope_matches(q, k, *random_tables(2, 2, 12, dtype, kernel_device, narrow), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_dtypes_match_torch(kernel_device, dtype, interleaved):
+    q = transposed(2, 3, 2, 12, dtype, kernel_device)
+    k = transposed(2, 1, 2, 12, dtype, kernel_device)
+    tables = random_tables(2, 2, 12, dtype, kernel_device)
+    assert_rope_matches(q, k, *tables, interleaved=interleaved)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=name_options)
@@ -91,7 +100,7 @@ def test_q_may_come_alone(kernel_device):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("D", [2, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("D", [2, 80, 128, 256])
 def test_head_dimensions(kernel_device, D, interleaved):
     q = transposed(1, 5, 2, D, torch.float32, kernel_device)
     k = transposed(1, 1, 2, D, torch.float32, kernel_device)
