@@ -21,14 +21,20 @@ def over_gloo() -> None:
     PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
 
 
+def forget() -> None:
+    """Make accelerate forget the engine before, which its objects of one process share."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def accelerator(precision: str = "no", **plugin):
     """Return a new Accelerator with FSDP2; `plugin` holds options of its plugin."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState
 
     over_gloo()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget()
     options = {"cpu_ram_efficient_loading": False, **plugin}
     fsdp = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", **options

@@ -67,6 +67,14 @@ def run(words: list[str], out: str) -> None:
     raise SystemExit(code)
 
 
+def launch(folder: Path, words: list[str], errors: Path) -> None:
+    """Launch from this process, in a folder; its processes write their errors where it does."""
+    os.chdir(folder)
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    raise SystemExit(cli.main(["launch", *words]))
+
+
 def attempt(folder: Path, name: str, *options: str, world=2, kill=False, more=SHARDED):
     """Return how it ended, and the last lines of both processes' output."""
     out = folder / f"{name}.told"

@@ -18,6 +18,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import accelerated
 import ring_on_cpu
@@ -167,32 +168,34 @@ def different_characters(completions, **_) -> list[float]:
     return [len(set(text)) / max(1, len(text)) for text in completions]
 
 
-def train(engine: str, method: str, flag: bool, alone: bool, out: str) -> None:
-    """What each process runs; the first writes what the run left."""
-    with told(out):
-        _train(ROWS[engine], method, flag, alone, out)
+def train(engine: str, method: str, outs: dict[bool, str], alone: bool) -> None:
+    """What each process runs, for each flag; the first writes what the run left."""
+    accelerated.over_gloo()
+    ring_on_cpu.install()
+    dist.init_process_group("gloo")
+    for flag, out in outs.items():
+        accelerated.forget()
+        with told(out):
+            _train(ROWS[engine], method, flag, alone, out)
+    dist.destroy_process_group()
 
 
 def _train(row: Row, method: str, flag: bool, alone: bool, out: str) -> None:
     from liger_trainer.deferred import logits as deferred
 
-    accelerated.over_gloo()
-    ring_on_cpu.install()
-    dist.init_process_group("gloo")
-    calls, plain_call = [], deferred.plain_call
-    deferred.plain_call = lambda *args: calls.append(1) or plain_call(*args)
     options = row.alone if alone else row.arguments()
     if alone:
         row = dataclasses.replace(row, load=Row.load)
-    trainer = build(method, row, Path(out).with_suffix(""), options, flag)
-    trainer.train()
+    counted = mock.Mock(wraps=deferred.plain_call)
+    with mock.patch.object(deferred, "plain_call", counted):
+        trainer = build(method, row, Path(out).with_suffix(""), options, flag)
+        trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = whole_weights(trainer.model_wrapped, model)
     if dist.get_rank() == 0:
         log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-        torch.save({"log": log, "weights": weights, "calls": len(calls)}, out)
+        torch.save({"log": log, "weights": weights, "calls": counted.call_count}, out)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -215,12 +218,17 @@ def failure(out: Path) -> str:
     return next((error for error in errors if "gloo" not in error), "killed")
 
 
-def found_by(engine: str, method: str, flag: bool, folder: Path, alone: bool = False):
-    """Return what a run left, or its error."""
-    out = folder / f"{list(ROWS).index(engine)}-{method}-{flag}-{alone}.pt"
-    with contextlib.suppress(SystemExit):
-        start(1 if alone else ROWS[engine].processes, train, engine, method, flag, alone, str(out))
-    return torch.load(out) if out.exists() else failure(out)
+def found_by(engine: str, method: str, folder: Path, flags=(False, True), alone: bool = False):
+    """Return what each run left, or its error. One that fails ends the processes of both."""
+    name = f"{list(ROWS).index(engine)}-{method}-{alone}"
+    outs = {flag: folder / f"{name}-{flag}.pt" for flag in flags}
+    left = {flag: str(out) for flag, out in outs.items()}
+    while left:
+        with contextlib.suppress(SystemExit):
+            start(1 if alone else ROWS[engine].processes, train, engine, method, left, alone)
+        missing = [flag for flag in left if not outs[flag].exists()]
+        left = {flag: left[flag] for flag in missing[1:]}  # the first of them was tried
+    return [torch.load(out) if out.exists() else failure(out) for out in outs.values()]
 
 
 def differences(got: dict, expected: dict) -> str:
@@ -234,7 +242,7 @@ def differences(got: dict, expected: dict) -> str:
 
 def cell(engine: str, method: str, folder: Path) -> str:
     """Return "= and fused", or what is wrong."""
-    expected, got = (found_by(engine, method, flag, folder) for flag in (False, True))
+    expected, got = found_by(engine, method, folder)
     if isinstance(got, str):
         plain = expected if isinstance(expected, str) else "trains"
         return f"{got} (plain: {plain})"
@@ -242,7 +250,7 @@ def cell(engine: str, method: str, folder: Path) -> str:
         return f"WRONG: trains, plain fails: {expected}"
     wrong = differences(got, expected)
     if not wrong and method == "Trainer":
-        alone = found_by(engine, method, False, folder, alone=True)
+        (alone,) = found_by(engine, method, folder, flags=(False,), alone=True)
         wrong = differences(got, alone)
         wrong = wrong and f"one process: {wrong}"
     if wrong:

@@ -18,9 +18,11 @@ Kernels run at every size. A row that the plain model cannot run either says so.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -51,6 +53,7 @@ def batches(rank: int):
         yield ids, labels
 
 
+@functools.cache
 def on_one_process(loss_of, tied: bool, kind: str, shards: int):
     """Return losses, and weights after a step, on the data of all `shards`."""
     model = tiny(tied, kind)
@@ -128,7 +131,7 @@ def run_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
             found = errors(row, model, name, tied, kind)
     finally:
         deferred.plain_call = original
-    kept = swapped_sites(inject(tiny(tied, kind))) - swapped_sites(report)  # amended as it runs
+    kept = sites_on_one_process(tied, kind) - swapped_sites(report)  # amended as it runs
     allowed = {key: TOLERANCE if key == "losses" else 1e-3 for key in found}
     if row.rounds:
         plain = errors(row, row.make(tied, kind), name, tied, kind)
@@ -146,6 +149,13 @@ def run_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
 
 def swapped_sites(report) -> set[tuple[str, str]]:
     return {(row.site, row.rule) for row in report.rows if row.swapped}
+
+
+@functools.cache
+def sites_on_one_process(tied: bool, kind: str) -> set[tuple[str, str]]:
+    from liger_trainer import inject
+
+    return swapped_sites(inject(tiny(tied, kind)))
 
 
 def errors(row: Engine, model: nn.Module, name: str, tied: bool, kind: str) -> dict[str, float]:
@@ -190,28 +200,36 @@ def column_of(name: str, tied: bool, kind: str) -> str:
 COLUMNS = [column_of(*cell) for cell in CELLS]
 
 
+def row_of(engine: str, columns: list[str]) -> dict[str, str]:
+    """Return the cells of an engine: what the first process found wrong, of all."""
+    cells = {}
+    for name, tied, kind in CELLS:
+        if (column := column_of(name, tied, kind)) not in columns:
+            continue
+        try:
+            answer = run_cell(ENGINES[engine], name, tied, kind)
+        except Exception as error:
+            line = (str(error).strip().splitlines() or [""])[0][:90]
+            answer = f"{type(error).__name__}: {line}"
+            if os.environ.get("MATRIX_TRACE"):
+                raise
+            answer += f" ({plain_cell(ENGINES[engine], name, tied, kind)})"
+        answers: list = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, answer)
+        cells[column] = max(answers, key=lambda a: a != "=, fused")
+        if dist.get_rank() == 0:
+            print(f"{engine} | {column} | {cells[column]}", flush=True)
+    return cells
+
+
 def worker(engines: list[str], columns: list[str], out: str) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers.utils.logging.disable_progress_bar()
     dist.init_process_group("gloo")
     rows = {}
     for engine in engines:
-        for name, tied, kind in CELLS:
-            if (column := column_of(name, tied, kind)) not in columns:
-                continue
-            try:
-                answer = run_cell(ENGINES[engine], name, tied, kind)
-            except Exception as error:
-                line = (str(error).strip().splitlines() or [""])[0][:90]
-                answer = f"{type(error).__name__}: {line}"
-                if os.environ.get("MATRIX_TRACE"):
-                    raise
-                answer += f" ({plain_cell(ENGINES[engine], name, tied, kind)})"
-            answers: list = [None] * dist.get_world_size()
-            dist.all_gather_object(answers, answer)
-            rows.setdefault(engine, {})[column] = max(answers, key=lambda a: a != "=, fused")
-            if dist.get_rank() == 0:
-                print(f"{engine} | {column} | {rows[engine][column]}", flush=True)
+        with mock.patch.dict(os.environ):  # accelerate leaves its options there
+            rows[engine] = row_of(engine, columns)
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(rows, indent=1))
     dist.barrier()
@@ -219,14 +237,20 @@ def worker(engines: list[str], columns: list[str], out: str) -> None:
 
 
 def run_matrix(engines: list[str], columns: list[str], out: str) -> dict[str, dict[str, str]]:
-    """Run the rows, each in processes of its own; the cells are returned and written.
+    """Run the rows; the cells are returned and written.
 
-    An engine may leave functions of torch replaced, as ZeRO-3 does with the linear one.
+    Rows of as many processes share them, and what is computed once in a process. DeepSpeed's have
+    their own: ZeRO-3 leaves functions of torch replaced.
     """
-    cells = {}
+    together: dict[tuple, list[str]] = {}
     for name in engines:
-        start(ENGINES[name].world, worker, [name], columns, out)
-        cells |= json.loads(Path(out).read_text())
+        alone = name if "ZeRO" in name else None
+        together.setdefault((ENGINES[name].world, alone), []).append(name)
+    found = {}
+    for (world, _), names in together.items():
+        start(world, worker, names, columns, out)
+        found |= json.loads(Path(out).read_text())
+    cells = {name: found[name] for name in engines}
     Path(out).write_text(json.dumps(cells, indent=1))
     return cells
 

@@ -1,7 +1,7 @@
 """Processes of one group, forked from a server that has imported what takes long.
 
 The tests' own process cannot be forked: it has used OpenMP and autograd, which then hang or raise.
-The server (multiprocessing's) runs nothing, so that whatever it forks starts afresh.
+The server (multiprocessing's) only imports `preloaded`, so that whatever it forks starts afresh.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
 
 forks = multiprocessing.get_context("forkserver")
-# What cannot be imported is passed over.
-forks.set_forkserver_preload(
-    [
-        "transformers.models.llama.modeling_llama",
-        "peft",
-        "matplotlib.pyplot",
-        "liger_trainer.runs.run",
-        "liger_trainer.trl",
-        "trl.trainer.sft_trainer",
-    ]
-)
+forks.set_forkserver_preload(["preloaded"])
+
+
+def fork(worker: Callable[..., None], *arguments) -> BaseProcess:
+    """Start `worker(*arguments)` in a process that belongs to no group."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+        forkserver.ensure_running()  # it finds modules by the environment's path only
+    process = forks.Process(target=worker, args=arguments)
+    process.start()
+    return process
 
 
 def launch(world: int, worker: Callable[..., None], *arguments) -> list[BaseProcess]:
@@ -36,13 +39,7 @@ def launch(world: int, worker: Callable[..., None], *arguments) -> list[BaseProc
     with socket.socket() as found:
         found.bind(("localhost", 0))
         port = found.getsockname()[1]
-    processes = [
-        forks.Process(target=_run, args=(rank, world, port, worker, arguments))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    return processes
+    return [fork(_run, rank, world, port, worker, arguments) for rank in range(world)]
 
 
 def _run(rank: int, world: int, port: int, worker: Callable[..., None], arguments: tuple) -> None:

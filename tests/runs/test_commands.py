@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 
+import engine_cli
+import processes
 import psutil
 import pytest
 import tiny
@@ -178,23 +180,18 @@ def test_launch_checks_first(here, capsys, words, message, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def launched(folder, *words):
-    command = [sys.executable, "-m", "liger_trainer", "launch", *map(str, words)]
-    return subprocess.Popen(
-        [*command, "--processes", "2"],
-        cwd=folder,
+def test_processes_on_cpus_train_together_and_stop_together(tmp_path):
+    values = tiny.recipe_values(tmp_path, logging_steps=1, max_steps=500, disable_tqdm=False)
+    del values["training"]["use_cpu"]
+    path = tiny.write_recipe(tmp_path, values)
+    started = subprocess.Popen(
+        [sys.executable, "-m", "liger_trainer", "launch", str(path), "--processes", "2"],
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-
-
-def test_processes_on_cpus_train_together_and_stop_together(tmp_path):
-    values = tiny.recipe_values(tmp_path, logging_steps=1, max_steps=500, disable_tqdm=False)
-    del values["training"]["use_cpu"]
-    path = tiny.write_recipe(tmp_path, values)
-    started = launched(tmp_path, path)
     for line in started.stdout:
         if line.startswith("step     2"):
             os.killpg(started.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
@@ -233,9 +230,11 @@ def test_a_signal_after_training_does_not_fail_a_finished_run(finished, monkeypa
 
 def test_what_fails_in_a_process_is_told_without_a_traceback(tmp_path):
     path = tiny.write_recipe(tmp_path, tiny.recipe_values(tmp_path))
-    started = launched(tmp_path, path, "data.path=missing.jsonl")
-    errors = started.communicate(timeout=200)[1]
-    assert started.returncode == 2
+    words = [str(path), "data.path=missing.jsonl", "--processes", "2"]
+    launcher = processes.fork(engine_cli.launch, tmp_path, words, tmp_path / "errors")
+    launcher.join(200)
+    errors = (tmp_path / "errors").read_text()
+    assert launcher.exitcode == 2
     assert "error: data: no file 'missing.jsonl'" in errors
     assert "Traceback" not in errors
 

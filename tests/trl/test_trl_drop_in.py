@@ -1,5 +1,6 @@
 """A drop-in changes what its flag says, for its own models, and nothing else."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -64,11 +65,48 @@ def config(method, **more):
     return {"max_steps": 1, **(SAMPLING if method in ("GRPO", "RLOO", "GMPO") else {}), **more}
 
 
+class NotHere:
+    @staticmethod
+    def apply(*_):
+        raise AssertionError("TRL's own head was called")
+
+
+@pytest.fixture
+def without_its_head(monkeypatch):
+    """Make TRL's own head raise."""
+    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", NotHere)
+
+
+@pytest.fixture(scope="module")
+def drop_in(arguments, folder):
+    """Train a method's drop-in, once, where neither a warning of the flag nor TRL's head passes."""
+
+    @functools.cache
+    def train(method):
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+            warnings.filterwarnings("error", message=".*use_liger_kernel.*")
+            patch.setattr("trl.trainer.utils._ChunkedLogProbFunction", NotHere)
+            out = folder / f"{method}-fused"
+            return trl_parity.run(method, out, arguments(method), config(method))
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def stock(arguments, folder):
+    """Train by TRL's own class, without the flag, once for each method."""
+
+    @functools.cache
+    def train(method):
+        out = folder / f"{method}-stock"
+        return trl_parity.run(method, out, arguments(method), config(method), flag=False)
+
+    return train
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_flag_brings_no_warning_that_it_goes_away(method, arguments, tmp_path):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*use_liger_kernel.*")
-        trl_parity.run(method, tmp_path, arguments(method), config(method))
+def test_flag_brings_no_warning_that_it_goes_away(method, drop_in):
+    assert drop_in(method).losses
 
 
 def test_such_a_warning_would_be_seen(arguments, tmp_path):
@@ -81,16 +119,16 @@ def test_such_a_warning_would_be_seen(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_flag_off_is_the_stock_class(method, arguments, tmp_path):
+def test_flag_off_is_the_stock_class(method, arguments, tmp_path, stock):
     """No module is of another class, and numbers differ by no more than in two stock runs (matrix
     products on a CPU depend in the last bit on where in memory their operands lie)."""
-    drop_in, drop_in_config = trl_parity.classes(method, flag=True)
-    stock, stock_config = trl_parity.classes(method, flag=False)
-    assert issubclass(drop_in, stock)
-    assert drop_in_config is stock_config
+    our_class, our_config = trl_parity.classes(method, flag=True)
+    its_class, its_config = trl_parity.classes(method, flag=False)
+    assert issubclass(our_class, its_class)
+    assert our_config is its_config
     off = config(method, use_liger_kernel=False)
-    got = trl_parity.run(method, tmp_path / "got", arguments(method), off)
-    expected = trl_parity.run(method, tmp_path / "expected", arguments(method), off, flag=False)
+    got = trl_parity.run(method, tmp_path, arguments(method), off)
+    expected = stock(method)
     assert got.trainer.injection_report is None
     assert not is_injected(got.trainer.model)
     trl_parity.assert_same(got, expected, trl_parity.Tolerance(1e-6, 1e-6, 1e-6))
@@ -99,8 +137,8 @@ def test_flag_off_is_the_stock_class(method, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_report_covers_the_whole_policy(method, arguments, tmp_path):
-    built = trl_parity.trainer(method, tmp_path, arguments(method), config(method))
+def test_report_covers_the_whole_policy(method, drop_in):
+    built = drop_in(method).trainer
     assert built.args.use_liger_kernel is True
     coverage = built.injection_report.coverage
     assert coverage["rms_norm"] == (5, 5)
@@ -116,18 +154,11 @@ def test_reference_is_injected_too(method, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["SFT", "DPO", "KTO", "GRPO", "RLOO", "GMPO"])
-def test_tokens_are_scored_by_our_head(method, arguments, tmp_path, monkeypatch):
+def test_tokens_are_scored_by_our_head(method, arguments, tmp_path, drop_in, without_its_head):
     """Parity would not tell if TRL's own head had done the work."""
-
-    class NotHere:
-        @staticmethod
-        def apply(*_):
-            raise AssertionError("TRL's own head was called")
-
-    monkeypatch.setattr("trl.trainer.utils._ChunkedLogProbFunction", NotHere)
-    trl_parity.run(method, tmp_path / "got", arguments(method), config(method))
+    assert drop_in(method).losses
     with pytest.raises(AssertionError, match="TRL's own head"):
-        trl_parity.run(method, tmp_path / "own", arguments(method), config(method), flag=False)
+        trl_parity.run(method, tmp_path, arguments(method), config(method), flag=False)
 
 
 def test_kernels_can_be_switched_off(arguments, tmp_path):
@@ -204,12 +235,11 @@ def enabled():
 
 
 @pytest.mark.parametrize("method", ["SFT", "DPO", "GRPO", "ORPO"])
-def test_enabled_for_the_stock_classes(method, arguments, tmp_path, enabled):
+def test_enabled_for_the_stock_classes(method, arguments, tmp_path, enabled, stock):
     options = config(method, use_liger_kernel=True)
-    got = trl_parity.run(method, tmp_path / "got", arguments(method), options, flag=False)
+    got = trl_parity.run(method, tmp_path, arguments(method), options, flag=False)
     liger_trainer.disable()
-    off = config(method)
-    expected = trl_parity.run(method, tmp_path / "expected", arguments(method), off, flag=False)
+    expected = stock(method)
     assert got.trainer.injection_report.coverage["rms_norm"] == (5, 5)
     assert is_injected(got.trainer.model)
     trl_parity.assert_same(got, expected)
