@@ -38,8 +38,8 @@ def main(options: argparse.Namespace) -> int:
     """Print each metric of the held-out examples, or of the named tasks."""
     if options.tasks:
         return _tasks(options)
-    for name in ("limit", "batch_size", "chat"):
-        if getattr(options, name):
+    for name, default in (("limit", None), ("batch_size", None), ("chat", False)):
+        if getattr(options, name) is not default:
             raise ValueError(f"--{name.replace('_', '-')} goes with --tasks")
     return _held_out(options)
 

@@ -149,7 +149,7 @@ def _add_bias(logits, bias):
     It must come before any scale or softcap, as the bias of a head does.
     """
     state = logits.state
-    if state is None or any(name != "cast" for name, _ in state.ops):
+    if state is None or any(name not in ("cast", "columns") for name, _ in state.ops):
         return NotImplemented
     if type(bias) not in PLAIN or bias.requires_grad or bias.device != logits.device:
         return NotImplemented
@@ -217,7 +217,7 @@ def per_token(logits, reduce, dtype: torch.dtype):
         return (torch.cat(found) if found else empty,)
 
     with torch.no_grad():
-        results = consume_logits(logits, fused, lambda z: (reduce(z).flatten(),), with_bias=False)
+        results = consume_logits(logits, fused, lambda z: (reduce(z).flatten(),), with_ops=False)
     return NotImplemented if results is None else results[0].reshape(logits.shape[:-1])
 
 

@@ -221,14 +221,14 @@ def consume_logits(
     fused: Callable[[LinearHead], Results],
     plain: Callable[[torch.Tensor], Results],
     shards: bool = False,
-    with_bias: bool = True,
+    with_ops: bool = True,
 ) -> Results | None:
     """Return `fused(head)`, evaluated inside the head's call, as results of `logits`.
 
     `plain(z)` must compute the same results from materialized logits z. `shards` states whether
-    `fused` takes a head that is split by rows of the vocabulary, and `with_bias` whether the head's
-    bias is to include one that was added to the logits. Return None if the logits turn out to be
-    more than a sum of linear layers, or if the head is split and `fused` takes no shards.
+    `fused` takes a head that is split by rows of the vocabulary, and `with_ops` whether the head is
+    to include the bias and the columns of the logits' state. Return None if the logits turn out to
+    be more than a sum of linear layers, or if the head is split and `fused` takes no shards.
     """
     state = logits.state
     state.origin.check()
@@ -241,10 +241,10 @@ def consume_logits(
         hidden = [h.to(state.origin.dtype) for h in head.hidden]
         with torch.autocast(device, enabled=False):
             head = dataclasses.replace(head, hidden=hidden)
-            return fused(state.with_bias(head) if with_bias else head)
+            return fused(state.with_ops(head) if with_ops else head)
 
     with state.origin.restored(), torch.set_grad_enabled(attached):
-        results = consume(state.terms, cast, shards and state.bias is None)
+        results = consume(state.terms, cast, shards and not state.changes_head)
     if isinstance(results, torch.Tensor):
         return None
     if not attached:

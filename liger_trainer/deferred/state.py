@@ -19,8 +19,9 @@ from liger_trainer.kernels.logits.transform import Transform
 class State:
     """How to compute deferred logits from the head's input.
 
-    `ops` are the operations applied to them, in order: ("cast", dtype), ("add", bias), ("mul", c),
-    ("div", c), ("tanh", None), ("log_softmax", None), ("move", device).
+    `ops` are the operations applied to them, in order: ("cast", dtype), ("add", bias),
+    ("columns", slice of the vocabulary), ("mul", c), ("div", c), ("tanh", None),
+    ("log_softmax", None), ("move", device).
     """
 
     origin: Origin
@@ -42,16 +43,21 @@ class State:
         return None if found is None else Transform(*found)
 
     @property
-    def bias(self) -> torch.Tensor | None:
-        """What was added to the head's logits, [V]."""
-        return next((argument for name, argument in self.ops if name == "add"), None)
+    def changes_head(self) -> bool:
+        """Whether `ops` add a bias to the head, or take some of its columns."""
+        return any(name in ("add", "columns") for name, _ in self.ops)
 
-    def with_bias(self, head: LinearHead) -> LinearHead:
-        """Return the head whose bias includes that of `ops`."""
-        own, added = head.bias, self.bias
-        if added is None:
-            return head
-        return dataclasses.replace(head, bias=added if own is None else own + added)
+    def with_ops(self, head: LinearHead) -> LinearHead:
+        """Return the head with the bias and the columns of `ops`, which have no part in a
+        `transform`."""
+        weight, bias = head.weight, head.bias
+        for name, argument in self.ops:
+            if name == "add":
+                bias = argument if bias is None else bias + argument
+            elif name == "columns":
+                weight = [w[argument] for w in weight]
+                bias = None if bias is None else bias[argument]
+        return dataclasses.replace(head, weight=weight, bias=bias)
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +103,7 @@ _LARGE = 2.0**32
 OPS: dict[str, Callable[[torch.Tensor, Any], torch.Tensor]] = {
     "cast": lambda value, dtype: value.to(dtype),
     "add": lambda value, bias: value + bias,
+    "columns": lambda value, columns: value[..., columns],
     "mul": lambda value, factor: value * factor,
     "div": lambda value, divisor: value / divisor,
     "tanh": lambda value, _: torch.tanh(value),

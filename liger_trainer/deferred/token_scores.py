@@ -117,7 +117,7 @@ def divergence(
 
         def fused(head: LinearHead):
             def with_teacher(other: LinearHead):
-                other = states[1].with_bias(other)
+                other = states[1].with_ops(other)
                 hidden = [h.detach().to(states[1].origin.dtype) for h in other.hidden]
                 return linear_divergence(
                     head.hidden, head.weight, hidden, other.weight, mask, head.bias, other.bias,

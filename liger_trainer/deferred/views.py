@@ -127,9 +127,11 @@ def _pieces(logits, cut, dim):
 
 @implements(_Tensor.__getitem__)
 def _getitem(logits, index):
-    if logits.state is None or not _leaves_vocabulary(index, logits.ndim):
+    if logits.state is None:
         return NotImplemented
     parts = index if isinstance(index, tuple) else (index,)
+    if not _leaves_vocabulary(index, logits.ndim):
+        return _columns(logits, parts)
     if all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts):
         return _rows(logits, lambda x: x[index])
     # Advanced indexing copies; its shape may depend on values, so it is taken from hidden states.
@@ -137,6 +139,20 @@ def _getitem(logits, index):
     shape = (*hidden.shape[:-1], logits.shape[-1])
     like = torch.empty(shape, dtype=logits.dtype, device="meta")
     return derive([logits], logits.state.map_hidden(lambda x: x[index]), lambda z: z[index], like)
+
+
+def _columns(logits, parts):
+    """Handle `[..., a:b]`, which leaves a padded vocabulary's last entries out (Inkling 2)."""
+    state, last = logits.state, parts[-1]
+    if len(parts) != 2 or parts[0] is not Ellipsis or state.has_log_softmax:
+        return NotImplemented
+    if not isinstance(last, slice) or last.step not in (None, 1):
+        return NotImplemented
+    if any(not isinstance(bound, int | None) for bound in (last.start, last.stop)):
+        return NotImplemented
+    if not range(logits.shape[-1])[last]:
+        return NotImplemented
+    return derive([logits], state.with_op("columns", last), lambda z: z[..., last])
 
 
 def _leaves_vocabulary(index, ndim: int) -> bool:

@@ -87,7 +87,9 @@ def test_overrides_that_tasks_would_ignore_are_refused(here, capsys):
     assert "only keys of `model` have an effect" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--limit", "5"], ["--chat"], ["--batch-size", "2"]])
+@pytest.mark.parametrize(
+    "words", [["--limit", "0"], ["--limit", "5"], ["--chat"], ["--batch-size", "2"]]
+)
 def test_options_of_tasks_need_tasks(here, capsys, words):
     assert run("evaluate", "full", *words) == 2
     assert f"{words[0]} goes with --tasks" in capsys.readouterr().err
