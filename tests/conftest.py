@@ -41,9 +41,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-def pytest_collection_finish():
-    """Exempt imported modules from garbage collection, which every training runs (half a second
-    each)."""
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect():
+    """Exempt what is there before a file's tests from garbage collection, which every training
+    runs: all modules, and what compilers keep, would take half a second each time."""
+    gc.collect()
     gc.freeze()
 
 
