@@ -6,6 +6,7 @@ Run by tests/injection/test_tensor_parallel.py: one JSON object with an answer f
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import small
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import CommDebugMode
 from transformers import PreTrainedModel
 
@@ -23,14 +25,22 @@ from liger_trainer.runs.engine import leave_group
 # How `split` asks transformers for a model's plan; older releases have another way.
 IS_SUPPORTED = hasattr(PreTrainedModel, "_resolve_parallel_plans")
 
-IDS = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
-BATCH = {"input_ids": IDS, "labels": IDS.clone()}
-BATCH["labels"][:, :4] = -100
+BATCH: dict[str, torch.Tensor] = {}  # on the device of the process, which `worker` chooses
+
+
+def make_batch(device: str) -> None:
+    ids = torch.randint(3, 120, (2, 12), generator=torch.Generator().manual_seed(0))
+    BATCH["input_ids"] = ids.to(device)
+    BATCH["labels"] = ids.masked_fill(torch.arange(12) < 4, -100).to(device)
 
 
 def tiny(vocab: int) -> nn.Module:
     small.VOCAB = vocab
-    return small.tiny(False, "full")
+    return small.tiny(False, "full").to(BATCH["labels"].device)
+
+
+def mesh_of(*shape: int, **names) -> DeviceMesh:
+    return dist.init_device_mesh(BATCH["labels"].device.type, shape, **names)
 
 
 def split(model: nn.Module, mesh=None, **more: str) -> nn.Module:
@@ -40,7 +50,7 @@ def split(model: nn.Module, mesh=None, **more: str) -> nn.Module:
 
     plan, *_ = model._resolve_parallel_plans(DistributedConfig(tp_size=2))
     plan |= {name.replace("__", "."): style for name, style in more.items()}
-    mesh = dist.init_device_mesh("cpu", (2,)) if mesh is None else mesh
+    mesh = mesh_of(2) if mesh is None else mesh
     return apply_tensor_parallelism(model, mesh, plan)
 
 
@@ -108,12 +118,12 @@ def evaluation() -> dict:
 
     answers["plain calls"] = plain_calls(evaluate)
     with torch.no_grad():
-        expected = plain(input_ids=IDS).logits
+        expected = plain(input_ids=BATCH["input_ids"]).logits
         with loss_scope():
             answers["argmax"] = torch.equal(
-                model(input_ids=IDS).logits.argmax(-1), expected.argmax(-1)
+                model(input_ids=BATCH["input_ids"]).logits.argmax(-1), expected.argmax(-1)
             )
-            logits = model(input_ids=IDS).logits
+            logits = model(input_ids=BATCH["input_ids"]).logits
             answers["plain calls of a mean"] = plain_calls(
                 lambda: answers.update(mean=logits.mean())
             )
@@ -146,19 +156,18 @@ def altered() -> dict:
 def rankless() -> dict:
     """One row for two ranks: the second has none."""
     head = nn.Linear(4, 1, bias=False)
-    mesh = dist.init_device_mesh("cpu", (2,))
     from torch.distributed.tensor import Shard, distribute_tensor
 
     from liger_trainer.deferred.vocab_parallel import shard_of
 
-    return {"shard": shard_of(distribute_tensor(head.weight, mesh, [Shard(0)])) is not None}
+    return {"shard": shard_of(distribute_tensor(head.weight, mesh_of(2), [Shard(0)])) is not None}
 
 
 def scattered() -> dict:
     """A head that data ranks shard as well, and whose weight is not gathered when it is needed."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    mesh = mesh_of(1, 2, mesh_dim_names=("data", "tensor"))
     model, plain = split(tiny(128), mesh["tensor"]), tiny(128)
     inject(model)
     for layer in model.model.layers:
@@ -167,7 +176,7 @@ def scattered() -> dict:
     answers = {"error": largest_error(step(model), step(plain))}
     for with_grad in (True, False):
         with loss_scope(), torch.set_grad_enabled(with_grad):
-            logits = model(input_ids=IDS).logits[:, :-1].flatten(0, 1)
+            logits = model(input_ids=BATCH["input_ids"]).logits[:, :-1].flatten(0, 1)
             for name, use in (("loss", F.cross_entropy), ("value", lambda z, _: z + 1)):
                 try:
                     use(logits, BATCH["labels"][:, 1:].flatten())
@@ -179,9 +188,12 @@ def scattered() -> dict:
 CHECKS = (uneven, traffic, evaluation, norms, altered, rankless, scattered)
 
 
-def worker(out: str) -> None:
-    """What each process runs; the first writes the answers."""
-    dist.init_process_group("gloo")
+def worker(out: str, device: str) -> None:
+    """What each process runs, on a device of its own; the first writes the answers."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    make_batch(device)
     answers = {check.__name__: check() for check in CHECKS}
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(answers))

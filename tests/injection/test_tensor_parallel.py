@@ -5,16 +5,19 @@ import json
 import processes
 import pytest
 import tensor_parallel
+import torch
 
 pytestmark = pytest.mark.skipif(
     not tensor_parallel.IS_SUPPORTED, reason="transformers splits models in another way"
 )
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def answers(request, tmp_path_factory):
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
     out = tmp_path_factory.mktemp("split") / "answers.json"
-    processes.start(2, tensor_parallel.worker, str(out))
+    processes.start(2, tensor_parallel.worker, str(out), request.param)
     return json.loads(out.read_text())
 
 
