@@ -18,9 +18,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import accelerated
+import plain_heads
 import ring_on_cpu
 import torch
 import torch.distributed as dist
@@ -181,20 +181,17 @@ def train(engine: str, method: str, outs: dict[bool, str], alone: bool) -> None:
 
 
 def _train(row: Row, method: str, flag: bool, alone: bool, out: str) -> None:
-    from liger_trainer.deferred import logits as deferred
-
     options = row.alone if alone else row.arguments()
     if alone:
         row = dataclasses.replace(row, load=Row.load)
-    counted = mock.Mock(wraps=deferred.plain_call)
-    with mock.patch.object(deferred, "plain_call", counted):
+    with plain_heads.counted() as calls:
         trainer = build(method, row, Path(out).with_suffix(""), options, flag)
         trainer.train()
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = whole_weights(trainer.model_wrapped, model)
     if dist.get_rank() == 0:
         log = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
-        torch.save({"log": log, "weights": weights, "calls": counted.call_count}, out)
+        torch.save({"log": log, "weights": weights, "calls": calls.call_count}, out)
     dist.barrier()
 
 

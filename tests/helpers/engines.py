@@ -24,6 +24,7 @@ import os
 from pathlib import Path
 from unittest import mock
 
+import plain_heads
 import torch
 import torch.distributed as dist
 import transformers.utils.logging
@@ -117,20 +118,13 @@ def whole_weights(engine: nn.Module, model: nn.Module) -> dict[str, torch.Tensor
 def run_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
     """Return "= and fused", or what is wrong."""
     from liger_trainer import inject
-    from liger_trainer.deferred import logits as deferred
     from liger_trainer.kernels.runtime import every_size
 
     model = row.make(tied, kind)
     report = inject(model)
     refused = [r for r in report.refused if r.rule == "fused_linear_cross_entropy"]
-    calls = []
-    original = deferred.plain_call
-    deferred.plain_call = lambda *args: calls.append(1) or original(*args)
-    try:
-        with every_size():
-            found = errors(row, model, name, tied, kind)
-    finally:
-        deferred.plain_call = original
+    with plain_heads.counted() as calls, every_size():
+        found = errors(row, model, name, tied, kind)
     kept = sites_on_one_process(tied, kind) - swapped_sites(report)  # amended as it runs
     allowed = {key: TOLERANCE if key == "losses" else 1e-3 for key in found}
     if row.rounds:
@@ -144,7 +138,8 @@ def run_cell(row: Engine, name: str, tied: bool, kind: str) -> str:
     if kept:
         return f"=, not swapped: {sorted(kept)[0]}"
     expected_calls = 2 if name == "own term" else 0
-    return "=, fused" if len(calls) <= expected_calls else f"=, {len(calls)} plain head calls"
+    made = calls.call_count
+    return "=, fused" if made <= expected_calls else f"=, {made} plain head calls"
 
 
 def swapped_sites(report) -> set[tuple[str, str]]:

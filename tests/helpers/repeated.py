@@ -1,7 +1,7 @@
 """Fixtures that keep what every trainer of a process would repeat: half of a tiny training."""
 
 import functools
-import itertools
+import uuid
 
 import accelerate.utils.imports
 import datasets.fingerprint
@@ -10,7 +10,7 @@ import pytest
 from liger_trainer.injection.rules import norm, rotary
 from liger_trainer.injection.rules.proposal import fingerprint
 
-_proofs, _hashes = {}, itertools.count()
+_proofs = {}
 _identify_norm, _identify_rotary = norm.identify, rotary.identify
 _is_package_available = functools.cache(accelerate.utils.imports._is_package_available)
 
@@ -29,9 +29,10 @@ def looked_up_once(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def numbered_data(monkeypatch):
-    """Number data instead of hashing it, for data from lists, which `datasets` does not cache."""
-    monkeypatch.setattr(datasets.fingerprint.Hasher, "hash", lambda *_: f"{next(_hashes):016x}")
+def never_hashed(monkeypatch):
+    """Give data a new name each time instead of hashing what it is made by, functions and all:
+    nothing that is prepared is looked for in the cache of `datasets`."""
+    monkeypatch.setattr(datasets.fingerprint.Hasher, "hash", lambda *_: uuid.uuid4().hex[:16])
 
 
 def _norm(module, device):

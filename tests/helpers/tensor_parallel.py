@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import plain_heads
 import small
 import torch
 import torch.distributed as dist
@@ -19,7 +20,6 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import PreTrainedModel
 
 from liger_trainer import inject, loss_scope
-from liger_trainer.deferred import logits as deferred
 from liger_trainer.runs.engine import leave_group
 
 # How `split` asks transformers for a model's plan; older releases have another way.
@@ -71,13 +71,9 @@ def largest_error(got: dict, expected: dict) -> float:
 
 
 def plain_calls(function) -> int:
-    calls, original = [], deferred.plain_call
-    deferred.plain_call = lambda *args: calls.append(1) or original(*args)
-    try:
+    with plain_heads.counted() as calls:
         function()
-    finally:
-        deferred.plain_call = original
-    return len(calls)
+    return calls.call_count
 
 
 def head_row(report):

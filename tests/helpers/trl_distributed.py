@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import plain_heads
 import torch.distributed as dist
 import trl_parity
 from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
 
-from liger_trainer.deferred import logits as deferred
 from liger_trainer.runs.engine import leave_group
 
 METHODS = ["SFT", "DPO", "KTO", "ORPO"]
@@ -39,22 +39,17 @@ def arguments(method: str) -> dict:
 
 def train(engine: str, method: str, folder: Path, flag: bool) -> list[dict]:
     """Return the trainer's log, and add to it how often the head computed all logits."""
-    calls = []
-    plain_call = deferred.plain_call
-    deferred.plain_call = lambda *args: calls.append(args) or plain_call(*args)
     config = {"gradient_accumulation_steps": 2}
-    try:
+    with plain_heads.counted() as calls:
         built = trl_parity.trainer(method, folder, lambda: arguments(method), config, flag)
         if engine == "FSDP2":
             shard(built)
         built.train()
-    finally:
-        deferred.plain_call = plain_call
     if flag:
         assert not built.injection_report.refused, built.injection_report
     expected = "DistributedDataParallel" if engine == "DDP" else "FSDP"
     assert expected in type(built.model_wrapped).__name__
-    return [*built.state.log_history, {"plain head calls": len(calls)}]
+    return [*built.state.log_history, {"plain head calls": calls.call_count}]
 
 
 def shard(trainer) -> None:
