@@ -5,13 +5,13 @@ import shutil
 import pytest
 import run_folders
 import tiny
-from repeated import looked_up_once, proven_once
+from repeated import looked_up_once, never_hashed, proven_once
 
 from liger_trainer import cli
 from liger_trainer.runs.report import html
 from liger_trainer.runs.rewards.sandbox import find_sandbox
 
-__all__ = ["looked_up_once", "proven_once"]
+__all__ = ["looked_up_once", "never_hashed", "proven_once"]
 
 
 @pytest.fixture(scope="session")
